@@ -1,0 +1,203 @@
+"""The shipped task: a sentence with an order in it becomes JSON.
+
+    "Could Maya get two large lemon muffins by 3:30 pm?"
+    {"item":"lemon muffin","count":2,"size":"large","name":"Maya","time":"15:30"}
+
+Keys that the sentence does not state are left out of the answer. To answer, a model has to undo plurals, read
+number words, turn 12-hour clocks into 24 hours, and copy names of things that it was not trained on: a variant
+and a noun ("lemon" + "muffin") that meet in a held-out row never meet in a training row, so rows learnt by heart
+do not pass. Rows are short (about 50 SmolLM2 tokens with the chat template) because the quickstart trains on a CPU.
+"""
+
+import json
+import random
+from typing import Any
+
+SYSTEM = "Order to JSON."
+NUM_TRAIN, NUM_HELD_OUT = 1000, 200
+SEED = 3407
+
+# Each shelf: variants that go before any of its nouns. Nouns take a regular plural (see _plural).
+SHELVES: dict[str, tuple[str, str]] = {
+    "bakery": (
+        "lemon apple cherry honey ginger walnut vanilla almond carrot banana",
+        "muffin cake tart cookie bun pie scone roll waffle",
+    ),
+    "kitchen": (
+        "tomato cheese chicken mushroom onion spinach tuna turkey bean potato",
+        "pizza salad soup sandwich wrap burger pasta omelet taco",
+    ),
+    "bar": (
+        "orange mint peach coconut berry mango pear ginger oat plum",
+        "juice tea soda shake latte smoothie cooler punch",
+    ),
+    "tailor": (
+        "red blue green black white yellow purple grey striped brown",
+        "shirt jacket hat sweater coat dress belt skirt vest",
+    ),
+    "workshop": (
+        "wooden steel plastic glass metal copper paper leather stone rubber",
+        "table lamp box bowl chair frame shelf cup tray bench",
+    ),
+    "garden": (
+        "wild winter summer desert water forest mountain dwarf rock silver",
+        "rose fern lily palm tulip ivy cactus grass orchid",
+    ),
+}
+SIZES = ("small", "medium", "large", "tiny", "huge")
+NAMES = (
+    "Maya Tom Anna Ben Clara Omar Lucy Sam Nina Paul Emma Leo Sarah Max Julia Adam Rose Daniel Alice Mark "
+    "Laura Peter Sophie James Helen David Kate Luis Maria John Ella Victor Grace Ivan Ruth Carlos"
+).split()
+NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+
+# {order} is "two large lemon muffins"; {name} and {time} ("3:30 pm") stand where the row states them.
+TEMPLATES: dict[frozenset[str], tuple[str, ...]] = {
+    frozenset(): (
+        "I would like {order}.",
+        "Please send {order}.",
+        "Can I have {order}?",
+        "We need {order}, thanks.",
+        "{order}, please.",
+        "Hello, is it possible to get {order}?",
+        "Let me order {order}.",
+        "My order is {order}.",
+    ),
+    frozenset({"name"}): (
+        "{name} wants {order}.",
+        "Please keep {order} for {name}.",
+        "{order} for {name}, please.",
+        "Hi, this is {name}, I need {order}.",
+        "Can {name} have {order}?",
+        "I'm {name} and I'd like {order}.",
+        "Put {order} under {name}.",
+        "Order for {name}: {order}.",
+    ),
+    frozenset({"time"}): (
+        "I need {order} at {time}.",
+        "Please bring {order} by {time}.",
+        "At {time} we want {order}.",
+        "Can I pick up {order} at {time}?",
+        "{order} for {time}, please.",
+        "It's for {time}: {order}.",
+    ),
+    frozenset({"name", "time"}): (
+        "{name} needs {order} at {time}.",
+        "At {time}, {order} for {name}.",
+        "{order} for {name}, ready by {time}.",
+        "Could {name} get {order} by {time}?",
+    ),
+}
+STATED = (frozenset(), frozenset({"name"}), frozenset({"time"}), frozenset({"name", "time"}))
+STATED_WEIGHTS = (3, 4, 2, 1)
+
+
+def make_rows(num_rows: int, *, held_out: bool = False, seed: int = SEED) -> list[dict[str, Any]]:
+    """`num_rows` different rows in the conversational prompt/completion format.
+
+    Args:
+        num_rows: how many rows; the same seed gives the same rows, and a longer list starts with the shorter one.
+        held_out: rows whose items (variant and noun together) appear in no training row.
+        seed: of the generator.
+
+    Returns:
+        Rows `{"prompt": [system, user], "completion": [assistant]}` of `{"role", "content"}` messages.
+    """
+    rng = random.Random(f"orders-{seed}-{held_out}")
+    items = _items(held_out)
+    rows: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    while len(rows) < num_rows:
+        sentence, answer = _draw(rng, items)
+        if sentence not in seen:
+            seen.add(sentence)
+            rows.append(_row(sentence, answer))
+    return rows
+
+
+def exact_match(prediction: str, answer: str) -> bool:
+    """True if `prediction` is JSON with exactly the keys and values of `answer` (spacing and key order are free)."""
+    try:
+        return json.loads(prediction) == json.loads(answer)
+    except json.JSONDecodeError:
+        return False
+
+
+def example_prompts() -> list[str]:
+    """Two sentences with items from no training row, for a look at the model before and after training."""
+    rows = make_rows(2, held_out=True, seed=SEED + 1)
+    return [row["prompt"][-1]["content"] for row in rows]
+
+
+def _row(sentence: str, answer: dict[str, Any]) -> dict[str, Any]:
+    content = json.dumps(answer, separators=(",", ":"))
+    return {
+        "prompt": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": sentence}],
+        "completion": [{"role": "assistant", "content": content}],
+    }
+
+
+def _items(held_out: bool) -> list[tuple[str, str]]:
+    """(variant, noun) pairs of one side of the split: every fifth diagonal of each shelf's table is held out."""
+    pairs = []
+    for variants, nouns in SHELVES.values():
+        for i, variant in enumerate(variants.split()):
+            for j, noun in enumerate(nouns.split()):
+                if ((i + j) % 5 == 0) == held_out:
+                    pairs.append((variant, noun))
+    return pairs
+
+
+def _draw(rng: random.Random, items: list[tuple[str, str]]) -> tuple[str, dict[str, Any]]:
+    """One sentence and its answer; keys stand in the order item, count, size, name, time."""
+    variant, noun = rng.choice(items)
+    count = rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 15, 20, 24, 30))
+    size = rng.choice(SIZES) if rng.random() < 0.5 else None
+    words = [size] if size else []
+    words += [variant, _plural(noun) if count > 1 else noun]
+    order = " ".join([_count_in_words(rng, count, words[0]), *words])
+
+    answer: dict[str, Any] = {"item": f"{variant} {noun}", "count": count}
+    if size:
+        answer["size"] = size
+    stated = rng.choices(STATED, STATED_WEIGHTS)[0]
+    parts = {"order": order}
+    if "name" in stated:
+        parts["name"] = answer["name"] = rng.choice(NAMES)
+    if "time" in stated:
+        parts["time"], answer["time"] = _clock(rng)
+    sentence = rng.choice(TEMPLATES[stated]).format(**parts)
+    return sentence[0].upper() + sentence[1:], answer
+
+
+def _count_in_words(rng: random.Random, count: int, next_word: str) -> str:
+    """2 as "two", "2" or "a couple of"; 1 as "a", "an" or "one"."""
+    if count == 1:
+        return rng.choice(("one", "an" if next_word[0] in "aeio" else "a"))
+    ways = [str(count)]
+    if count < len(NUMBER_WORDS):
+        ways += [NUMBER_WORDS[count]] * 2
+    named = {2: "a couple of", 6: "half a dozen", 12: "a dozen", 24: "two dozen"}
+    if count in named:
+        ways.append(named[count])
+    return rng.choice(ways)
+
+
+def _clock(rng: random.Random) -> tuple[str, str]:
+    """A time of day between 7 am and 9 pm as said ("3:30 pm", "noon") and as written in the answer ("15:30")."""
+    hour, minute = rng.randint(7, 20), rng.choice((0, 0, 15, 30, 45))
+    written = f"{hour:02d}:{minute:02d}"
+    if written == "12:00":
+        return "noon", written
+    said = str((hour - 1) % 12 + 1) + (f":{minute:02d}" if minute else "")
+    return f"{said} {'am' if hour < 12 else 'pm'}", written
+
+
+def _plural(noun: str) -> str:
+    if noun.endswith(("ch", "sh", "s", "x")):
+        return noun + "es"
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return noun[:-1] + "ies"
+    if noun == "shelf":
+        return "shelves"
+    return noun + "s"
