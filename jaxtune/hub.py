@@ -1,10 +1,11 @@
-"""From a name to a local checkpoint: hub id, folder, .gguf file or PEFT adapter -> config, tokenizer, weights.
+"""From a name to a local checkpoint: hub id, folder, .gguf file or PEFT adapter -> config, tokenizer,
+weights.
 
-`resolve` never loads weights; `Checkpoint.read` gives them one at a time. An access token is used for the download
-and appears in no exception and no log.
+`resolve` never loads weights; `Checkpoint.read` gives them one at a time. An access token is used for the
+download and appears in no exception and no log.
 
-transformers is imported inside the functions that use it: where torch is installed transformers imports torch, and
-`import jaxtune` must not.
+transformers is imported inside the functions that use it: where torch is installed transformers imports
+torch, and `import jaxtune` must not.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import huggingface_hub
 import numpy as np
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from jaxtune.formats import TensorReader
 from jaxtune.formats.bnb_reader import BnbFolder, BnbTensor, check_quantization_config
@@ -87,11 +88,11 @@ class Checkpoint:
         return self._reader.info(name)
 
     def read(self, name: str) -> np.ndarray | BnbTensor:
-        """One weight: bfloat16/float16/float32 [out, in] (a view of the file where possible), or BnbTensor."""
+        """One weight: bfloat16/float16/float32 [out, in], a view of the file where possible; or BnbTensor."""
         return self._reader.read(name)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer (the adapter's own when it has one), padding on the left with a token that is not EOS."""
+        """The tokenizer (the adapter's own if it has one), padding on the left with a token that is not EOS."""
         from transformers import AutoTokenizer
 
         folder = self.adapter if self.adapter and _has_tokenizer(self.adapter) else self.path
@@ -238,8 +239,8 @@ def _only_gguf(folder: Path) -> Path:
             f"{folder} has several .gguf files ({', '.join(f.name for f in models)}); pass gguf_file=..."
         )
     raise FileNotFoundError(
-        f"{folder} is no checkpoint: looked for {ADAPTER_CONFIG} (PEFT adapter), config.json (model) and *.gguf; "
-        f"it holds {_listing(folder)}"
+        f"{folder} is no checkpoint: looked for {ADAPTER_CONFIG} (PEFT adapter), config.json (model) and "
+        f"*.gguf; it holds {_listing(folder)}"
     )
 
 
@@ -249,7 +250,7 @@ def _listing(folder: Path) -> str:
 
 
 def _with_adapter(folder: Path, hub: _Hub) -> Checkpoint:
-    """A PEFT folder -> its base with `.adapter` set. A relative base is tried from here, then from the folder."""
+    """A PEFT folder -> its base with `.adapter` set; a relative base is tried from here, then from the folder."""
     config = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
     if not (folder / ADAPTER_WEIGHTS).exists():
         raise FileNotFoundError(
@@ -283,9 +284,9 @@ def _has_tokenizer(folder: Path) -> bool:
 def fix_pad_token(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
     """Give the tokenizer a padding token that is not end-of-sequence and has an embedding row; adds no token.
 
-    With padding equal to EOS a loss that ignores padding never learns to stop. Order: reserved tokens, the unknown
-    token, the config's pad id. When nothing is spare the pad token stays EOS (jaxtune masks padding by segment, so
-    only other libraries are affected) and the log says so.
+    With padding equal to EOS a loss that ignores padding never learns to stop. Order: reserved tokens, the
+    unknown token, the config's pad id. When nothing is spare the pad token stays EOS (jaxtune masks padding
+    by segment, so only other libraries are affected) and the log says so.
     """
     rows = config.get_text_config().vocab_size
     current = tokenizer.pad_token_id

@@ -1,8 +1,8 @@
 """Read a bitsandbytes 4-bit checkpoint folder: the packed bytes of a weight with the tensors beside it.
 
-Beside a quantised "….q_proj.weight" (uint8) lie "….q_proj.weight.absmax", ".quant_map", for double quantisation
-".nested_absmax" and ".nested_quant_map", and ".quant_state.bitsandbytes__nf4" (JSON in uint8). A module that
-`llm_int8_skip_modules` left in 16 bits has none of these and is read as a plain tensor.
+Beside a quantised "….q_proj.weight" (uint8) lie "….q_proj.weight.absmax", ".quant_map", for double
+quantisation ".nested_absmax" and ".nested_quant_map", and ".quant_state.bitsandbytes__nf4" (JSON in uint8).
+A module that `llm_int8_skip_modules` left in 16 bits has none of these and is read as a plain tensor.
 """
 
 import json
@@ -91,8 +91,8 @@ class BnbFolder:
             wanted |= {".nested_absmax", ".nested_quant_map"}
         if missing := sorted(wanted - have):
             raise ValueError(
-                f"{self._folder.folder}: {name!r} is quantised but {', '.join(name + side for side in missing)} "
-                f"is missing (there is {', '.join(sorted(have))})"
+                f"{self._folder.folder}: {name!r} is quantised but lacks {', '.join(missing)} "
+                f"(there is {', '.join(sorted(have))})"
             )
 
     def names(self) -> list[str]:

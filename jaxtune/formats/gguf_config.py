@@ -1,7 +1,7 @@
 """Rebuild a transformers config from GGUF metadata (architectures llama, qwen2 and qwen3).
 
-Mistral models are written with architecture "llama". GGUF does not say so; without a sliding window the two are the
-same mathematics, and with one the config becomes Mistral's.
+Mistral models are written with architecture "llama". GGUF does not say so; without a sliding window the two
+are the same mathematics, and with one the config becomes Mistral's.
 """
 
 from typing import Any
@@ -153,8 +153,8 @@ def _rope(own: dict[str, Any], arch: str, factors: np.ndarray | None) -> dict[st
 def llama3_scaling(factors: np.ndarray, theta: float) -> dict[str, Any]:
     """Recover Llama 3.x's rope_scaling from the per-frequency divisors that GGUF stores instead.
 
-    The divisor is 1 for wavelengths below original/high, `factor` above original/low, and in between 1 over a mix
-    that is linear in 1/wavelength. Only the two ratios matter, so low_freq_factor = 1 loses nothing.
+    The divisor is 1 for wavelengths below original/high, `factor` above original/low, and in between 1 over
+    a mix that is linear in 1/wavelength. Only the two ratios matter, so low_freq_factor = 1 loses nothing.
 
     Args:
         factors: [head_dim/2] float32.

@@ -1,9 +1,10 @@
 """Parse a .gguf file: metadata, tensor table, and tensors dequantised one at a time.
 
-The format (GGUF version 2 and 3, little-endian): "GGUF", uint32 version, uint64 tensor count, uint64 key count;
-the keys (string, uint32 type, value); per tensor (string, uint32 n_dims, uint64 dims fastest first, uint32 type,
-uint64 offset); padding to general.alignment; the data. The block arithmetic of the quantised types is the gguf
-package's; its own file reader is not used because it needs seconds and hundreds of MB for a large vocabulary.
+The format (GGUF version 2 and 3, little-endian): "GGUF", uint32 version, uint64 tensor count, uint64 key
+count; the keys (string, uint32 type, value); per tensor (string, uint32 n_dims, uint64 dims fastest first,
+uint32 type, uint64 offset); padding to general.alignment; the data. The block arithmetic of the quantised
+types is the gguf package's; its own file reader is not used because it needs seconds and hundreds of MB for
+a large vocabulary.
 """
 
 import mmap
@@ -58,15 +59,15 @@ class GgufFile:
         for name, tensor in self.tensors.items():
             if tensor.start + tensor.size > size:
                 raise ValueError(
-                    f"{self.path} is truncated: tensor {name!r} ends at byte {tensor.start + tensor.size:,} and the "
-                    f"file has {size:,}. Download or copy it again."
+                    f"{self.path} is truncated: tensor {name!r} ends at byte {tensor.start + tensor.size:,} "
+                    f"and the file has {size:,}. Download or copy it again."
                 )
 
     def _parse(self) -> None:
         version, n_tensors, n_keys = self._take("<IQQ")
         if version not in (2, 3):
             raise ValueError(
-                f"{self.path}: GGUF version {version} (big-endian or too old); jaxtune reads little-endian 2 and 3"
+                f"{self.path}: GGUF version {version} (big-endian or too old); expected little-endian 2 or 3"
             )
         self.metadata = {self._string(): self._value() for _ in range(n_keys)}
         table = [self._tensor() for _ in range(n_tensors)]
@@ -136,7 +137,8 @@ class GgufFile:
             values = dequantize(raw.reshape(*rows, tensor.shape[-1] // block * block_bytes), tensor.kind)
         except NotImplementedError as error:
             raise ValueError(
-                f"{self.path}: tensor {name!r} has type {tensor.kind.name}, which the gguf package cannot dequantise"
+                f"{self.path}: tensor {name!r} has type {tensor.kind.name}, "
+                "which the gguf package cannot dequantise"
             ) from error
         return np.asarray(values, np.float32).reshape(tensor.shape)
 

@@ -1,7 +1,7 @@
 """A GGUF model under Hugging Face names: config, weights in HF orientation, generation settings.
 
-llama.cpp's converter interleaves the two rotary halves of q and k for architecture "llama" (which includes Mistral);
-reading undoes that. Norm weights, biases and the other architectures are stored as they are.
+llama.cpp's converter interleaves the two rotary halves of q and k for architecture "llama" (which includes
+Mistral); reading undoes that. Norm weights, biases and the other architectures are stored as they are.
 """
 
 from pathlib import Path
@@ -34,7 +34,8 @@ class GgufModel:
     """A .gguf file (or all parts of a split one) as a checkpoint.
 
     Raises:
-        ValueError: damaged file, unsupported architecture, or a tensor with no counterpart (its name is given).
+        ValueError: damaged file, unsupported architecture, or a tensor with no counterpart (its name is
+        given).
     """
 
     def __init__(self, path: str | Path):

@@ -1,8 +1,9 @@
-"""Rebuild a fast tokenizer from GGUF metadata: vocabulary, merges, pre-tokenizer, special tokens, chat template.
+"""Rebuild a fast tokenizer from GGUF metadata: vocabulary, merges, pre-tokenizer, special tokens, chat
+template.
 
-"gpt2" files hold a byte-level BPE and name their pre-tokenizer in tokenizer.ggml.pre; each name here becomes the
-pre-tokenizer of the tokenizer.json that the file was made from. "llama" files hold a SentencePiece BPE: its merges
-are not stored, they follow from the pieces and their scores.
+"gpt2" files hold a byte-level BPE and name their pre-tokenizer in tokenizer.ggml.pre; each name here
+becomes the pre-tokenizer of the tokenizer.json that the file was made from. "llama" files hold a
+SentencePiece BPE: its merges are not stored, they follow from the pieces and their scores.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Pre(NamedTuple):
 
     splits: regexes applied one after another, each match its own piece.
     digits: every digit its own piece. gpt2: then GPT-2's own split.
-    ignore_merges: a piece that is a token is taken whole. nfc: Unicode NFC first. bos: begin with <bos> by default.
+    ignore_merges: a piece that is a token is taken whole. nfc: Unicode NFC first. bos: begin with <bos> by
+    default.
     """
 
     splits: tuple[str, ...] = ()
@@ -67,8 +69,8 @@ PRE_TOKENIZERS: dict[str, Pre] = {
 def load_tokenizer(metadata: dict[str, Any], path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a GGUF file, ready to save beside a model.
 
-    A pre-tokenizer that is not in the table is never guessed: a tokenizer.json beside the file is used, else an
-    error says so.
+    A pre-tokenizer that is not in the table is never guessed: a tokenizer.json beside the file is used,
+    else an error says so.
 
     Raises:
         ValueError: no tokenizer, or a kind that jaxtune cannot rebuild; it is named.
@@ -84,7 +86,7 @@ def load_tokenizer(metadata: dict[str, Any], path: Path) -> PreTrainedTokenizerB
         return AutoTokenizer.from_pretrained(str(path.parent), trust_remote_code=False)
     else:
         raise ValueError(
-            f"{path}: cannot rebuild its tokenizer (tokenizer.ggml.model = {kind!r}, tokenizer.ggml.pre = {pre!r}). "
+            f"{path}: cannot rebuild its tokenizer (tokenizer.ggml.model = {kind!r}, .pre = {pre!r}). "
             f"Known: model 'llama', or 'gpt2' with pre {', '.join(sorted(PRE_TOKENIZERS))}. "
             "Put the original tokenizer.json and tokenizer_config.json beside the file."
         )

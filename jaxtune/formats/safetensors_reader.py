@@ -77,7 +77,7 @@ class SafetensorsFile:
     def _info(self, name: str, entry: dict, offset: int, size: int) -> TensorInfo:
         if entry["dtype"] not in DTYPES:
             raise ValueError(
-                f"tensor {name!r} of {self.path} has dtype {entry['dtype']}; jaxtune reads {', '.join(DTYPES)}"
+                f"tensor {name!r} of {self.path} has dtype {entry['dtype']}; known: {', '.join(DTYPES)}"
             )
         dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
         start, end = (offset + at for at in entry["data_offsets"])
