@@ -1,0 +1,252 @@
+"""The decoder-only transformer that Llama, Mistral and Qwen share; a family's file says how it differs.
+
+Attribute paths are the checkpoint's names, except that `layers` holds segments of stacked layers: runs of the
+smallest repeating pattern of layer kinds, each scanned, so that compile time does not grow with depth.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxtune.kernels.attention import attention
+from jaxtune.models.layers import Embedding, Linear, RMSNorm
+from jaxtune.models.rope import Rope, rotate, tables
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """What the mathematics needs of config.json. `windows` has one entry a layer: tokens seen, None for all."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    rope: Rope
+    windows: tuple[int | None, ...]
+    hidden_act: str = "silu"
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    def __post_init__(self):
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is not supported; jaxtune has {', '.join(ACTIVATIONS)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_attention_heads={self.num_heads} is no multiple of {self.num_kv_heads} kv heads")
+
+
+class Segment(NamedTuple):
+    """`repeats` runs of `period` layers, from layer `first` on."""
+
+    first: int
+    period: int
+    repeats: int
+
+
+def segments(kinds: Sequence) -> list[Segment]:
+    """Splits layers into runs of a repeating pattern, longest cover first: [a]*n -> one segment of period 1."""
+    plan, at = [], 0
+    while at < len(kinds):
+        best = Segment(at, 1, 1)
+        for period in range(1, min(16, len(kinds) - at) + 1):
+            pattern, repeats = kinds[at : at + period], 1
+            while kinds[at + repeats * period : at + (repeats + 1) * period] == pattern:
+                repeats += 1
+            if repeats > 1 and repeats * period > best.repeats * best.period:
+                best = Segment(at, period, repeats)
+        plan.append(best)
+        at += best.period * best.repeats
+    return plan
+
+
+class Cache(NamedTuple):
+    """Keys and values of the layers so far: k, v [L, B, S, K, h] a segment slot; `index` is the next free column."""
+
+    layers: list
+    positions: jax.Array
+    segment_ids: jax.Array
+    index: jax.Array
+
+
+class Context(NamedTuple):
+    """What every layer needs beside x: rope tables, who sees whom, the dropout key, the cache's columns."""
+
+    cos: jax.Array
+    sin: jax.Array
+    positions: jax.Array
+    segment_ids: jax.Array
+    key: jax.Array | None = None
+    kv_positions: jax.Array | None = None
+    kv_segments: jax.Array | None = None
+    index: jax.Array | None = None
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: DecoderConfig, window: int | None, dtype):
+        heads, kv, h = config.num_heads, config.num_kv_heads, config.head_dim
+        self.q_proj = Linear(config.hidden_size, heads * h, bias=config.qkv_bias, dtype=dtype)
+        self.k_proj = Linear(config.hidden_size, kv * h, bias=config.qkv_bias, dtype=dtype)
+        self.v_proj = Linear(config.hidden_size, kv * h, bias=config.qkv_bias, dtype=dtype)
+        self.o_proj = Linear(heads * h, config.hidden_size, bias=config.output_bias, dtype=dtype)
+        self.q_norm = RMSNorm(h, config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
+        self.k_norm = RMSNorm(h, config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
+        self.head_dim, self.window = h, window
+
+    def __call__(self, x: jax.Array, ctx: Context, kv=None):
+        q, k, v = (
+            proj(x, ctx.key).reshape(*x.shape[:2], -1, self.head_dim)  # [B, T, heads, h]
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, ctx.cos, ctx.sin), rotate(k, ctx.cos, ctx.sin)
+        kv_positions, kv_segments = ctx.positions, ctx.segment_ids
+        if kv is not None:
+            at = (0, ctx.index, 0, 0)
+            k = jax.lax.dynamic_update_slice(kv[0], k.astype(kv[0].dtype), at)
+            v = jax.lax.dynamic_update_slice(kv[1], v.astype(kv[1].dtype), at)
+            kv, kv_positions, kv_segments = (k, v), ctx.kv_positions, ctx.kv_segments
+        out = attention(
+            q,
+            k.astype(q.dtype),
+            v.astype(q.dtype),
+            q_positions=ctx.positions,
+            kv_positions=kv_positions,
+            q_segments=ctx.segment_ids,
+            kv_segments=kv_segments,
+            window=self.window,
+        )
+        return self.o_proj(out.reshape(*x.shape[:2], -1), ctx.key), kv
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: DecoderConfig, dtype):
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = Linear(width, inner, bias=bias, dtype=dtype)
+        self.up_proj = Linear(width, inner, bias=bias, dtype=dtype)
+        self.down_proj = Linear(inner, width, bias=bias, dtype=dtype)
+        self.activation = config.hidden_act
+
+    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        gate = ACTIVATIONS[self.activation](self.gate_proj(x, key))
+        return self.down_proj(gate * self.up_proj(x, key), key)
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, config: DecoderConfig, window: int | None, dtype):
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.self_attn = Attention(config, window, dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.mlp = MLP(config, dtype)
+
+    def __call__(self, x: jax.Array, ctx: Context, kv=None):
+        out, kv = self.self_attn(self.input_layernorm(x), ctx, kv)
+        x = x + out
+        return x + self.mlp(self.post_attention_layernorm(x), ctx.key), kv
+
+
+def run_segment(layers: nnx.List, x: jax.Array, ctx: Context, caches, remat: bool):
+    """Scans one segment: `layers` is a period of modules whose leaves carry a leading axis of repeats.
+
+    caches: per layer of the period (k, v) [repeats, B, S, K, h], or None.
+    """
+    graph, state = nnx.split(layers)
+    repeats = jax.tree.leaves(state)[0].shape[0]
+    keys = None if ctx.key is None else jax.random.split(ctx.key, repeats)
+
+    def body(x, inputs):
+        state, key, caches = inputs
+        new = []
+        for i, layer in enumerate(nnx.merge(graph, state)):
+            inner = None if key is None else jax.random.fold_in(key, i)
+            x, kv = layer(x, ctx._replace(key=inner), None if caches is None else caches[i])
+            new.append(kv)
+        return x, (None if caches is None else new)
+
+    body = jax.checkpoint(body, prevent_cse=False) if remat else body
+    return jax.lax.scan(body, x, (state, keys, caches))
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: DecoderConfig, dtype):
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.layers = nnx.List(
+            nnx.List(DecoderLayer(config, config.windows[s.first + j], dtype) for j in range(s.period))
+            for s in segments(config.windows)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+
+
+class CausalLM(nnx.Module):
+    """A decoder with its head. Leaves under `model.layers` carry a leading axis of stacked layers."""
+
+    def __init__(self, config: DecoderConfig, dtype):
+        self.model = Decoder(config, dtype)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+        self.config, self.dtype = config, dtype
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        return self.model.embed_tokens(ids, self.dtype)
+
+    def head(self) -> jax.Array:
+        """The output matrix [V, D] in the compute dtype."""
+        holder = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        weight = holder.weight[...]
+        return (weight if isinstance(holder.weight, nnx.Param) else jax.lax.stop_gradient(weight)).astype(self.dtype)
+
+    def trains_head(self) -> bool:
+        holder = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return isinstance(holder.weight, nnx.Param)
+
+    def hidden(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        *,
+        key: jax.Array | None = None,
+        remat: bool = False,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Final hidden states [B, T, D] of embedded tokens x [B, T, D].
+
+        Args:
+          positions, segment_ids: int32 [B, T].
+          key: dropout key; None at evaluation.
+          remat: recompute each layer in the backward pass instead of keeping its activations.
+          cache: when given, T new columns are written at `cache.index` and attention spans the cache.
+        """
+        cos, sin = tables(self.config.rope, positions, self.dtype)
+        ctx = Context(cos, sin, positions, segment_ids, key)
+        if cache is not None:
+            ctx = ctx._replace(kv_positions=cache.positions, kv_segments=cache.segment_ids, index=cache.index)
+        kept = []
+        for i, segment in enumerate(self.model.layers):
+            inner = ctx if key is None else ctx._replace(key=jax.random.fold_in(key, i))
+            x, new = run_segment(segment, x, inner, None if cache is None else cache.layers[i], remat)
+            kept.append(new)
+        if cache is not None:
+            cache = cache._replace(layers=kept, index=cache.index + x.shape[1])
+        return self.model.norm(x), cache
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> [..., V] float32."""
+        return jnp.dot(hidden, self.head().T, preferred_element_type=jnp.float32)

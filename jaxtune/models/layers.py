@@ -1,0 +1,119 @@
+"""The layers every family is made of. Declared with Flax NNX; leaves start as shapes and are filled by `load`.
+
+Shapes: B batch, T tokens, D model, H heads, K kv heads, h head_dim, F ffn, V vocab, L layers, R rank.
+"""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxtune.kernels.linear import dense, frozen_linear
+from jaxtune.quant import BLOCK, NESTED_BLOCK, NF4
+
+Shape = jax.ShapeDtypeStruct
+
+
+class Frozen(nnx.Variable):
+    """A weight that is loaded and never trained."""
+
+
+class NF4Weight(nnx.Module):
+    """The four leaves of an NF4 matrix [out, in]."""
+
+    def __init__(self, out_features: int, in_features: int, double_quant: bool = True):
+        blocks = out_features * in_features // BLOCK
+        self.codes = Frozen(Shape((out_features, in_features // 2), jnp.uint8))
+        kind = jnp.uint8 if double_quant else jnp.float32
+        self.absmax = Frozen(Shape((out_features, in_features // BLOCK), kind))
+        self.absmax_scale = Frozen(Shape((-(-blocks // NESTED_BLOCK),), jnp.float32)) if double_quant else None
+        self.absmax_offset = Frozen(Shape((), jnp.float32)) if double_quant else None
+
+    def nf4(self) -> NF4:
+        nested = self.absmax_scale is not None
+        return NF4(
+            self.codes[...],
+            self.absmax[...],
+            self.absmax_scale[...] if nested else None,
+            self.absmax_offset[...] if nested else None,
+        )
+
+
+class Linear(nnx.Module):
+    """y = x Wᵀ + b, plus scaling · (x A) B once `lora.attach` has added an adapter."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype):
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = Frozen(Shape((out_features, in_features), dtype))
+        self.bias = Frozen(Shape((out_features,), dtype)) if bias else None
+        self.lora_A = self.lora_B = self.lora_magnitude = self.lora_scaling = None
+        self.dropout, self.dropout_salt = 0.0, 0
+
+    def quantize(self, double_quant: bool) -> None:
+        self.weight = NF4Weight(self.out_features, self.in_features, double_quant)
+
+    def add_lora(self, name: str, rank: int, dropout: float, use_dora: bool) -> None:
+        self.lora_A = nnx.LoRAParam(Shape((self.in_features, rank), jnp.float32))
+        self.lora_B = nnx.LoRAParam(Shape((rank, self.out_features), jnp.float32))
+        self.lora_magnitude = nnx.LoRAParam(Shape((self.out_features,), jnp.float32)) if use_dora else None
+        self.lora_scaling = Frozen(Shape((), jnp.float32))
+        self.dropout, self.dropout_salt = dropout, zlib.crc32(name.encode())
+
+    def _stored(self):
+        return self.weight.nf4() if isinstance(self.weight, NF4Weight) else self.weight[...]
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        if isinstance(self.weight, nnx.Param):  # full fine-tuning: a float32 master weight
+            y = x @ self.weight[...].astype(x.dtype).T
+        else:
+            y = frozen_linear(x, self._stored())
+        if self.lora_A is not None:
+            y = self._adapt(x, y, key)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+    def _adapt(self, x: jax.Array, y: jax.Array, key: jax.Array | None) -> jax.Array:
+        dropped = x
+        if key is not None and self.dropout > 0:
+            keep = jax.random.bernoulli(jax.random.fold_in(key, self.dropout_salt), 1 - self.dropout, x.shape)
+            dropped = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
+        a, b = self.lora_A[...].astype(x.dtype), self.lora_B[...].astype(x.dtype)
+        update = (dropped @ a) @ b * self.lora_scaling[...].astype(x.dtype)
+        if self.lora_magnitude is None:
+            return y + update
+        base = y if dropped is x else frozen_linear(dropped, self._stored())
+        scale = (self.lora_magnitude[...] / self._dora_norm()).astype(x.dtype)
+        # a layer that layers_to_transform leaves out has scaling 0 and keeps its weight
+        scale = jnp.where(self.lora_scaling[...] == 0, jnp.ones_like(scale), scale)
+        return y + (scale - 1) * base + scale * update
+
+    def _dora_norm(self) -> jax.Array:
+        """‖W + s·(A B)ᵀ‖ of each row, float32 [out]; constant for the gradient (DoRA, arXiv 2402.09353, §4.3)."""
+        delta = (self.lora_A[...] @ self.lora_B[...]).T * self.lora_scaling[...]
+        return jax.lax.stop_gradient(jnp.linalg.norm(dense(self._stored(), jnp.float32) + delta, axis=1))
+
+
+class Embedding(nnx.Module):
+    """Rows of a [V, D] table."""
+
+    def __init__(self, vocab_size: int, width: int, *, dtype):
+        self.weight = Frozen(Shape((vocab_size, width), dtype))
+
+    def __call__(self, ids: jax.Array, dtype) -> jax.Array:
+        weight = self.weight[...]
+        if not isinstance(self.weight, nnx.Param):
+            weight = jax.lax.stop_gradient(weight)
+        return weight[ids].astype(dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · weight over the last axis, in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float, *, dtype):
+        self.weight = Frozen(Shape((width,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
+        return self.weight[...].astype(x.dtype) * normed.astype(x.dtype)
