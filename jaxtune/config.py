@@ -29,7 +29,7 @@ OPTIMIZERS = {
 }
 
 
-_POSITIVE = """max_length dataset_num_proc pad_to_multiple_of per_device_train_batch_size
+_POSITIVE = """max_length dataset_num_proc per_device_train_batch_size
     gradient_accumulation_steps per_device_eval_batch_size save_total_limit""".split()
 _NOT_NEGATIVE = """warmup_steps warmup_ratio weight_decay max_grad_norm learning_rate embedding_learning_rate
     neftune_noise_alpha seed data_seed adam_epsilon adam_beta1 adam_beta2 logging_steps eval_steps
@@ -71,7 +71,7 @@ class SFTConfig:
     dataset_text_field: str = "text"
     """Column that holds the text."""
     dataset_num_proc: int | None = None
-    """Processes that prepare the data. None = this one."""
+    """Not needed: rows are tokenised in batches, on the tokenizer's own threads."""
     dataset_kwargs: dict[str, bool] | None = None
     """Only {"skip_prepare_dataset": true}: the data already has input_ids (and labels)."""
     eos_token: str | None = None
@@ -82,8 +82,6 @@ class SFTConfig:
     """Shuffle the rows once, before they are packed."""
     train_sampling_strategy: Literal["random", "sequential"] = "random"
     """Order of the rows in an epoch."""
-    pad_to_multiple_of: int | None = None
-    """Pad rows to a multiple of this many tokens. None = to a few fixed lengths, one compilation each."""
 
     # -- batch and length of the run ---------------------------------------------------------------
     per_device_train_batch_size: int = 8
@@ -209,8 +207,6 @@ class SFTConfig:
         put("report_to", tuple(name for name in names if name != "none"))
         if self.gradient_checkpointing == "unsloth":
             put("gradient_checkpointing", True)
-        if self.pad_to_multiple_of == "auto":
-            put("pad_to_multiple_of", None)
         if self.loss_type == "chunked_nll":
             put("loss_type", "nll")
 
@@ -421,11 +417,11 @@ IGNORED = frozenset(
     include_for_metrics include_inputs_for_metrics include_num_input_tokens_seen
     include_tokens_per_second jit_mode_eval label_names length_column_name liger_kernel_config
     local_rank log_level log_level_replica log_on_each_node logging_nan_inf_filter
-    overwrite_output_dir padding_free parallelism_config prediction_loss_only project ray_scope
-    remove_unused_columns restore_callback_states_from_checkpoint save_on_each_node save_safetensors
-    skip_memory_metrics tf32 torch_compile torch_compile_backend torch_compile_mode
-    torch_empty_cache_steps torchdynamo trackio_bucket_id trackio_space_id trackio_static_space_id
-    trust_remote_code use_cache use_liger use_liger_kernel use_mps_device
+    overwrite_output_dir pad_to_multiple_of padding_free parallelism_config prediction_loss_only
+    project ray_scope remove_unused_columns restore_callback_states_from_checkpoint
+    save_on_each_node save_safetensors skip_memory_metrics tf32 torch_compile torch_compile_backend
+    torch_compile_mode torch_empty_cache_steps torchdynamo trackio_bucket_id trackio_space_id
+    trackio_static_space_id trust_remote_code use_cache use_liger use_liger_kernel use_mps_device
     """.split()
 )
 
