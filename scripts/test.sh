@@ -23,8 +23,8 @@ step() {
 
 export PATH="$VENV/bin:$PATH"
 step "SmolLM2 weights" fetch_smollm2
-step "ruff check" ruff check .
-step "ruff format --check" ruff format --check .
+step "ruff check" ruff check --output-format concise .
+step "ruff format --check" ruff format --check --output-format concise .
 step "type check (pyrefly)" pyrefly check --summarize-errors
 step "pytest $*" python -m pytest "$@"
 

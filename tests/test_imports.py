@@ -25,9 +25,12 @@ STAGES = [
     {"generate"},
     {"export"},
     {"model"},
-    {"checkpoint", "metrics"},
+    {"checkpoint", "metrics", "signals"},
     {"trainer"},
     {"tasks"},
+    {"command_line"},
+    {"job"},
+    {"dry_run"},
     {"train"},
 ]
 STAGE_OF = {name: number for number, names in enumerate(STAGES) for name in names}

@@ -34,7 +34,10 @@ FAMILIES = {
     "mistral": ("MistralConfig", {"sliding_window": None}),
     "mistral_window": ("MistralConfig", {"sliding_window": 16}),
     "qwen2": ("Qwen2Config", {}),
-    "qwen2_window": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
+    "qwen2_window": (
+        "Qwen2Config",
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    ),
     "qwen3": ("Qwen3Config", {"head_dim": 64}),
     "qwen3_tied": ("Qwen3Config", {"tie_word_embeddings": True}),
 }

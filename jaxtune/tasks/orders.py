@@ -16,6 +16,7 @@ from typing import Any
 SYSTEM = "Order to JSON."
 NUM_TRAIN, NUM_HELD_OUT = 1000, 200
 SEED = 3407
+SHOWN = (0, 8)  # the held-out rows that are shown before and after training
 
 # Each shelf: variants that go before any of its nouns. Nouns take a regular plural (see _plural).
 SHELVES: dict[str, tuple[str, str]] = {
@@ -121,12 +122,6 @@ def exact_match(prediction: str, answer: str) -> bool:
         return json.loads(prediction) == json.loads(answer)
     except json.JSONDecodeError:
         return False
-
-
-def example_prompts() -> list[str]:
-    """Two sentences with items from no training row, for a look at the model before and after training."""
-    rows = make_rows(2, held_out=True, seed=SEED + 1)
-    return [row["prompt"][-1]["content"] for row in rows]
 
 
 def _row(sentence: str, answer: dict[str, Any]) -> dict[str, Any]:
