@@ -16,7 +16,7 @@ import numbers
 import types
 import warnings
 from collections.abc import Iterable
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 Strategy = Literal["no", "steps", "epoch"]
 REPORTERS = ("tensorboard", "wandb", "trackio")
@@ -36,7 +36,7 @@ _NOT_NEGATIVE = """warmup_steps warmup_ratio weight_decay max_grad_norm learning
     save_steps""".split()
 
 
-def _tolerant(cls: type) -> type:
+def _tolerant[T](cls: type[T]) -> type[T]:
     """Let the constructor of SFTConfig take the foreign names of `_own_arguments` besides its fields."""
     generated = cls.__init__
 
@@ -48,6 +48,7 @@ def _tolerant(cls: type) -> type:
     return cls
 
 
+@_tolerant
 @dataclasses.dataclass(frozen=True)
 class SFTConfig:
     """Supervised fine-tuning: data preparation, optimisation, logging, checkpoints (TRL's defaults)."""
@@ -229,9 +230,6 @@ class SFTConfig:
         return math.ceil(num_steps * value) if value < 1 else int(value)
 
 
-SFTConfig = _tolerant(SFTConfig)
-
-
 @dataclasses.dataclass(frozen=True)
 class LoadArguments:
     """The base model (arguments of FastLanguageModel.from_pretrained)."""
@@ -362,7 +360,7 @@ def _check_types(config: Any) -> None:
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
 
 
 def _check_at_least(config: Any, least: int, names: Iterable[str]) -> None:
