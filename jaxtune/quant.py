@@ -78,7 +78,9 @@ def dynamic_map(signed: bool = True) -> np.ndarray:
         items = 2 ** (exponent if signed else exponent + 1)
         step, index = np.float64(np.float32(0.9) / np.float32(items)), np.arange(items + 1)
         below, above = np.float32(0.1) + step * index, 1.0 - step * (items - index)
-        edges = np.where(index < (items + 1) // 2, below, above).astype(np.float32)  # torch.linspace to the last bit
+        edges = np.where(index < (items + 1) // 2, below, above).astype(
+            np.float32
+        )  # torch.linspace to the last bit
         means = (edges[:-1] + edges[1:]) / np.float32(2)
         decade = (np.float32(10.0 ** (exponent - 6)) * means).tolist()
         values += decade + ([-v for v in decade] if signed else [])
@@ -117,7 +119,9 @@ def _quantize_absmax(absmax: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.flo
     padded = np.pad(flat, (0, -flat.size % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
     scale = np.abs(padded).max(1)
     inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
-    steps = (padded * inverse[:, None] + np.float32(1)) * np.float32(0.5) * np.float32(65535) + np.float32(0.5)
+    steps = (padded * inverse[:, None] + np.float32(1)) * np.float32(0.5) * np.float32(65535) + np.float32(
+        0.5
+    )
     codes = _nested_table()[np.clip(steps, 0, 65535).astype(np.int32)]
     codes[scale == 0] = 0  # what bitsandbytes writes for a group of equal scales; it means zero either way
     return codes.reshape(-1)[: flat.size].reshape(absmax.shape), scale, offset
@@ -207,7 +211,9 @@ def from_bnb(tensors: Mapping[str, np.ndarray], name: str = "weight") -> NF4:
     """
     states = [k for k in tensors if "quant_state" in k]
     if states != [f"weight.{_STATE}"]:
-        raise ValueError(f"{name}: expected bitsandbytes NF4 ('weight.{_STATE}'), got {states or sorted(tensors)}")
+        raise ValueError(
+            f"{name}: expected bitsandbytes NF4 ('weight.{_STATE}'), got {states or sorted(tensors)}"
+        )
     state = json.loads(bytes(tensors[f"weight.{_STATE}"]))
     if state["blocksize"] != BLOCK or state.get("nested_blocksize", NESTED_BLOCK) != NESTED_BLOCK:
         raise ValueError(f"{name}: expected blocks of {BLOCK} and {NESTED_BLOCK}, got {state}")

@@ -9,7 +9,18 @@ from jaxtune import quant
 bnb = pytest.importorskip("bitsandbytes.functional")
 torch = pytest.importorskip("torch")
 
-SHAPES = [(1, 64), (3, 64), (5, 128), (64, 64), (7, 192), (64, 576), (192, 576), (576, 1536), (33, 320), (128, 1024)]
+SHAPES = [
+    (1, 64),
+    (3, 64),
+    (5, 128),
+    (64, 64),
+    (7, 192),
+    (64, 576),
+    (192, 576),
+    (576, 1536),
+    (33, 320),
+    (128, 1024),
+]
 
 
 def _matrices():
@@ -57,7 +68,9 @@ def test_double_quantisation_equals_bitsandbytes(name, monkeypatch):
     got = quant.to_bnb(quant.quantize_nf4(CASES[name]), dtype="float32")
     offset = np.float32(state.offset)
     own = np.asarray(quant.quantize_nf4(CASES[name]).absmax_offset)
-    assert abs(own.view(np.int32) - offset.view(np.int32)) <= 1, "offset: torch's summation order is worth one bit"
+    assert abs(own.view(np.int32) - offset.view(np.int32)) <= 1, (
+        "offset: torch's summation order is worth one bit"
+    )
     if own != offset:  # with torch's own offset every byte is equal
         real = quant._quantize_absmax
 

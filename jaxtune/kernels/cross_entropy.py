@@ -43,7 +43,9 @@ def _run(hidden, head, labels, options, differentiate):
     tokens = hidden.shape[0]
     chunk = min(options.chunk, tokens)
     order = jnp.argsort(labels == IGNORE, stable=True)
-    order = jnp.pad(order, (0, -tokens % chunk), constant_values=tokens)  # out of range: gathers 0, scatters nothing
+    order = jnp.pad(
+        order, (0, -tokens % chunk), constant_values=tokens
+    )  # out of range: gathers 0, scatters nothing
     count = jnp.sum(labels != IGNORE)
     train_head = differentiate and options.train_head
 

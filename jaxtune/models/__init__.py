@@ -12,6 +12,8 @@ import jax.numpy as jnp
 
 from jaxtune.models import llama, mistral, qwen2, qwen3
 from jaxtune.models.decoder import CausalLM
+from jaxtune.models.names import linear_slots, module_at
+from jaxtune.quant import check_quantisable
 
 FAMILIES: dict[str, ModuleType] = {"llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3}
 
@@ -49,7 +51,9 @@ def check_fields(hf) -> None:
     """Raises ValueError for a config field that transformers honours, that differs from its default, and that this
     family does not read. Fields unknown to transformers have no effect there and none here."""
     if getattr(hf, "auto_map", None):
-        raise ValueError(f"auto_map={hf.auto_map} asks for the repository's own code; jaxtune runs no remote code")
+        raise ValueError(
+            f"auto_map={hf.auto_map} asks for the repository's own code; jaxtune runs no remote code"
+        )
     read = family(hf).READ | HARMLESS
     defaults = type(hf)().to_dict()
     for name, value in hf.to_dict().items():
@@ -60,7 +64,33 @@ def check_fields(hf) -> None:
             )
 
 
-def build(hf, dtype=jnp.bfloat16) -> CausalLM:
-    """The model of a transformers config, its leaves shapes only; nothing is allocated."""
+def build(
+    hf,
+    dtype=jnp.bfloat16,
+    *,
+    nf4: bool = False,
+    double_quant: bool = True,
+    dense: frozenset[str] = frozenset(),
+):
+    """The CausalLM of a transformers config, its leaves shapes only; nothing is allocated.
+
+    Args:
+      hf: transformers config of a family in FAMILIES.
+      dtype: of the activations and of the weights that are not quantised.
+      nf4: store the linear layers of the decoder (not the head) in NF4, their scales quantised if `double_quant`.
+      dense: names of linear modules that are not quantised all the same.
+    """
     check_fields(hf)
-    return CausalLM(family(hf).config(hf), dtype)
+    config = family(hf).config(hf)
+    skipped = [
+        frozenset(n.split(".", 3)[3] for n in dense if n.startswith(f"model.layers.{i}."))
+        for i in range(len(config.windows))
+    ]
+    model = CausalLM(config, dtype, skipped if nf4 else None)
+    if nf4:
+        for name, slot in linear_slots(model).items():
+            if name != "lm_head" and name not in dense:
+                linear = module_at(model, slot.path)
+                check_quantisable((linear.out_features, linear.in_features), name)
+                linear.quantize(double_quant)
+    return model

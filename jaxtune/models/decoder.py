@@ -47,9 +47,13 @@ class DecoderConfig:
 
     def __post_init__(self):
         if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act={self.hidden_act!r} is not supported; jaxtune has {', '.join(ACTIVATIONS)}")
+            raise ValueError(
+                f"hidden_act={self.hidden_act!r} is not supported; jaxtune has {', '.join(ACTIVATIONS)}"
+            )
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_attention_heads={self.num_heads} is no multiple of {self.num_kv_heads} kv heads")
+            raise ValueError(
+                f"num_attention_heads={self.num_heads} is no multiple of {self.num_kv_heads} kv heads"
+            )
 
 
 class Segment(NamedTuple):
@@ -185,22 +189,29 @@ def run_segment(layers: nnx.List, x: jax.Array, ctx: Context, caches, remat: boo
 
 
 class Decoder(nnx.Module):
-    def __init__(self, config: DecoderConfig, dtype):
+    def __init__(self, config: DecoderConfig, plan: Sequence[Segment], dtype):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         self.layers = nnx.List(
             nnx.List(DecoderLayer(config, config.windows[s.first + j], dtype) for j in range(s.period))
-            for s in segments(config.windows)
+            for s in plan
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
 
 
 class CausalLM(nnx.Module):
-    """A decoder with its head. Leaves under `model.layers` carry a leading axis of stacked layers."""
+    """A decoder with its head. Leaves under `model.layers` carry a leading axis of stacked layers.
 
-    def __init__(self, config: DecoderConfig, dtype):
-        self.model = Decoder(config, dtype)
-        tied = config.tie_word_embeddings
-        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+    `dense` names, for each layer, the linears that stay unquantised where others are: layers that differ in it are
+    stacked apart.
+    """
+
+    lm_head: Linear | None = None  # None: tied to the embedding
+
+    def __init__(self, config: DecoderConfig, dtype, dense: Sequence[frozenset[str]] | None = None):
+        self.plan = tuple(segments(list(zip(config.windows, dense or config.windows, strict=True))))
+        self.model = Decoder(config, self.plan, dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
         self.config, self.dtype = config, dtype
 
     def embed(self, ids: jax.Array) -> jax.Array:
@@ -210,7 +221,9 @@ class CausalLM(nnx.Module):
         """The output matrix [V, D] in the compute dtype."""
         holder = self.model.embed_tokens if self.lm_head is None else self.lm_head
         weight = holder.weight[...]
-        return (weight if isinstance(holder.weight, nnx.Param) else jax.lax.stop_gradient(weight)).astype(self.dtype)
+        return (weight if isinstance(holder.weight, nnx.Param) else jax.lax.stop_gradient(weight)).astype(
+            self.dtype
+        )
 
     def trains_head(self) -> bool:
         holder = self.model.embed_tokens if self.lm_head is None else self.lm_head

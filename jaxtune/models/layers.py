@@ -27,7 +27,9 @@ class NF4Weight(nnx.Module):
         self.codes = Frozen(Shape((out_features, in_features // 2), jnp.uint8))
         kind = jnp.uint8 if double_quant else jnp.float32
         self.absmax = Frozen(Shape((out_features, in_features // BLOCK), kind))
-        self.absmax_scale = Frozen(Shape((-(-blocks // NESTED_BLOCK),), jnp.float32)) if double_quant else None
+        self.absmax_scale = (
+            Frozen(Shape((-(-blocks // NESTED_BLOCK),), jnp.float32)) if double_quant else None
+        )
         self.absmax_offset = Frozen(Shape((), jnp.float32)) if double_quant else None
 
     def nf4(self) -> NF4:
@@ -43,12 +45,17 @@ class NF4Weight(nnx.Module):
 class Linear(nnx.Module):
     """y = x Wᵀ + b, plus scaling · (x A) B once `lora.attach` has added an adapter."""
 
+    lora_A: nnx.LoRAParam | None = None  # [in, R]
+    lora_B: nnx.LoRAParam | None = None  # [R, out]
+    lora_magnitude: nnx.LoRAParam | None = None  # [out], DoRA
+    lora_scaling: Frozen | None = None  # [], 0 in a stacked layer that has no adapter
+    dropout: float = 0.0
+    dropout_salt: int = 0
+
     def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype):
         self.in_features, self.out_features = in_features, out_features
         self.weight = Frozen(Shape((out_features, in_features), dtype))
         self.bias = Frozen(Shape((out_features,), dtype)) if bias else None
-        self.lora_A = self.lora_B = self.lora_magnitude = self.lora_scaling = None
-        self.dropout, self.dropout_salt = 0.0, 0
 
     def quantize(self, double_quant: bool) -> None:
         self.weight = NF4Weight(self.out_features, self.in_features, double_quant)
@@ -56,7 +63,8 @@ class Linear(nnx.Module):
     def add_lora(self, name: str, rank: int, dropout: float, use_dora: bool) -> None:
         self.lora_A = nnx.LoRAParam(Shape((self.in_features, rank), jnp.float32))
         self.lora_B = nnx.LoRAParam(Shape((rank, self.out_features), jnp.float32))
-        self.lora_magnitude = nnx.LoRAParam(Shape((self.out_features,), jnp.float32)) if use_dora else None
+        if use_dora:
+            self.lora_magnitude = nnx.LoRAParam(Shape((self.out_features,), jnp.float32))
         self.lora_scaling = Frozen(Shape((), jnp.float32))
         self.dropout, self.dropout_salt = dropout, zlib.crc32(name.encode())
 

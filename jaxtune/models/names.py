@@ -4,13 +4,16 @@ A leaf's path is its attribute path joined with dots: "model.layers.0.0.self_att
 segment 0, whose leading axis runs over the segment's repeats.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 
-from jaxtune.models.decoder import CausalLM, segments
-from jaxtune.models.layers import Linear
+from jaxtune.models.decoder import CausalLM
+from jaxtune.models.layers import Linear, NF4Weight
+from jaxtune.quant import NF4, dequantize_nf4
 
 Leaves = dict[str, jax.Array]
 
@@ -30,7 +33,7 @@ class Slot(NamedTuple):
 def _layer_slots(model: CausalLM) -> dict[int, tuple[str, int]]:
     return {
         s.first + r * s.period + j: (f"model.layers.{i}.{j}", r)
-        for i, s in enumerate(segments(model.config.windows))
+        for i, s in enumerate(model.plan)
         for r in range(s.repeats)
         for j in range(s.period)
     }
@@ -62,7 +65,9 @@ def module_slots(model: CausalLM) -> dict[str, Slot]:
 
 def linear_slots(model: CausalLM) -> dict[str, Slot]:
     """`module_slots`, linear layers only."""
-    linear = {".".join(map(str, path)) for path, module in nnx.iter_modules(model) if isinstance(module, Linear)}
+    linear = {
+        ".".join(map(str, path)) for path, module in nnx.iter_modules(model) if isinstance(module, Linear)
+    }
     return {name: slot for name, slot in module_slots(model).items() if slot.path in linear}
 
 
@@ -74,9 +79,20 @@ def module_at(model: CausalLM, path: str):
     return node
 
 
+def expected_names(model: CausalLM) -> dict[str, tuple[Slot, str]]:
+    """Checkpoint weight name -> (slot, leaf) of everything a model needs."""
+    names = {}
+    for module_name, slot in module_slots(model).items():
+        module = module_at(model, slot.path)
+        names[f"{module_name}.weight"] = (slot, "weight")
+        if getattr(module, "bias", None) is not None:
+            names[f"{module_name}.bias"] = (slot, "bias")
+    return names
+
+
 def leaf_shapes(model: CausalLM) -> dict[str, jax.ShapeDtypeStruct]:
     """Every leaf of a model that is still shapes: path -> shape and dtype, stacked leaves with their leading axis."""
-    repeats = {f"model.layers.{i}.": s.repeats for i, s in enumerate(segments(model.config.windows))}
+    repeats = {f"model.layers.{i}.": s.repeats for i, s in enumerate(model.plan)}
     shapes = {}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         name, value = ".".join(map(str, path)), variable.get_value()
@@ -87,7 +103,11 @@ def leaf_shapes(model: CausalLM) -> dict[str, jax.ShapeDtypeStruct]:
 
 def trainable_paths(model: CausalLM) -> set[str]:
     """Paths of the leaves that are trained: adapters and full weights."""
-    return {".".join(map(str, path)) for path, v in nnx.to_flat_state(nnx.state(model)) if isinstance(v, nnx.Param)}
+    return {
+        ".".join(map(str, path))
+        for path, v in nnx.to_flat_state(nnx.state(model))
+        if isinstance(v, nnx.Param)
+    }
 
 
 def join(graphdef, *leaves: Leaves) -> CausalLM:
@@ -97,3 +117,30 @@ def join(graphdef, *leaves: Leaves) -> CausalLM:
         for path, value in part.items():
             flat[tuple(int(k) if k.isdigit() else k for k in path.split("."))] = value
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def stored_weight(model: CausalLM, leaves: Leaves, slot: Slot) -> NF4 | jax.Array:
+    """A module's weight as stored, one layer of it."""
+    if isinstance(module_at(model, slot.path).weight, NF4Weight):
+        return NF4(
+            **{
+                f: slot.take(leaves, f"weight.{f}")
+                for f in NF4._fields
+                if f"{slot.path}.weight.{f}" in leaves
+            }
+        )
+    return slot.take(leaves, "weight")
+
+
+def hf_weights(model) -> Iterator[tuple[str, np.ndarray]]:
+    """(checkpoint name, array) of every weight of a `jaxtune.model.Model`, one at a time.
+
+    NF4 is dequantised to the model's dtype, trained full weights are as trained (float32), adapters are not merged.
+    """
+    leaves = {**model.base, **model.trainable}
+    for name, (slot, leaf) in expected_names(model.module).items():
+        if leaf == "bias":
+            yield name, np.asarray(slot.take(leaves, "bias"))
+            continue
+        stored = stored_weight(model.module, leaves, slot)
+        yield name, np.asarray(dequantize_nf4(stored, model.dtype) if isinstance(stored, NF4) else stored)

@@ -29,7 +29,9 @@ class Rope:
         if self.kind not in KINDS:
             raise ValueError(f"rope_type={self.kind!r} is not supported; jaxtune has {', '.join(KINDS)}")
         if self.scaling.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError(f"partial_rotary_factor={self.scaling['partial_rotary_factor']} is not supported (only 1.0)")
+            raise ValueError(
+                f"partial_rotary_factor={self.scaling['partial_rotary_factor']} is not supported (only 1.0)"
+            )
 
 
 def from_config(config) -> Rope:

@@ -1,0 +1,328 @@
+"""LoRA adapters (arXiv 2106.09685): attaching, initialising, merging, and PEFT's names in and out."""
+
+import json
+import math
+import re
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import load_file
+
+from jaxtune.kernels.linear import dense
+from jaxtune.models.decoder import CausalLM
+from jaxtune.models.layers import Linear
+from jaxtune.models.names import (
+    Leaves,
+    Slot,
+    leaf_shapes,
+    linear_slots,
+    module_at,
+    stored_weight,
+    trainable_paths,
+)
+
+PEFT_PREFIX = "base_model.model."
+SAVABLE = ("embed_tokens", "lm_head")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+# Fields of PEFT's adapter_config.json that change the adapter's meaning, and the values that mean "not used".
+_UNSUPPORTED = {
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "bias": ("none",),
+    "lora_bias": (False, None),
+    "fan_in_fan_out": (False, None),
+    "layer_replication": (None,),
+    "megatron_config": (None,),
+    "trainable_token_indices": (None,),
+    "target_parameters": (None, []),
+    "exclude_modules": (None, []),
+    "use_qalora": (False, None),
+    "alora_invocation_tokens": (None,),
+    "layers_pattern": (None, [], "layers"),
+}
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """An adapter, with PEFT's field names.
+
+    r: rank. lora_alpha: the update is scaled by alpha/r (alpha/√r with use_rslora, arXiv 2312.03732).
+    target_modules: leaf names ("q_proj"), full names, "all-linear" (all but the head) or a regular expression.
+    init_lora_weights: True (A as PEFT's Kaiming-uniform, B zero), "gaussian" (A ~ N(0, 1/r²), B zero), False (both
+    random: for tests). layers_to_transform: layer numbers, all when None. modules_to_save: "embed_tokens" and
+    "lm_head" trained whole, in float32. random_state: seed of the initial weights.
+    """
+
+    r: int = 16
+    lora_alpha: float = 16
+    target_modules: tuple[str, ...] | str = "all-linear"
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | Literal["gaussian"] = True
+    layers_to_transform: tuple[int, ...] | None = None
+    modules_to_save: tuple[str, ...] = ()
+    random_state: int = 3407
+
+    def __post_init__(self):
+        if not isinstance(self.r, int) or self.r <= 0:
+            raise ValueError(f"r, the rank of the adapter, must be an integer above 0, got {self.r!r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise ValueError(
+                f"init_lora_weights must be True, False or 'gaussian', got {self.init_lora_weights!r}"
+            )
+        unknown = [m for m in self.modules_to_save if m.rsplit(".", 1)[-1] not in SAVABLE]
+        if unknown:
+            raise ValueError(f"modules_to_save can hold {', '.join(SAVABLE)}; got {', '.join(unknown)}")
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def saved(self) -> set[str]:
+        """modules_to_save as leaf names."""
+        return {m.rsplit(".", 1)[-1] for m in self.modules_to_save}
+
+
+def target_names(model: CausalLM, config: LoraConfig) -> set[str]:
+    """Checkpoint names of the linear layers that get an adapter.
+
+    Raises:
+      ValueError: a target matches nothing; the message lists what exists.
+    """
+    names = [n for n in linear_slots(model) if n != "lm_head"]
+    wanted = config.target_modules
+    if wanted == "all-linear":
+        patterns: dict[str, Callable[[str], Any]] = {"all-linear": lambda name: True}
+    elif isinstance(wanted, str):
+        patterns = {wanted: lambda name: re.fullmatch(wanted, name)}
+    else:
+        patterns = {t: (lambda name, t=t: name == t or name.endswith("." + t)) for t in wanted}
+    chosen: set[str] = set()
+    for target, matches in patterns.items():
+        found = {n for n in names if matches(n)}
+        if not found:
+            leaves = sorted({n.rsplit(".", 1)[-1] for n in names})
+            raise ValueError(
+                f"target_modules {target!r} matches no layer of this model; it has {', '.join(leaves)}"
+            )
+        chosen |= found
+    if config.layers_to_transform is None:
+        return chosen
+    layers = {int(m[1]) for n in names if (m := _LAYER.match(n))}
+    absent = sorted(set(config.layers_to_transform) - layers)
+    if absent:
+        raise ValueError(f"layers_to_transform names layers {absent}; the model has 0 to {max(layers)}")
+    return {n for n in chosen if (m := _LAYER.match(n)) and int(m[1]) in config.layers_to_transform}
+
+
+def attach(model: CausalLM, config: LoraConfig) -> set[str]:
+    """Adds the adapter's variables (shapes) to a model of shapes, in place; returns the adapted module names."""
+    slots = linear_slots(model)
+    names = target_names(model, config)
+    for path in {slots[n].path for n in names}:
+        module_at(model, path).add_lora(path, config.r, config.lora_dropout, config.use_dora)
+    for name in config.saved():
+        if name == "lm_head" and model.lm_head is None:  # tied: the head becomes a weight of its own
+            model.lm_head = Linear(
+                model.config.hidden_size, model.config.vocab_size, bias=False, dtype=model.dtype
+            )
+        module = model.lm_head if name == "lm_head" else model.model.embed_tokens
+        module.weight = nnx.Param(jax.ShapeDtypeStruct(module.weight.get_value().shape, jnp.float32))
+    return names
+
+
+def train_everything(model: CausalLM) -> None:
+    """Full fine-tuning: every weight of a model of shapes becomes a trained float32 leaf, in place."""
+    for _, module in nnx.iter_modules(model):
+        for leaf in ("weight", "bias"):
+            variable = getattr(module, leaf, None)
+            if isinstance(variable, nnx.Variable):
+                setattr(
+                    module, leaf, nnx.Param(jax.ShapeDtypeStruct(variable.get_value().shape, jnp.float32))
+                )
+
+
+def _initial(path: str, shape: tuple[int, ...], config: LoraConfig) -> jax.Array:
+    """First value of one A ([.., in, r]) or B ([.., r, out]); the key depends on the path alone."""
+    key = jax.random.fold_in(jax.random.key(config.random_state), zlib.crc32(path.encode()))
+    is_a = path.endswith("lora_A")
+    if not is_a and config.init_lora_weights is not False:
+        return jnp.zeros(shape, jnp.float32)
+    if config.init_lora_weights == "gaussian":
+        return jax.random.normal(key, shape, jnp.float32) / config.r
+    bound = 1 / math.sqrt(shape[-2])  # Kaiming-uniform with a = √5: fan-in is the second last axis of both
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def _magnitudes(model: CausalLM, base: Leaves, path: str, shape: tuple[int, ...]) -> jax.Array:
+    layers = [None] if len(shape) == 1 else range(shape[0])
+    weights = (stored_weight(model, base, Slot(path, i)) for i in layers)
+    norms = [jnp.linalg.norm(dense(w, jnp.float32), axis=1) for w in weights]
+    return norms[0] if len(shape) == 1 else jnp.stack(norms)
+
+
+def initialise(model: CausalLM, base: Leaves, config: LoraConfig, names: set[str]) -> tuple[Leaves, Leaves]:
+    """Leaves of a freshly attached adapter, and the base without what is now trained whole.
+
+    Returns:
+      (trainable: lora_A, lora_B, lora_magnitude and full weights, float32; base with lora_scaling added).
+    """
+    shapes, base = leaf_shapes(model), dict(base)
+    trainable: Leaves = {}
+    for path in sorted(trainable_paths(model)):
+        module_path, leaf = path.rsplit(".", 1)
+        if leaf in ("lora_A", "lora_B"):
+            trainable[path] = _initial(path, shapes[path].shape, config)
+        elif leaf == "lora_magnitude":
+            trainable[path] = _magnitudes(model, base, module_path, shapes[path].shape)
+        else:  # lm_head of a tied model starts as the embedding
+            source = path if path in base else "model.embed_tokens.weight"
+            trainable[path] = jnp.asarray(base[source], jnp.float32)
+    base = {path: leaf for path, leaf in base.items() if path not in trainable}
+    scaling = {p: np.zeros(shapes[p].shape, np.float32) for p in shapes if p.endswith(".lora_scaling")}
+    for name, slot in linear_slots(model).items():
+        if name in names:
+            scaling[f"{slot.path}.lora_scaling"][() if slot.index is None else slot.index] = config.scaling
+    return trainable, base | {path: jnp.asarray(value) for path, value in scaling.items()}
+
+
+def _adapted(model) -> dict[str, Slot]:
+    """Name -> slot of the modules whose adapter is in use."""
+    slots = linear_slots(model.module)
+    names = target_names(model.module, model.lora)
+    return {n: s for n, s in slots.items() if n in names}
+
+
+def _peft_leaf(leaf: str) -> str:
+    return "lora_magnitude_vector" if leaf == "lora_magnitude" else f"{leaf}.weight"
+
+
+def adapter_tensors(model) -> dict[str, np.ndarray]:
+    """The trained leaves of a `jaxtune.model.Model` under PEFT's names, float32, A as [r, in], B as [out, r]."""
+    tensors = {}
+    for name, slot in _adapted(model).items():
+        for leaf in ("lora_A", "lora_B", "lora_magnitude"):
+            if f"{slot.path}.{leaf}" in model.trainable:
+                value = np.asarray(slot.take(model.trainable, leaf))
+                tensors[f"{PEFT_PREFIX}{name}.{_peft_leaf(leaf)}"] = np.ascontiguousarray(value.T)
+    for path in ("model.embed_tokens.weight", "lm_head.weight"):
+        if path in model.trainable:
+            tensors[f"{PEFT_PREFIX}{path}"] = np.asarray(model.trainable[path])
+    return tensors
+
+
+def adapter_leaves(model, tensors: Mapping[str, np.ndarray]) -> Leaves:
+    """The inverse of `adapter_tensors`: the trainable leaves of `model`, filled from PEFT's tensors.
+
+    Raises:
+      ValueError: tensors are missing, unused, or of another shape.
+    """
+    want = {}
+    for name, slot in _adapted(model).items():
+        for leaf in ("lora_A", "lora_B", "lora_magnitude"):
+            if f"{slot.path}.{leaf}" in model.trainable:
+                want[f"{PEFT_PREFIX}{name}.{_peft_leaf(leaf)}"] = (f"{slot.path}.{leaf}", slot.index)
+    for path in ("model.embed_tokens.weight", "lm_head.weight"):
+        if path in model.trainable:
+            want[f"{PEFT_PREFIX}{path}"] = (path, None)
+    missing, unused = sorted(want.keys() - tensors.keys()), sorted(tensors.keys() - want.keys())
+    if missing or unused:
+        raise ValueError(f"the adapter does not fit the model; missing: {missing[:4]}, unused: {unused[:4]}")
+    leaves = {path: np.array(value) for path, value in model.trainable.items()}
+    for name, (path, index) in want.items():
+        value = (
+            np.asarray(tensors[name], np.float32).T
+            if ".lora_" in path
+            else np.asarray(tensors[name], np.float32)
+        )
+        where = leaves[path][...] if index is None else leaves[path][index]
+        if where.shape != value.shape:
+            raise ValueError(f"{name}: expected shape {list(where.T.shape)}, got {list(tensors[name].shape)}")
+        where[...] = value
+    return {path: jnp.asarray(value) for path, value in leaves.items()}
+
+
+def merged_weight(model, name: str, weight: np.ndarray) -> np.ndarray:
+    """W + s·(A B)ᵀ of one module of a `jaxtune.model.Model`, DoRA's magnitude folded in.
+
+    Args:
+      name: checkpoint module name.
+      weight: float32 [out, in], the base to merge onto.
+
+    Returns:
+      float32 [out, in]; `weight` itself where the module has no adapter.
+    """
+    slot = _adapted(model).get(name) if model.lora is not None else None
+    if slot is None:
+        return weight
+    a, b = (np.asarray(slot.take(model.trainable, leaf)) for leaf in ("lora_A", "lora_B"))
+    merged = weight + np.float32(model.lora.scaling) * (a @ b).T
+    if f"{slot.path}.lora_magnitude" in model.trainable:
+        norm = np.linalg.norm(merged, axis=1)
+        merged *= (np.asarray(slot.take(model.trainable, "lora_magnitude")) / norm)[:, None]
+    return merged
+
+
+def config_from_peft(fields: Mapping[str, Any]) -> LoraConfig:
+    """adapter_config.json -> LoraConfig; raises ValueError naming a field that is set and not supported."""
+    if fields.get("peft_type") != "LORA":
+        raise ValueError(f"adapter_config.json has peft_type={fields.get('peft_type')!r}; jaxtune reads LORA")
+    for name, neutral in _UNSUPPORTED.items():
+        if name in fields and fields[name] not in neutral:
+            raise ValueError(
+                f"adapter_config.json has {name}={fields[name]!r}, which jaxtune does not support"
+            )
+    targets, layers = fields["target_modules"], fields.get("layers_to_transform")
+    return LoraConfig(
+        r=fields["r"],
+        lora_alpha=fields["lora_alpha"],
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        lora_dropout=fields.get("lora_dropout", 0.0),
+        use_rslora=fields.get("use_rslora", False),
+        use_dora=fields.get("use_dora", False),
+        layers_to_transform=None
+        if layers is None
+        else tuple([layers] if isinstance(layers, int) else layers),
+        modules_to_save=tuple(fields.get("modules_to_save") or ()),
+    )
+
+
+def config_to_peft(config: LoraConfig, base_model: str, revision: str | None = None) -> dict[str, Any]:
+    """LoraConfig -> the fields of adapter_config.json that PEFT needs to rebuild it."""
+    targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "revision": revision,
+        "inference_mode": True,
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "target_modules": targets,
+        "lora_dropout": config.lora_dropout,
+        "bias": "none",
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "init_lora_weights": True,
+        "layers_to_transform": list(config.layers_to_transform)
+        if config.layers_to_transform is not None
+        else None,
+        "modules_to_save": list(config.modules_to_save) or None,
+        "fan_in_fan_out": False,
+    }
+
+
+def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+    """A PEFT adapter folder as (config, tensors)."""
+    config = config_from_peft(json.loads((folder / "adapter_config.json").read_text()))
+    return config, load_file(folder / "adapter_model.safetensors")

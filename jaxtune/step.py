@@ -1,0 +1,151 @@
+"""The training step and the evaluation step: pure functions of arrays, jitted, differentiated by JAX.
+
+    step(trainable, opt_state, base, batch, key) -> (trainable, opt_state, metrics)
+
+`trainable` and `base` are flat dicts path -> array; the base is an argument and never differentiated. A step takes
+G micro-batches [G, B, T] and normalises the loss by the label tokens of all of them.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from jaxtune.kernels.cross_entropy import IGNORE, Options, fused_cross_entropy
+from jaxtune.models.names import Leaves, join
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[[Leaves, Any, Leaves, Batch, jax.Array], tuple[Leaves, Any, Metrics]]
+
+
+class Trainable(Protocol):
+    """What a step needs of a model."""
+
+    graphdef: nnx.GraphDef
+
+
+def targets(labels: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """What each token is to predict, int32 [..., T]: the next token's label where it is of the same document."""
+    following = jnp.pad(labels[..., 1:], [(0, 0)] * (labels.ndim - 1) + [(0, 1)], constant_values=IGNORE)
+    same = segment_ids[..., 1:] == segment_ids[..., :-1]
+    same = jnp.pad(same, [(0, 0)] * (labels.ndim - 1) + [(0, 1)])
+    return jnp.where(same, following, IGNORE)
+
+
+def neftune(x: jax.Array, alpha: float, key: jax.Array) -> jax.Array:
+    """Uniform noise of ±alpha/√(T·D) on embeddings [B, T, D] (NEFTune, arXiv 2310.05914)."""
+    bound = alpha / (x.shape[1] * x.shape[2]) ** 0.5
+    return x + jax.random.uniform(key, x.shape, jnp.float32, -bound, bound).astype(x.dtype)
+
+
+def loss_sum(
+    graphdef: nnx.GraphDef,
+    trainable: Leaves,
+    base: Leaves,
+    batch: Batch,
+    *,
+    key: jax.Array | None = None,
+    neftune_alpha: float | None = None,
+    remat: bool = False,
+    loss_chunk: int = 1024,
+) -> tuple[jax.Array, jax.Array]:
+    """(sum of the label tokens' negative log-likelihood, how many were ranked first) of one batch [B, T]."""
+    module = join(graphdef, trainable, base)
+    x = module.embed(batch["input_ids"])
+    if key is not None and neftune_alpha is not None:
+        x = neftune(x, neftune_alpha, jax.random.fold_in(key, 0))
+    dropout = None if key is None else jax.random.fold_in(key, 1)
+    hidden, _ = module.hidden(x, batch["positions"], batch["segment_ids"], key=dropout, remat=remat)
+    want = targets(batch["labels"], batch["segment_ids"]).reshape(-1)
+    options = Options(chunk=loss_chunk, train_head=module.trains_head())
+    return fused_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), module.head(), want, options)
+
+
+def clip(grads: Leaves, max_norm: float | None) -> tuple[Leaves, jax.Array]:
+    """Scales gradients to a global norm of at most `max_norm` (None or 0: not); returns the norm before."""
+    norm = optax.global_norm(grads)
+    if not max_norm:
+        return grads, norm
+    factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))
+    return jax.tree.map(lambda g: g * factor, grads), norm
+
+
+def make_train_step(
+    model: Trainable,
+    optimizer: optax.GradientTransformation,
+    *,
+    max_grad_norm: float | None = 1.0,
+    neftune_alpha: float | None = None,
+    remat: bool = True,
+    loss_chunk: int = 1024,
+) -> TrainStep:
+    """The jitted training step of a model; compiled once for each batch shape.
+
+    Args:
+      model: gives the graphdef.
+      optimizer: acts on the flat trainable leaves.
+      max_grad_norm: clip to this global norm.
+      neftune_alpha: strength of embedding noise, None for none.
+      remat: recompute each layer in the backward pass.
+      loss_chunk: tokens whose logits exist at a time.
+
+    Returns:
+      step(trainable, opt_state, base, batch [G, B, T], key) -> (trainable, opt_state, metrics). The first two are
+      donated. metrics, float32 scalars: loss (mean over the step's label tokens), grad_norm (before clipping),
+      num_tokens (not padding), num_items (label tokens), accuracy.
+    """
+    graphdef = model.graphdef
+
+    def step(trainable, opt_state, base, batch, key):
+        items = jnp.sum(targets(batch["labels"], batch["segment_ids"]) != IGNORE)
+        denominator = jnp.maximum(items, 1).astype(jnp.float32)
+
+        def loss_fn(trainable, micro, key):
+            loss, correct = loss_sum(
+                graphdef,
+                trainable,
+                base,
+                micro,
+                key=key,
+                neftune_alpha=neftune_alpha,
+                remat=remat,
+                loss_chunk=loss_chunk,
+            )
+            return loss / denominator, correct
+
+        def accumulate(carry, inputs):
+            micro, key = inputs
+            (loss, correct), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable, micro, key)
+            return jax.tree.map(jnp.add, carry, (grads, loss, correct)), None
+
+        start = (jax.tree.map(jnp.zeros_like, trainable), jnp.float32(0), jnp.float32(0))
+        keys = jax.random.split(key, batch["labels"].shape[0])
+        (grads, loss, correct), _ = jax.lax.scan(accumulate, start, (batch, keys))
+        grads, norm = clip(grads, max_grad_norm)
+        updates, opt_state = optimizer.update(grads, opt_state, trainable)
+        metrics = {
+            "loss": loss,
+            "grad_norm": norm,
+            "num_tokens": jnp.sum(batch["segment_ids"] != 0).astype(jnp.float32),
+            "num_items": items.astype(jnp.float32),
+            "accuracy": correct / denominator,
+        }
+        return optax.apply_updates(trainable, updates), opt_state, metrics
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def make_eval_step(model: Trainable, *, loss_chunk: int = 1024) -> Callable[[Leaves, Leaves, Batch], Metrics]:
+    """The jitted evaluation of a batch [B, T]: float32 scalars loss_sum, num_items, correct."""
+    graphdef = model.graphdef
+
+    def evaluate(trainable, base, batch):
+        loss, correct = loss_sum(graphdef, trainable, base, batch, loss_chunk=loss_chunk)
+        items = jnp.sum(targets(batch["labels"], batch["segment_ids"]) != IGNORE)
+        return {"loss_sum": loss, "num_items": items.astype(jnp.float32), "correct": correct}
+
+    return jax.jit(evaluate)
