@@ -1,0 +1,14 @@
+"""Data: from files, hub datasets or rows to batches of static shape.
+
+load_dataset -> prepare_dataset (formats, chat template, tokens, masks) -> train_on_responses_only -> pack -> Batches
+"""
+
+from jaxtune.data.batches import Batches, buckets
+from jaxtune.data.columns import content_digest
+from jaxtune.data.packing import pack
+from jaxtune.data.prepare import PreparationReport, preparation_report, prepare_dataset
+from jaxtune.data.responses import train_on_responses_only
+from jaxtune.data.sharegpt import standardize_data_formats, standardize_sharegpt, to_sharegpt
+from jaxtune.data.sources import load_dataset
+from jaxtune.data.statistics import TokenStatistics, render_example, token_statistics
+from jaxtune.data.templates import CHAT_TEMPLATES, get_chat_template

@@ -1,0 +1,160 @@
+"""Batches of static shape, each reachable by its step number."""
+
+from collections.abc import Iterator
+
+import datasets
+import numpy as np
+
+from jaxtune.data.columns import IGNORE, ragged_column
+
+Batch = dict[str, np.ndarray]
+
+SMALLEST_BUCKET = 64
+BUCKETS = 4
+
+
+def buckets(max_length: int) -> tuple[int, ...]:
+    """The few row lengths (tokens) that unpacked batches are padded to: `max_length` and its halves.
+
+    Each is a compilation of the training step.
+
+    >>> buckets(2048)
+    (256, 512, 1024, 2048)
+    >>> buckets(100)
+    (64, 100)
+    """
+    sizes = {max_length}
+    for halving in range(1, BUCKETS):
+        size = -(-max_length // 2**halving)
+        size = -(-size // SMALLEST_BUCKET) * SMALLEST_BUCKET
+        if size < max_length:
+            sizes.add(size)
+    return tuple(sorted(sizes))
+
+
+class Batches:
+    """Training and evaluation batches of a prepared dataset.
+
+    Each optimiser step's batch follows from (seed, step number) alone, so a run resumes by asking for its next step.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        *,
+        batch_size: int,
+        accumulation: int = 1,
+        max_length: int | None,
+        packed: bool,
+        seed: int = 0,
+        shuffle: bool = True,
+        pad_token_id: int = 0,
+    ):
+        """
+        Args:
+            dataset: columns input_ids, labels (from `prepare_dataset`), and seq_lengths if `packed` (from `pack`).
+            batch_size: rows of a micro-batch, B.
+            accumulation: micro-batches of an optimiser step, G.
+            max_length: tokens; no row may be longer. None: the longest row's length.
+            packed: rows hold several documents; all batches are then `max_length` long.
+            seed: of the order of rows; every epoch has its own.
+            shuffle: False keeps the dataset's order.
+            pad_token_id: fills input_ids behind a row's end.
+
+        Raises:
+            ValueError: no rows, or a row longer than max_length.
+        """
+        if not len(dataset) or batch_size < 1 or accumulation < 1:
+            raise ValueError(
+                "expected rows, batch_size and accumulation of at least 1; came "
+                f"{len(dataset)}, {batch_size} and {accumulation}"
+            )
+        self._ids = ragged_column(dataset, "input_ids")
+        self._labels = ragged_column(dataset, "labels")
+        self._documents = ragged_column(dataset, "seq_lengths") if packed else None
+        longest = int(self._ids.lengths.max())
+        self.max_length = longest if max_length is None else max_length
+        if longest > self.max_length:
+            raise ValueError(
+                f"a row has {longest} tokens, more than max_length={max_length}; truncate or pack first"
+            )
+        self.batch_size, self.accumulation = batch_size, accumulation
+        self.seed, self.shuffle, self.pad_token_id = seed, shuffle, pad_token_id
+        self._sizes = np.asarray([self.max_length] if packed else buckets(self.max_length))
+        self._order: tuple[int, np.ndarray] | None = None
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimiser step, B * G."""
+        return self.batch_size * self.accumulation
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps that see every row once; the last may be short."""
+        return -(-len(self._ids) // self.rows_per_step)
+
+    def step(self, number: int) -> Batch:
+        """The batch of optimiser step `number`, counted from 0 over all epochs.
+
+        Returns:
+            int32 arrays [G, B, T]: input_ids, labels (-100 = not trained), positions (from 0 in each document) and
+            segment_ids (documents 1, 2, … of a row; 0 = padding). A short last step is filled with empty rows.
+        """
+        if number < 0:
+            raise IndexError(f"steps are counted from 0; came {number}")
+        epoch, within = divmod(number, self.steps_per_epoch)
+        rows = self._epoch_order(epoch)[within * self.rows_per_step : (within + 1) * self.rows_per_step]
+        batch = self._collate(rows, self.rows_per_step)
+        return {name: array.reshape(self.accumulation, self.batch_size, -1) for name, array in batch.items()}
+
+    def eval_batches(self) -> Iterator[Batch]:
+        """All rows once, in the dataset's order, as int32 arrays [B, T]; the last batch is filled with empty rows."""
+        for first in range(0, len(self._ids), self.batch_size):
+            rows = np.arange(first, min(first + self.batch_size, len(self._ids)))
+            yield self._collate(rows, self.batch_size)
+
+    def step_length(self, number: int) -> int:
+        """T of `step(number)`, without making the batch."""
+        epoch, within = divmod(number, self.steps_per_epoch)
+        rows = self._epoch_order(epoch)[within * self.rows_per_step : (within + 1) * self.rows_per_step]
+        return self._bucket(rows)
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(len(self._ids))
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self._ids))
+        return self._order[1]
+
+    def _bucket(self, rows: np.ndarray) -> int:
+        """The smallest static length that holds the longest of `rows`."""
+        return int(self._sizes[np.searchsorted(self._sizes, self._ids.lengths[rows].max())])
+
+    def _collate(self, rows: np.ndarray, height: int) -> Batch:
+        """Rows of the dataset as arrays [height, T]."""
+        shape = height, self._bucket(rows)
+        batch = {
+            "input_ids": np.full(shape, self.pad_token_id, np.int32),
+            "labels": np.full(shape, IGNORE, np.int32),
+            "positions": np.zeros(shape, np.int32),
+            "segment_ids": np.zeros(shape, np.int32),
+        }
+        for place, row in enumerate(rows):
+            ids = self._ids.row(row)
+            filled = place, slice(len(ids))
+            batch["input_ids"][filled] = ids
+            batch["labels"][filled] = self._labels.row(row)
+            batch["positions"][filled], batch["segment_ids"][filled] = self._places(row, len(ids))
+            if self._documents is not None:  # the first token of a document has nothing to be predicted from
+                batch["labels"][filled][batch["positions"][filled] == 0] = IGNORE
+        return batch
+
+    def _places(self, row: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and segment ids of one row, int [length] each."""
+        if self._documents is None:
+            return np.arange(length), np.ones(length, np.int32)
+        documents = self._documents.row(row)
+        starts = np.cumsum(documents) - documents
+        return np.arange(length) - np.repeat(starts, documents), np.repeat(
+            np.arange(1, len(documents) + 1), documents
+        )

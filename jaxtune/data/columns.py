@@ -1,0 +1,62 @@
+"""Token columns of a dataset as flat arrays."""
+
+import hashlib
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+
+TOKEN_COLUMNS = datasets.Features(
+    {"input_ids": datasets.List(datasets.Value("int32")), "labels": datasets.List(datasets.Value("int32"))}
+)
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Lists of different lengths: row i is values[starts[i] : starts[i] + lengths[i]].
+
+    Attributes:
+        values: int32 [tokens].
+        starts, lengths: int64 [rows].
+    """
+
+    values: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def row(self, index: int) -> np.ndarray:
+        """int32 [T], a view."""
+        return self.values[self.starts[index] : self.starts[index] + self.lengths[index]]
+
+
+def ragged_column(dataset: datasets.Dataset, column: str) -> Ragged:
+    """A list-of-int column as flat arrays, without a Python object per token.
+
+    Raises:
+        ValueError: the dataset has no such column.
+    """
+    if column not in dataset.column_names:
+        raise ValueError(
+            f"expected a prepared dataset with the column {column}; it has {', '.join(dataset.column_names)}. "
+            "Call prepare_dataset first"
+        )
+    chunks = dataset.select_columns([column]).with_format("arrow")[:][column].chunks
+    values = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks]
+    lengths = np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in chunks]).astype(np.int64)
+    flat = np.concatenate(values).astype(np.int32, copy=False)
+    return Ragged(flat, np.cumsum(lengths) - lengths, lengths)
+
+
+def content_digest(dataset: datasets.Dataset) -> str:
+    """64 hex digits that change with any token, label or row boundary of a prepared dataset, and with nothing else."""
+    digest = hashlib.blake2b(digest_size=32)
+    for column in ("input_ids", "labels"):
+        ragged = ragged_column(dataset, column)
+        digest.update(ragged.lengths.tobytes())
+        digest.update(np.ascontiguousarray(ragged.values).data)
+    return digest.hexdigest()

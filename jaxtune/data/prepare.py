@@ -1,0 +1,305 @@
+"""`prepare_dataset`: any known dataset to input_ids and labels, as TRL's SFTTrainer makes them."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import datasets
+import numpy as np
+from datasets.fingerprint import generate_random_fingerprint
+from transformers import PreTrainedTokenizerBase
+
+from jaxtune.data import formats, tokenise
+from jaxtune.data.columns import IGNORE, TOKEN_COLUMNS, content_digest
+from jaxtune.data.sources import Source, load_dataset
+from jaxtune.data.tokenise import Encoded
+
+logger = logging.getLogger(__name__)
+
+
+class DataArguments(Protocol):
+    """What `prepare_dataset` reads of SFTConfig; every name and default is TRL's."""
+
+    max_length: int | None
+    packing: bool
+    packing_strategy: str
+    completion_only_loss: bool | None
+    assistant_only_loss: bool
+    dataset_text_field: str
+    eos_token: str | None
+    shuffle_dataset: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class PreparationReport:
+    """What became of the rows.
+
+    Attributes:
+        rows_in: rows given (after a formatting function that may yield several texts a row).
+        rows: rows kept.
+        dropped: rows left out because no label remained to train on.
+        truncated: rows cut to max_length.
+        longest: tokens of the longest row before it was cut.
+    """
+
+    rows_in: int
+    rows: int
+    dropped: int
+    truncated: int
+    longest: int
+
+    def then(self, later: "PreparationReport") -> "PreparationReport":
+        """The report of two passes over the same rows."""
+        return replace(self, rows=later.rows, dropped=self.dropped + later.dropped)
+
+
+def preparation_report(dataset: datasets.Dataset) -> PreparationReport | None:
+    """The report of a dataset that came from `prepare_dataset` or `train_on_responses_only`; None of any other."""
+    return getattr(dataset, "preparation", None)
+
+
+def prepare_dataset(
+    dataset: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    args: DataArguments,
+    formatting_func: Callable[..., Any] | None = None,
+) -> datasets.Dataset:
+    """Tokenise a dataset and decide which tokens are trained.
+
+    Ids and labels equal those of TRL's SFTTrainer, with these differences, each on purpose: ShareGPT's human/gpt
+    become user/assistant; a text that already starts with BOS does not get a second one; rows without a trained
+    token are dropped in every mode, packing included; `assistant_only_loss` works with chat templates TRL does not
+    know. Nothing is read from or written to a cache, so the result is never that of older rows or templates.
+
+    Args:
+        dataset: see `load_dataset`; formats in `formats.KNOWN_FORMATS`.
+        tokenizer: its EOS token is set to `args.eos_token`, where that is given.
+        args: SFTConfig. `dataset_num_proc` is not read: tokenisation runs in batches on the tokenizer's threads.
+        formatting_func: row -> text (or texts), or a batch of rows (dict of lists) -> texts.
+
+    Returns:
+        A dataset of int32 columns input_ids and labels (same length, -100 = not trained, not shifted), truncated
+        to `args.max_length` (but not for packing strategies that keep the overflow), not packed.
+        `preparation_report` tells how many rows were dropped and truncated.
+
+    Raises:
+        ValueError: unknown format, a template that refuses a row, or no trained token in the whole dataset.
+    """
+    if args.packing and args.max_length is None:
+        raise ValueError("packing needs max_length, the length of a packed row; it is None")
+    rows = load_dataset(dataset)
+    _set_eos(tokenizer, args.eos_token)
+    encode = _encoder(rows, tokenizer, args, formatting_func)
+    encoded = map_tokens(rows, encode, "Tokenising")
+    limit = None if args.packing and args.packing_strategy != "bfd" else args.max_length
+    keep_end = getattr(args, "truncation_mode", "keep_start") == "keep_end"
+    prepared = truncate_and_drop(encoded, limit, keep_end=keep_end, explain=_explainer(tokenizer, args))
+    if args.shuffle_dataset:
+        return sealed(prepared.shuffle(seed=args.seed), preparation_report(prepared))
+    return prepared
+
+
+def truncate_and_drop(
+    dataset: datasets.Dataset,
+    max_length: int | None,
+    *,
+    keep_end: bool = False,
+    explain: Callable[[datasets.Dataset], str],
+    earlier: PreparationReport | None = None,
+) -> datasets.Dataset:
+    """Cut rows to `max_length` tokens and drop those without a label to train; log both and attach the report.
+
+    Args:
+        dataset: columns input_ids, labels.
+        max_length: tokens; None cuts nothing.
+        keep_end: cut from the front instead of the end.
+        explain: text for the error if every row goes, made from `dataset`.
+        earlier: report of what was done to these rows before; the new one goes on from it.
+
+    Raises:
+        ValueError: no row has a label left.
+    """
+    part = slice(None) if max_length is None else slice(-max_length, None) if keep_end else slice(max_length)
+    lengths, trained = [], []
+
+    def cut(batch: Mapping[str, Sequence[np.ndarray]]) -> dict[str, list[np.ndarray]]:
+        ids, labels = [row[part] for row in batch["input_ids"]], [row[part] for row in batch["labels"]]
+        lengths.extend(len(row) for row in batch["input_ids"])
+        keep = [bool((row != IGNORE).any()) for row in labels]
+        trained.extend(keep)
+        return {
+            "input_ids": [row for row, kept in zip(ids, keep, strict=True) if kept],
+            "labels": [row for row, kept in zip(labels, keep, strict=True) if kept],
+        }
+
+    kept = map_tokens(dataset.with_format("numpy"), cut, "Truncating" if max_length else "Counting labels")
+    truncated = sum(length > max_length for length in lengths) if max_length else 0
+    report = PreparationReport(
+        rows_in=len(lengths),
+        rows=sum(trained),
+        dropped=len(trained) - sum(trained),
+        truncated=truncated,
+        longest=max(lengths, default=0),
+    )
+    if not report.rows:
+        raise ValueError(explain(dataset))
+    if report.truncated:
+        logger.warning(
+            "%d of %d rows were cut to max_length=%s tokens (the longest had %d)",
+            report.truncated, report.rows_in, max_length, report.longest,
+        )  # fmt: skip
+    if report.dropped:
+        logger.warning(
+            "%d of %d rows were dropped: no token of theirs is trained", report.dropped, report.rows_in
+        )
+    return sealed(kept, report if earlier is None else earlier.then(report))
+
+
+def map_tokens(dataset: datasets.Dataset, function: Callable[..., Any], title: str) -> datasets.Dataset:
+    """`function` over batches of rows, with a progress bar; the result has the token columns alone.
+
+    It stays in memory and no cache is asked: a cached result could be that of an older template or function.
+    """
+    return dataset.map(
+        function,
+        batched=True,
+        remove_columns=dataset.column_names,
+        features=TOKEN_COLUMNS,
+        keep_in_memory=True,
+        load_from_cache_file=False,
+        new_fingerprint=generate_random_fingerprint(),
+        desc=title,
+    )
+
+
+def sealed(dataset: datasets.Dataset, report: PreparationReport | None) -> datasets.Dataset:
+    """A tokenised dataset with its report, and a fingerprint that depends on its tokens and labels alone."""
+    table = dataset.with_format("arrow")[:]
+    return attach_report(datasets.Dataset(table, fingerprint=content_digest(dataset)), report)
+
+
+def attach_report(dataset: datasets.Dataset, report: PreparationReport | None) -> datasets.Dataset:
+    """`dataset` with its report where `preparation_report` finds it."""
+    setattr(dataset, "preparation", report)  # noqa: B010 - Dataset declares no such attribute
+    return dataset
+
+
+def _set_eos(tokenizer: PreTrainedTokenizerBase, eos_token: str | None) -> None:
+    if eos_token is None:
+        return
+    if eos_token not in tokenizer.get_vocab():
+        raise ValueError(
+            f"eos_token '{eos_token}' is not in the tokenizer's vocabulary; its own is {tokenizer.eos_token!r}"
+        )
+    tokenizer.eos_token = eos_token
+
+
+Batch = Mapping[str, list[Any]]
+EncodeBatch = Callable[[Batch], dict[str, list[np.ndarray]]]
+
+
+def _encoder(
+    rows: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: DataArguments,
+    formatting_func: Callable[..., Any] | None,
+) -> EncodeBatch:
+    """The function that turns a batch of rows into input_ids and labels."""
+    example = rows[0]
+    if formatting_func is not None and "input_ids" not in example:
+        if args.completion_only_loss:
+            raise ValueError(
+                "completion_only_loss=True and formatting_func exclude each other: a formatted text has no completion"
+            )
+        form = "text"
+        batched = formats.formatting_is_batched(formatting_func, example)
+    else:
+        form, batched = formats.detect_format(example, args.dataset_text_field), False
+    completion_only = args.completion_only_loss
+    if completion_only is None:
+        completion_only = form in ("prompt_completion", "chat_completion", "alpaca")
+    chat = tokenizer.chat_template is not None
+    _check_masks(form, args, example, chat)
+
+    def encode(batch: Batch) -> dict[str, list[np.ndarray]]:
+        columns = list(batch)
+        dicts = [dict(zip(columns, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        if formatting_func is not None and form == "text":
+            texts = formats.call_formatting(formatting_func, dicts, batched)
+            canonical = [("text", {"text": text}) for text in texts]
+        else:
+            canonical = [
+                formats.canonical_row(row, form, text_field=args.dataset_text_field, chat=chat)
+                for row in dicts
+            ]
+        encoded = _encode_canonical(canonical, tokenizer, args.assistant_only_loss)
+        if "labels" in example:  # pre-tokenised, labels as given
+            labels = [np.asarray(row["labels"], np.int32) for row in dicts]
+        else:
+            labels = [row.labels(completion_only) for row in encoded]
+        return {"input_ids": [row.ids for row in encoded], "labels": labels}
+
+    return encode
+
+
+def _check_masks(form: str, args: DataArguments, example: Mapping[str, Any], chat: bool) -> None:
+    conversational = form in ("messages", "conversations", "chat_completion") or (form == "alpaca" and chat)
+    if args.assistant_only_loss and not (
+        conversational or "assistant_masks" in example or "labels" in example
+    ):
+        raise ValueError(
+            f"assistant_only_loss=True needs conversations; the dataset's format is {form} "
+            f"(columns {', '.join(example)})"
+        )
+    if args.completion_only_loss and form in ("text", "messages", "conversations"):
+        logger.warning(
+            "completion_only_loss=True has no effect: the dataset (%s) has no prompt and completion columns, so every "
+            "token is trained unless assistant_only_loss or train_on_responses_only masks some", form,
+        )  # fmt: skip
+
+
+def _encode_canonical(
+    canonical: Sequence[tuple[str, dict[str, Any]]], tokenizer: PreTrainedTokenizerBase, assistant_only: bool
+) -> list[Encoded]:
+    if not canonical:
+        return []
+    form, rows = canonical[0][0], [row for _, row in canonical]
+    if form == "text":
+        return tokenise.encode_text_rows(rows, tokenizer)
+    if form == "prompt_completion":
+        return tokenise.encode_prompt_rows(rows, tokenizer)
+    if form == "tokenised":
+        return [_tokenised_row(row) for row in rows]
+    return tokenise.encode_chat_rows(rows, tokenizer, assistant_only)
+
+
+def _tokenised_row(row: Mapping[str, Any]) -> Encoded:
+    masks = {
+        name: np.asarray(row[column], bool)
+        for name, column in (("completion", "completion_mask"), ("assistant", "assistant_masks"))
+        if row.get(column) is not None
+    }
+    return Encoded(np.asarray(row["input_ids"], np.int32), **masks)
+
+
+def _explainer(tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> Callable[[datasets.Dataset], str]:
+    """What to say when no row has a trained token."""
+
+    def explain(dataset: datasets.Dataset) -> str:
+        ids, labels = dataset[0]["input_ids"], dataset[0]["labels"]
+        first = next((index for index, label in enumerate(labels) if label != IGNORE), None)
+        if first is None:
+            why = (
+                "none was marked for training "
+                f"(completion_only_loss={args.completion_only_loss}, assistant_only_loss={args.assistant_only_loss})"
+            )
+        else:
+            why = f"its first trained token is number {first}, and max_length={args.max_length} cuts it off"
+        return (
+            f"all {len(dataset)} rows are without a token to train. Of the first row's {len(ids)} tokens, {why}. "
+            f"Raise max_length or change the masks. The first row reads:\n{tokenizer.decode(ids)[:2000]}"
+        )
+
+    return explain
