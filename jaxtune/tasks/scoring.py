@@ -31,7 +31,6 @@ def answers(
         list(prompts),
         add_generation_prompt=True,
         padding=True,
-        padding_side="left",
         return_dict=True,
         return_tensors="np",
     )

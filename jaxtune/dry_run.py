@@ -1,0 +1,180 @@
+"""`python -m jaxtune.train --dry_run`: what a run would be, without loading a weight.
+
+Sizes come from config.json and the checkpoint's index; memory from compiling the training step on shapes.
+"""
+
+import dataclasses
+import types
+
+import datasets
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from rich.console import Console
+from rich.panel import Panel
+from rich.syntax import Syntax
+from rich.table import Table
+from rich.text import Text
+
+from jaxtune import hub
+from jaxtune.command_line import Job
+from jaxtune.data import (
+    get_chat_template,
+    prepare_dataset,
+    render_example,
+    token_statistics,
+    train_on_responses_only,
+)
+from jaxtune.job import load_rows, make_console, make_table
+from jaxtune.lora import LoraConfig, attach, read_adapter, train_everything
+from jaxtune.model import as_dtype
+from jaxtune.models import build
+from jaxtune.models.decoder import CausalLM
+from jaxtune.models.names import leaf_shapes, trainable_paths
+from jaxtune.optim import make_optimizer
+from jaxtune.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on the device: what lies there for the whole run, and what a training step adds at its peak."""
+
+    base: int
+    trained: int
+    optimizer: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        return self.base + self.trained + self.optimizer + self.step
+
+
+def dry_run(job: Job, console: Console | None = None) -> None:
+    """Print settings, model size, predicted memory, token statistics and the first row with its labels.
+
+    Raises:
+        ValueError, TypeError, OSError: a setting, model or dataset that cannot be used; the message says why.
+    """
+    console = console or make_console()
+    console.print(Syntax(job.to_yaml(), "yaml", background_color="default"))
+    checkpoint = hub.resolve(
+        job.model.model_name,
+        revision=job.model.revision,
+        token=job.model.token,
+        local_files_only=job.model.local_files_only,
+        cache_dir=job.model.cache_dir,
+    )
+    module = model_of_shapes(checkpoint, job)
+    console.print(_size_table(checkpoint, module, job))
+    rows, held_out = load_rows(job)
+    tokenizer = _tokenizer(checkpoint, job)
+    train = _prepare(rows, tokenizer, job)
+    parts = {"training": train} | (
+        {} if held_out is None else {"held-out": _prepare(held_out, tokenizer, job)}
+    )
+    console.print(_data_table(parts))
+    legend = Text.assemble("first row: ", ("trained", "bold green"), ", ", ("not trained", "dim"))
+    console.print(Panel(render_example(tokenizer, train[0]), title=legend, title_align="left"))
+
+
+def model_of_shapes(checkpoint: hub.Checkpoint, job: Job) -> CausalLM:
+    """The model of a job with its adapter, every leaf a shape: nothing is read or allocated."""
+    module = build(checkpoint.config, as_dtype(job.model.dtype), nf4=_is_quantised(job))
+    if job.model.full_finetuning:
+        train_everything(module)
+    elif checkpoint.adapter is not None:
+        attach(module, read_adapter(checkpoint.adapter)[0])
+    else:
+        fields = dataclasses.asdict(job.lora) | {"modules_to_save": job.lora.modules_to_save or ()}
+        attach(module, LoraConfig(**fields))
+    return module
+
+
+def predict_memory(module: CausalLM, job: Job) -> Memory:
+    """Compile the training step of a model of shapes and ask the compiler what it needs."""
+    args, shapes, paths = job.training, leaf_shapes(module), trainable_paths(module)
+    trainable = {path: shape for path, shape in shapes.items() if path in paths}
+    base = {path: shape for path, shape in shapes.items() if path not in paths}
+    optimizer = make_optimizer(args, 100, trainable)
+    opt_state = jax.eval_shape(optimizer.init, trainable)
+    step = make_train_step(
+        types.SimpleNamespace(graphdef=nnx.graphdef(module)),
+        optimizer,
+        max_grad_norm=args.max_grad_norm,
+        neftune_alpha=args.neftune_noise_alpha,
+        remat=args.gradient_checkpointing,
+    )
+    length = args.max_length or job.model.max_seq_length
+    shape = (args.gradient_accumulation_steps, args.per_device_train_batch_size, length)
+    names = ("input_ids", "labels", "positions", "segment_ids")
+    batch = dict.fromkeys(names, jax.ShapeDtypeStruct(shape, jnp.int32))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    needs = step.lower(trainable, opt_state, base, batch, key).compile().memory_analysis()
+    return Memory(_bytes(base), _bytes(trainable), _bytes(opt_state), needs.temp_size_in_bytes)
+
+
+def _is_quantised(job: Job) -> bool:
+    return job.model.load_in_4bit and not (job.model.load_in_16bit or job.model.full_finetuning)
+
+
+def _bytes(tree: object) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _tokenizer(checkpoint: hub.Checkpoint, job: Job):
+    tokenizer, data = checkpoint.tokenizer(), job.data
+    if data.chat_template is None:
+        return tokenizer
+    message = {"system_message": data.system_message} if data.system_message else {}
+    return get_chat_template(tokenizer, data.chat_template, **message)
+
+
+def _prepare(rows: datasets.Dataset, tokenizer, job: Job) -> datasets.Dataset:
+    prepared = prepare_dataset(rows, tokenizer, job.training)
+    if not job.data.train_on_responses_only:
+        return prepared
+    holder = types.SimpleNamespace(processing_class=tokenizer, train_dataset=prepared, eval_dataset=None)
+    parts = (job.data.instruction_part, job.data.response_part)
+    return train_on_responses_only(holder, *parts).train_dataset
+
+
+def _size_table(checkpoint: hub.Checkpoint, module: CausalLM, job: Job) -> Table:
+    parameters = sum(_size(checkpoint.info(name).shape) for name in checkpoint.names())
+    trained = sum(leaf_shapes(module)[path].size for path in trainable_paths(module))
+    memory, args = predict_memory(module, job), job.training
+    kept = "NF4" if _is_quantised(job) else str(jnp.dtype(module.dtype))
+    table = make_table(f"model ({checkpoint.config.model_type})", "parameters", "memory")
+    table.add_row(f"base, {kept}", f"{parameters:,}", _mib(memory.base))
+    table.add_row("trained, float32", f"{trained:,}", _mib(memory.trained))
+    table.add_row(f"optimizer ({args.optim})", "", _mib(memory.optimizer))
+    shape = f"{args.per_device_train_batch_size} × {args.max_length or job.model.max_seq_length} tokens"
+    table.add_row(f"training step ({shape})", "", _mib(memory.step))
+    table.add_row("[bold]predicted peak on the device[/bold]", "", f"[bold]{_mib(memory.total)}[/bold]")
+    return table
+
+
+def _data_table(parts: dict[str, datasets.Dataset]) -> Table:
+    table = make_table("data", "rows", "dropped", "cut", "tokens", "trained", "length 5 / 50 / 95 / 100 %")
+    for name, dataset in parts.items():
+        count = token_statistics(dataset)
+        table.add_row(
+            name,
+            f"{count.rows:,}",
+            f"{count.dropped:,}",
+            f"{count.truncated:,}",
+            f"{count.tokens:,}",
+            f"{count.trained:,} ({count.trained_fraction:.0%})",
+            " / ".join(str(length) for length in count.percentiles.values()),
+        )
+    return table
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"

@@ -1,0 +1,52 @@
+"""`python -m jaxtune.train`: fine-tune a model from a YAML file and the command line.
+
+Exit status: 0 done, 1 failed while training or saving, 2 a setting, model or dataset that cannot be used (one line).
+"""
+
+import sys
+import warnings
+from collections.abc import Sequence
+
+from jaxtune.command_line import ConfigError, parse
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one job; returns the exit status."""
+    warnings.showwarning = _one_line
+    try:
+        job = parse(sys.argv[1:] if arguments is None else arguments)
+    except ConfigError as error:
+        return _fail(error)
+
+    # Only now: --help and a mistyped setting should not wait for jax and transformers.
+    import datasets
+
+    from jaxtune import job as jobs
+    from jaxtune.dry_run import dry_run
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        if job.dry_run:
+            dry_run(job)
+            return 0
+        prepared = jobs.prepare(job)
+    except (ValueError, TypeError, OSError) as error:  # what loading and data preparation raise on bad input
+        if job.traceback:
+            raise
+        return _fail(error)
+    jobs.train(prepared)
+    return 0
+
+
+def _fail(error: Exception) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def _one_line(message, category, filename, lineno, file=None, line=None) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
