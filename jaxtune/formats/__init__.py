@@ -1,4 +1,4 @@
-"""Checkpoint file formats: readers that give one tensor at a time under its Hugging Face name, and a writer."""
+"""Checkpoint file formats: readers that give one tensor at a time under its Hugging Face name; a writer."""
 
 from typing import Protocol
 

@@ -189,11 +189,9 @@ def _fit_llama3(factors: np.ndarray, wavelength: np.ndarray) -> tuple[float, flo
     factor = _decimal(factors.max())
     smooth = (1.0 / factors.astype(np.float64) - 1.0 / factor) / (1.0 - 1.0 / factor)
     inside = (smooth > 1e-3) & (smooth < 1.0 - 1e-3)
+    slope, intercept = 4.0 / 3.0 * wavelength[-1], 1.0 / 3.0
     if inside.sum() >= 2:  # smooth = slope / wavelength - intercept
-        slope, intercept = np.polyfit(1.0 / wavelength[inside], smooth[inside], 1)
-        low_over_span = -intercept
-    else:  # any pair of bounds between the last unscaled and the first scaled wavelength; keep high = 4 low
-        edge = wavelength[smooth >= 1.0 - 1e-3].max(initial=wavelength[0])
-        slope, low_over_span = 4.0 * edge / 3.0, 1.0 / 3.0
-    span = 1.0 / low_over_span
-    return factor, 1.0, round(1.0 + span, 4), max(1, round(slope * span))
+        slope, intercept = np.polyfit(1.0 / wavelength[inside], smooth[inside], 1) * (1, -1)
+    elif inside.any():  # one point leaves the span open: take Llama's, high = 4 low
+        slope = (smooth[inside][0] + intercept) * wavelength[inside][0]
+    return factor, 1.0, round(1.0 + 1.0 / intercept, 4), max(1, round(slope / intercept))

@@ -56,7 +56,8 @@ PRE_TOKENIZERS: dict[str, Pre] = {
     **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt", "jais", "trillion", "granite-docling"), _GPT2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell", "minerva-7b", "exaone"), _DIGITS_GPT2),
     **dict.fromkeys(
-        ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0", "lfm2"), _LLAMA3_PRE
+        ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+        _LLAMA3_PRE,
     ),
     **dict.fromkeys(("smaug-bpe", "dbrx"), Pre((_LLAMA3,))),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2_PRE),
