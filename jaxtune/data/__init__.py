@@ -1,6 +1,7 @@
 """Data: from files, hub datasets or rows to batches of static shape.
 
-load_dataset -> prepare_dataset (formats, chat template, tokens, masks) -> train_on_responses_only -> pack -> Batches
+load_dataset -> prepare_dataset (formats, chat template, tokens, masks) -> train_on_responses_only -> pack ->
+Batches
 """
 
 from jaxtune.data.batches import Batches, buckets

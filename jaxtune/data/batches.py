@@ -35,7 +35,8 @@ def buckets(max_length: int) -> tuple[int, ...]:
 class Batches:
     """Training and evaluation batches of a prepared dataset.
 
-    Each optimiser step's batch follows from (seed, step number) alone, so a run resumes by asking for its next step.
+    Each optimiser step's batch follows from (seed, step number) alone, so a run resumes by asking for its
+    next step.
     """
 
     def __init__(
@@ -52,7 +53,8 @@ class Batches:
     ):
         """
         Args:
-            dataset: columns input_ids, labels (from `prepare_dataset`), and seq_lengths if `packed` (from `pack`).
+            dataset: columns input_ids, labels (from `prepare_dataset`), and seq_lengths if `packed` (from
+                `pack`).
             batch_size: rows of a micro-batch, B.
             accumulation: micro-batches of an optimiser step, G.
             max_length: tokens; no row may be longer. None: the longest row's length.
@@ -97,8 +99,9 @@ class Batches:
         """The batch of optimiser step `number`, counted from 0 over all epochs.
 
         Returns:
-            int32 arrays [G, B, T]: input_ids, labels (-100 = not trained), positions (from 0 in each document) and
-            segment_ids (documents 1, 2, … of a row; 0 = padding). A short last step is filled with empty rows.
+            int32 arrays [G, B, T]: input_ids, labels (-100 = not trained), positions (from 0 in each
+            document) and segment_ids (documents 1, 2, … of a row; 0 = padding). A short last step is filled
+            with empty rows.
         """
         if number < 0:
             raise IndexError(f"steps are counted from 0; came {number}")

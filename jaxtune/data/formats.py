@@ -175,8 +175,9 @@ def formatting_is_batched(function: Callable[..., Any], example: Row) -> bool:
     if _as_texts(single) is not None:
         return False
     raise ValueError(
-        "formatting_func must return a string (or a list of strings) for a row, or a list of strings for a batch of "
-        f"rows; for a row it gave {problem or type(single).__name__}, for a batch {batch_problem or type(batch).__name__}"
+        "formatting_func must return a string (or a list of strings) for a row, or a list of strings for a batch "
+        f"of rows; for a row it gave {problem or type(single).__name__}, "
+        f"for a batch {batch_problem or type(batch).__name__}"
     )
 
 

@@ -30,9 +30,9 @@ def pack(dataset: datasets.Dataset, max_length: int, strategy: str = "bfd") -> d
             "wrapped" joins all documents and cuts every `max_length` tokens.
 
     Returns:
-        int32 columns input_ids and labels, equal to TRL's, and seq_lengths: the lengths of the documents (or pieces
-        of one) in each row, in order. TRL has no seq_lengths for "wrapped", so there documents see each other;
-        here each piece is on its own.
+        int32 columns input_ids and labels, equal to TRL's, and seq_lengths: the lengths of the documents (or
+        pieces of one) in each row, in order. TRL has no seq_lengths for "wrapped", so there documents see
+        each other; here each piece is on its own.
 
     Raises:
         ValueError: unknown strategy or a max_length below 1.
@@ -78,7 +78,8 @@ def _plan(starts: np.ndarray, lengths: np.ndarray, max_length: int, strategy: st
 def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
     """Bins of document indices: longest document first, each into the fullest bin that still holds it.
 
-    Among equally full bins the one that came to that fill first is taken; equally long documents keep their order.
+    Among equally full bins the one that came to that fill first is taken; equally long documents keep their
+    order.
 
     >>> best_fit_decreasing([4, 2, 3, 1], 4)
     [[0], [2, 3], [1]]

@@ -3,33 +3,18 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 import numpy as np
 from datasets.fingerprint import generate_random_fingerprint
 from transformers import PreTrainedTokenizerBase
 
-from jaxtune.data import formats, tokenise
 from jaxtune.data.columns import IGNORE, TOKEN_COLUMNS, content_digest
+from jaxtune.data.encoder import DataArguments, RowEncoder
 from jaxtune.data.sources import Source, load_dataset
-from jaxtune.data.tokenise import Encoded
 
 logger = logging.getLogger(__name__)
-
-
-class DataArguments(Protocol):
-    """What `prepare_dataset` reads of SFTConfig; every name and default is TRL's."""
-
-    max_length: int | None
-    packing: bool
-    packing_strategy: str
-    completion_only_loss: bool | None
-    assistant_only_loss: bool
-    dataset_text_field: str
-    eos_token: str | None
-    shuffle_dataset: bool
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -68,20 +53,22 @@ def prepare_dataset(
 ) -> datasets.Dataset:
     """Tokenise a dataset and decide which tokens are trained.
 
-    Ids and labels equal those of TRL's SFTTrainer, with these differences, each on purpose: ShareGPT's human/gpt
-    become user/assistant; a text that already starts with BOS does not get a second one; rows without a trained
-    token are dropped in every mode, packing included; `assistant_only_loss` works with chat templates TRL does not
-    know. Nothing is read from or written to a cache, so the result is never that of older rows or templates.
+    Ids and labels equal those of TRL's SFTTrainer, with these differences, each on purpose: ShareGPT's
+    human/gpt become user/assistant; a text that already starts with BOS does not get a second one; rows
+    without a trained token are dropped in every mode, packing included; `assistant_only_loss` works with chat
+    templates TRL does not know. Nothing is read from or written to a cache, so the result is never that of
+    older rows or templates.
 
     Args:
         dataset: see `load_dataset`; formats in `formats.KNOWN_FORMATS`.
         tokenizer: its EOS token is set to `args.eos_token`, where that is given.
-        args: SFTConfig. `dataset_num_proc` is not read: tokenisation runs in batches on the tokenizer's threads.
+        args: SFTConfig. `dataset_num_proc` is not read: tokenisation runs in batches on the tokenizer's
+            threads.
         formatting_func: row -> text (or texts), or a batch of rows (dict of lists) -> texts.
 
     Returns:
-        A dataset of int32 columns input_ids and labels (same length, -100 = not trained, not shifted), truncated
-        to `args.max_length` (but not for packing strategies that keep the overflow), not packed.
+        A dataset of int32 columns input_ids and labels (same length, -100 = not trained, not shifted),
+        truncated to `args.max_length` (but not for packing strategies that keep the overflow), not packed.
         `preparation_report` tells how many rows were dropped and truncated.
 
     Raises:
@@ -91,8 +78,9 @@ def prepare_dataset(
         raise ValueError("packing needs max_length, the length of a packed row; it is None")
     rows = load_dataset(dataset)
     _set_eos(tokenizer, args.eos_token)
-    encode = _encoder(rows, tokenizer, args, formatting_func)
-    encoded = map_tokens(rows, encode, "Tokenising")
+    encoder = RowEncoder(rows[0], tokenizer, args, formatting_func)
+    encoded = map_tokens(rows, encoder, "Tokenising")
+    encoder.warn(len(encoded))
     limit = None if args.packing and args.packing_strategy != "bfd" else args.max_length
     keep_end = getattr(args, "truncation_mode", "keep_start") == "keep_end"
     prepared = truncate_and_drop(encoded, limit, keep_end=keep_end, explain=_explainer(tokenizer, args))
@@ -109,7 +97,8 @@ def truncate_and_drop(
     explain: Callable[[datasets.Dataset], str],
     earlier: PreparationReport | None = None,
 ) -> datasets.Dataset:
-    """Cut rows to `max_length` tokens and drop those without a label to train; log both and attach the report.
+    """Cut rows to `max_length` tokens and drop those without a label to train; log both and attach the
+    report.
 
     Args:
         dataset: columns input_ids, labels.
@@ -194,94 +183,6 @@ def _set_eos(tokenizer: PreTrainedTokenizerBase, eos_token: str | None) -> None:
             f"eos_token '{eos_token}' is not in the tokenizer's vocabulary; its own is {tokenizer.eos_token!r}"
         )
     tokenizer.eos_token = eos_token
-
-
-Batch = Mapping[str, list[Any]]
-EncodeBatch = Callable[[Batch], dict[str, list[np.ndarray]]]
-
-
-def _encoder(
-    rows: datasets.Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    args: DataArguments,
-    formatting_func: Callable[..., Any] | None,
-) -> EncodeBatch:
-    """The function that turns a batch of rows into input_ids and labels."""
-    example = rows[0]
-    if formatting_func is not None and "input_ids" not in example:
-        if args.completion_only_loss:
-            raise ValueError(
-                "completion_only_loss=True and formatting_func exclude each other: a formatted text has no completion"
-            )
-        form = "text"
-        batched = formats.formatting_is_batched(formatting_func, example)
-    else:
-        form, batched = formats.detect_format(example, args.dataset_text_field), False
-    completion_only = args.completion_only_loss
-    if completion_only is None:
-        completion_only = form in ("prompt_completion", "chat_completion", "alpaca")
-    chat = tokenizer.chat_template is not None
-    _check_masks(form, args, example, chat)
-
-    def encode(batch: Batch) -> dict[str, list[np.ndarray]]:
-        columns = list(batch)
-        dicts = [dict(zip(columns, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        if formatting_func is not None and form == "text":
-            texts = formats.call_formatting(formatting_func, dicts, batched)
-            canonical = [("text", {"text": text}) for text in texts]
-        else:
-            canonical = [
-                formats.canonical_row(row, form, text_field=args.dataset_text_field, chat=chat)
-                for row in dicts
-            ]
-        encoded = _encode_canonical(canonical, tokenizer, args.assistant_only_loss)
-        if "labels" in example:  # pre-tokenised, labels as given
-            labels = [np.asarray(row["labels"], np.int32) for row in dicts]
-        else:
-            labels = [row.labels(completion_only) for row in encoded]
-        return {"input_ids": [row.ids for row in encoded], "labels": labels}
-
-    return encode
-
-
-def _check_masks(form: str, args: DataArguments, example: Mapping[str, Any], chat: bool) -> None:
-    conversational = form in ("messages", "conversations", "chat_completion") or (form == "alpaca" and chat)
-    if args.assistant_only_loss and not (
-        conversational or "assistant_masks" in example or "labels" in example
-    ):
-        raise ValueError(
-            f"assistant_only_loss=True needs conversations; the dataset's format is {form} "
-            f"(columns {', '.join(example)})"
-        )
-    if args.completion_only_loss and form in ("text", "messages", "conversations"):
-        logger.warning(
-            "completion_only_loss=True has no effect: the dataset (%s) has no prompt and completion columns, so every "
-            "token is trained unless assistant_only_loss or train_on_responses_only masks some", form,
-        )  # fmt: skip
-
-
-def _encode_canonical(
-    canonical: Sequence[tuple[str, dict[str, Any]]], tokenizer: PreTrainedTokenizerBase, assistant_only: bool
-) -> list[Encoded]:
-    if not canonical:
-        return []
-    form, rows = canonical[0][0], [row for _, row in canonical]
-    if form == "text":
-        return tokenise.encode_text_rows(rows, tokenizer)
-    if form == "prompt_completion":
-        return tokenise.encode_prompt_rows(rows, tokenizer)
-    if form == "tokenised":
-        return [_tokenised_row(row) for row in rows]
-    return tokenise.encode_chat_rows(rows, tokenizer, assistant_only)
-
-
-def _tokenised_row(row: Mapping[str, Any]) -> Encoded:
-    masks = {
-        name: np.asarray(row[column], bool)
-        for name, column in (("completion", "completion_mask"), ("assistant", "assistant_masks"))
-        if row.get(column) is not None
-    }
-    return Encoded(np.asarray(row["input_ids"], np.int32), **masks)
 
 
 def _explainer(tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> Callable[[datasets.Dataset], str]:

@@ -1,8 +1,9 @@
 """`train_on_responses_only`: mask everything but the answers, found by the text around them.
 
 Markers are looked for in the bytes that the tokens stand for, not among the tokens: a tokenizer that merges a
-marker's last newline with the answer's first, or its first space with the word before, changes nothing. Added tokens
-(<|im_start|>, …) count as one indivisible sign each, so a user who types them as plain text is not mistaken for one.
+marker's last newline with the answer's first, or its first space with the word before, changes nothing. Added
+tokens (<|im_start|>, …) count as one indivisible sign each, so a user who types them as plain text is not
+mistaken for one.
 """
 
 import json
@@ -116,8 +117,8 @@ class ResponseMask:
     def __call__(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """bool [T]: tokens that hold at least one byte of an answer.
 
-        An answer goes from the end of a response marker to the next instruction marker or the end of the row, so the
-        end-of-turn token is part of it.
+        An answer goes from the end of a response marker to the next instruction marker or the end of the row,
+        so the end-of-turn token is part of it.
         """
         row, ends = self.tokens.join(ids)
         begins = np.concatenate([[0], ends[:-1]]).astype(np.int64) if len(ends) else ends
@@ -214,11 +215,12 @@ def train_on_responses_only(
     num_proc: int | None = None,
     last_response_only: bool = False,
 ) -> Any:
-    """Train on the answers only: every label outside of them becomes -100 (those that are -100 already stay so).
+    """Train on the answers only: every label outside of them becomes -100 (those that are -100 already stay
+    so).
 
     Args:
-        trainer: has processing_class, train_dataset and eval_dataset (a dataset, a dict of them or None), tokenised
-            and not packed. They are replaced. May be None with `return_function`.
+        trainer: has processing_class, train_dataset and eval_dataset (a dataset, a dict of them or None),
+            tokenised and not packed. They are replaced. May be None with `return_function`.
         instruction_part: text before each user message, for instance "<|im_start|>user\\n".
         response_part: text before each answer. Both None: read off the chat template.
         force_match: the whitespace at the markers' ends has to match; False lets it vary.

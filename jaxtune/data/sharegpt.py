@@ -79,8 +79,8 @@ def to_sharegpt(
     """Make conversations (from/value, human/gpt) of a table's columns.
 
     Args:
-        merged_prompt: text with {column} fields; a part in [[double brackets]] is left out where a column in it is
-            empty or None. "" takes `merged_column_name` as it is.
+        merged_prompt: text with {column} fields; a part in [[double brackets]] is left out where a column in
+            it is empty or None. "" takes `merged_column_name` as it is.
         merged_column_name: the column with the user's words, if there is no merged_prompt.
         output_column_name: the column with the answer.
         remove_unused_columns: keep nothing but `conversations`.

@@ -30,8 +30,9 @@ def load_dataset(
     """Load rows from wherever they are.
 
     Args:
-        spec: a local JSONL, JSON, CSV, TSV, Parquet or text file, a local folder (of such files, or written by
-            `Dataset.save_to_disk`), a hub dataset name, a `datasets.Dataset` or `DatasetDict`, or a list of dicts.
+        spec: a local JSONL, JSON, CSV, TSV, Parquet or text file, a local folder (of such files, or written
+            by `Dataset.save_to_disk`), a hub dataset name, a `datasets.Dataset` or `DatasetDict`, or a list
+            of dicts.
         split: split of a folder, hub dataset or `DatasetDict` (`"train"`, `"train[:100]"`, …). A single local
             file is all one split, so there only a slice of it (`"train[:100]"`) means something.
         subset: configuration name of a hub dataset.

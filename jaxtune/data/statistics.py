@@ -1,6 +1,7 @@
-"""What a person wants to see of prepared data before training: numbers, and one row with its labels in colour."""
+"""What a person wants to see of prepared data before training: numbers, and one row in colour."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import datasets
 import numpy as np
@@ -70,7 +71,7 @@ def render_example(tokenizer: PreTrainedTokenizerBase, row: dict[str, list[int]]
     trained = labels != IGNORE
     edges = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(ids)]
     text, shown = Text(), 0
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in pairwise(edges):
         # Decoding up to `stop` and taking what is new keeps spaces that decoding a piece alone would lose.
         until = tokenizer.decode(ids[:stop], skip_special_tokens=False)
         text.append(until[shown:], style=TRAINED if trained[start] else MASKED)

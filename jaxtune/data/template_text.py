@@ -7,9 +7,11 @@ so the layout of these sources never shows in what they render.
 
 from collections.abc import Mapping
 
-
 # A string, or the text blocks of structured content.
-TEXT_OF_CONTENT = "(message['content'] if message['content'] is string else message['content'] | map(attribute='text') | join)"
+TEXT_OF_CONTENT = (
+    "(message['content'] if message['content'] is string "
+    "else message['content'] | map(attribute='text') | join)"
+)
 
 
 def turns(
@@ -283,8 +285,8 @@ LLAMA_3_1 = r"""
 {%- for tool in tools or [] -%}
 {%- set schemas.text = schemas.text + (tool | tojson(indent=4)) + '\n\n' -%}
 {%- endfor -%}
-{%- set how = 'Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}.' -%}
-{%- set how = how + 'Do not use variables.\n\n' + schemas.text -%}
+{%- set how = 'Respond in the format {"name": function name, "parameters": ' -%}
+{%- set how = how + 'dictionary of argument name and its value}.Do not use variables.\n\n' + schemas.text -%}
 {{- '<|start_header_id|>system<|end_header_id|>\n\n' + ('Environment: ipython\n' if tools else '') -}}
 {{- 'Cutting Knowledge Date: December 2023\nToday Date: ' + date_string + '\n\n' -}}
 {%- if tools and not tools_in_user_message -%}

@@ -133,7 +133,13 @@ CHAT_TEMPLATES: dict[str, ChatTemplate] = {
         text.turns(_GEMMA, begin="bos_token", trim=True, prelude=text.system_into_first_user("'\\n\\n'")),
         "<end_of_turn>",
     ),
-    "phi-3": ChatTemplate(text.turns({role: _phi_3(role) for role in _ROLES}, end="eos_token"), "<|end|>"),
+    "phi-3": ChatTemplate(
+        # a conversation ends with the model's own EOS, unless that was mapped to the stop word
+        text.turns(
+            {role: _phi_3(role) for role in _ROLES}, end="(eos_token if eos_token != '<|end|>' else '')"
+        ),
+        "<|end|>",
+    ),
     "phi-4": ChatTemplate(text.turns({role: _phi_4(role) for role in _ROLES}), "<|im_end|>"),
     "zephyr": ChatTemplate(text.turns({role: _zephyr(role) for role in _ROLES}), None),
     "starling": ChatTemplate(text.turns(_STARLING, begin="bos_token"), "<|end_of_turn|>"),
@@ -266,8 +272,8 @@ def get_chat_template(
         chat_template: a name (see `CHAT_TEMPLATES` and `ALIASES`), or (Jinja source, stop word).
         mapping: keys and role names of the messages to come, for instance ShareGPT's
             `{"role": "from", "content": "value", "user": "human", "assistant": "gpt"}`.
-        map_eos_token: make the template's stop word the EOS token. If the vocabulary lacks it, the present EOS
-            token is renamed to it, so that the model's own end-of-text embedding ends a turn.
+        map_eos_token: make the template's stop word the EOS token. If the vocabulary lacks it, the present
+            EOS token is renamed to it, so that the model's own end-of-text embedding ends a turn.
         system_message: replaces the template's default system message.
 
     Returns:

@@ -70,7 +70,8 @@ def encode_chat_rows(
     """Rows {"messages"} or {"prompt", "completion"} of messages, through the chat template.
 
     Raises:
-        ValueError: no chat template, or the template refuses a conversation (its position in `rows` is named).
+        ValueError: no chat template, or the template refuses a conversation (its position in `rows` is
+            named).
     """
     encoder = ChatEncoder(tokenizer, assistant_only)
     encoded = []
@@ -102,6 +103,8 @@ class ChatEncoder:
     def encode(self, row: Mapping[str, Any]) -> Encoded:
         """Ids and masks of one canonical "messages" or "chat_completion" row."""
         options = {"chat_template": self.template, "tools": row["tools"], **row["chat_template_kwargs"]}
+        if not row.get("messages", True):
+            return Encoded(np.zeros(0, np.int32))
         if "messages" in row:
             ids, assistant = self._ids_and_mask(row["messages"], options)
             return Encoded(ids, assistant=assistant)
@@ -136,26 +139,32 @@ class ChatEncoder:
     def _spans_by_prefix(
         self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], ids: np.ndarray
     ) -> np.ndarray:
-        """bool [T]: what each assistant message adds after its generation prompt, for a template without marks.
+        """bool [T]: what each assistant message adds after its generation prompt, for a template without
+        marks.
 
         Raises:
             ValueError: the template renders an earlier message differently once others follow it.
         """
         whole = self._render(messages, options)
+        encoded = self.tokenizer(whole, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+        begins, ends = np.asarray(encoded["offset_mapping"]).T  # characters of `whole`
         mask = np.zeros(len(ids), bool)
         for turn, message in enumerate(messages):
             if message.get("role") != "assistant":
                 continue
-            before = messages[:turn]
-            asking = options | {"add_generation_prompt": True}
-            if before and not whole.startswith(self._render(before, asking)):
+            before = self._render(messages[:turn], options | {"add_generation_prompt": True}) if turn else ""
+            if not whole.startswith(before):
                 raise ValueError(
                     "assistant_only_loss needs to know what the assistant said, and this chat template renders the "
                     "messages before an answer differently once the answer follows. Put {% generation %} marks into "
                     "the template, or use train_on_responses_only"
                 )
-            start = common_prefix(ids, self._ids(before, asking)) if before else 0
-            mask[start : common_prefix(ids, self._ids(messages[: turn + 1], options))] = True
+            through = self._render(messages[: turn + 1], options)
+            if whole.startswith(through):
+                stop = np.searchsorted(begins, len(through))
+            else:  # the template ends a conversation with something of its own, such as EOS
+                stop = common_prefix(ids, self._ids(messages[: turn + 1], options))
+            mask[np.searchsorted(ends, len(before), side="right") : stop] = True
         return mask
 
 
@@ -166,6 +175,8 @@ def _split_at_prompt(prompt: np.ndarray, whole: np.ndarray) -> Encoded:
 
 def _with_eos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     eos = tokenizer.eos_token
+    if not isinstance(text, str):
+        raise ValueError(f"expected a string to tokenise; a row has {text!r}. Filter such rows out first")
     if eos is None:
         raise ValueError(
             "the tokenizer has no EOS token, so the model would never learn to stop; name one with args.eos_token"

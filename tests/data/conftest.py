@@ -72,7 +72,9 @@ def make_sentencepiece_like() -> transformers.PreTrainedTokenizerBase:
                 merges.append((built, letter))
             built += letter
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="first", split=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+        replacement="\u2581", prepend_scheme="first", split=False
+    )
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -143,7 +145,12 @@ def trl_trainer(tmp_path):
         return SFTTrainer(
             model=model,
             args=SFTConfig(
-                output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False, disable_tqdm=True, **config
+                output_dir=str(tmp_path),
+                report_to="none",
+                use_cpu=True,
+                bf16=False,
+                disable_tqdm=True,
+                **config,
             ),
             train_dataset=rows if isinstance(rows, datasets.Dataset) else datasets.Dataset.from_list(rows),
             processing_class=copy.deepcopy(tokenizer),

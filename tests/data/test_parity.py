@@ -56,10 +56,15 @@ TOOL_MESSAGES = [
 ]
 TOOLS = [
     {"messages": TOOL_MESSAGES, "tools": [TOOL]},
-    {"messages": [{"role": "system", "content": "You are a helpful assistant."}, *TOOL_MESSAGES], "tools": [TOOL]},
+    {
+        "messages": [{"role": "system", "content": "You are a helpful assistant."}, *TOOL_MESSAGES],
+        "tools": [TOOL],
+    },
 ]
-TOKENISED = [{"input_ids": [5, 6, 7, 8], "completion_mask": [0, 0, 1, 1]}, {"input_ids": [9, 4], "completion_mask": [0, 1]}]
-PAD = 0
+TOKENISED = [
+    {"input_ids": [5, 6, 7, 8], "completion_mask": [0, 0, 1, 1]},
+    {"input_ids": [9, 4], "completion_mask": [0, 1]},
+]
 
 
 def with_template(tokenizer, templates, name):
@@ -86,7 +91,9 @@ def test_plain(rows, tokenizer, completion_only, request, arguments, trl_trainer
     assert_equal(prepare_dataset(rows, tokenizer, arguments(completion_only_loss=completion_only)), trainer)
 
 
-@pytest.mark.parametrize("template", ["qwen2_5", "qwen3", "qwen3_instruct_2507", "llama3", "llama3_1", "phi3"])
+@pytest.mark.parametrize(
+    "template", ["qwen2_5", "qwen3", "qwen3_instruct_2507", "llama3", "llama3_1", "phi3"]
+)
 @pytest.mark.parametrize("rows", [MESSAGES, CHAT_PAIRS], ids=["messages", "pairs"])
 @pytest.mark.parametrize("completion_only", [None, False])
 def test_conversations(rows, template, completion_only, byte_level, arguments, trl_templates, trl_trainer):
@@ -139,13 +146,18 @@ def test_sharegpt_with_template_roles(byte_level, arguments, trl_templates, trl_
 @pytest.mark.parametrize("completion_only", [None, True])
 def test_tokenised(completion_only, byte_level, arguments, trl_trainer):
     trainer = trl_trainer(TOKENISED, byte_level, completion_only_loss=completion_only)
-    assert_equal(prepare_dataset(TOKENISED, byte_level, arguments(completion_only_loss=completion_only)), trainer)
+    assert_equal(
+        prepare_dataset(TOKENISED, byte_level, arguments(completion_only_loss=completion_only)), trainer
+    )
     labelled = [{"input_ids": [5, 6, 7], "labels": [-100, 9, 7]}]
     assert_equal(prepare_dataset(labelled, byte_level, arguments()), trl_trainer(labelled, byte_level))
 
 
 def test_formatting_func(byte_level, arguments, trl_trainer):
-    rows = [{"question": "What is 12 + 30?", "answer": "42"}, {"question": "Say hello.", "answer": "Hello there"}]
+    rows = [
+        {"question": "What is 12 + 30?", "answer": "42"},
+        {"question": "Say hello.", "answer": "Hello there"},
+    ]
 
     def formatting(row):
         return f"### Instruction:\n{row['question']}\n\n### Response:\n{row['answer']}"
@@ -157,7 +169,9 @@ def test_formatting_func(byte_level, arguments, trl_trainer):
 @pytest.mark.parametrize("max_length", [1, 4, 7, None])
 def test_truncation(max_length, byte_level, arguments, trl_trainer):
     trainer = trl_trainer(PLAIN_PAIRS, byte_level, max_length=max_length, completion_only_loss=False)
-    ours = prepare_dataset(PLAIN_PAIRS, byte_level, arguments(max_length=max_length, completion_only_loss=False))
+    ours = prepare_dataset(
+        PLAIN_PAIRS, byte_level, arguments(max_length=max_length, completion_only_loss=False)
+    )
     assert_equal(ours, trainer)
 
 
@@ -190,7 +204,9 @@ def test_packing(strategy, rows, byte_level, arguments, trl_trainer):
     lengths = np.random.default_rng(rows).integers(1, 60, rows)
     data = [{"prompt": "1 " * 3, "completion": "2 " * int(length)} for length in lengths]
     trainer = trl_trainer(data, byte_level, packing=True, packing_strategy=strategy, max_length=32)
-    ours = prepare_dataset(data, byte_level, arguments(packing=True, packing_strategy=strategy, max_length=32))
+    ours = prepare_dataset(
+        data, byte_level, arguments(packing=True, packing_strategy=strategy, max_length=32)
+    )
     packed = pack(ours, 32, strategy)
     theirs = trainer.train_dataset
     assert packed["input_ids"][:] == theirs["input_ids"][:]
@@ -203,7 +219,9 @@ def test_packing(strategy, rows, byte_level, arguments, trl_trainer):
 def test_packed_batches_equal_the_padding_free_collator(strategy, byte_level, arguments, trl_trainer):
     data = [{"text": "1 2 " * length} for length in (3, 9, 2, 20, 5, 7)]
     trainer = trl_trainer(data, byte_level, packing=True, packing_strategy=strategy, max_length=32)
-    ours = prepare_dataset(data, byte_level, arguments(packing=True, packing_strategy=strategy, max_length=32))
+    ours = prepare_dataset(
+        data, byte_level, arguments(packing=True, packing_strategy=strategy, max_length=32)
+    )
     packed = pack(ours, 32, strategy)
     batch = next(Batches(packed, batch_size=len(packed), max_length=32, packed=True).eval_batches())
     theirs = trainer.data_collator([trainer.train_dataset[row] for row in range(len(packed))])
