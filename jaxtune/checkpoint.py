@@ -27,6 +27,7 @@ import numpy as np
 from datasets import Dataset
 
 from jaxtune.config import SFTConfig
+from jaxtune.data import content_digest
 from jaxtune.metrics import TrainerState
 
 # What may differ between a checkpoint and the run that resumes it, because the result does not depend on it.
@@ -72,7 +73,7 @@ def save_checkpoint(
         write_model: writes the files that other libraries load into the folder that it is given.
 
     Raises:
-        OSError or ValueError (from Orbax): not written, for instance on a full disk. Nothing stays behind.
+        OSError or ValueError (from Orbax): not written, for instance on a full disk; those before it are intact.
     """
     output_dir = Path(output_dir).absolute()
     folder = output_dir / f"checkpoint-{state.global_step}"
@@ -167,7 +168,7 @@ def fingerprint(args: SFTConfig, num_steps: int, model: Trained, dataset: Datase
         },
         "frozen weights (checksum of a sample)": _sample_checksum(model.base),
         "rows of data": len(dataset),
-        "data (checksum)": _data_checksum(dataset),
+        "data (digest)": content_digest(dataset),
     }
     return json.loads(json.dumps(run))  # tuples become lists, as they come back from a file
 
@@ -188,22 +189,15 @@ def check_fingerprint(saved: Mapping[str, Any], now: Mapping[str, Any], folder: 
 
 def _sample_checksum(base: Mapping[str, jax.Array]) -> int:
     """CRC-32 of up to 256 numbers of each leaf; one small computation, however large the base is."""
-    sample = jax.jit(lambda leaves: {name: leaf[(0,) * (leaf.ndim - 1)][:256] if leaf.ndim else leaf
-                                     for name, leaf in leaves.items()})(dict(base))  # fmt: skip
-    return _crc(np.asarray(sample[name]) for name in sorted(sample))
 
+    @jax.jit
+    def sample(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {
+            name: leaf[(0,) * (leaf.ndim - 1)][:256] if leaf.ndim else leaf for name, leaf in leaves.items()
+        }
 
-def _data_checksum(dataset: Dataset) -> int:
-    """CRC-32 of all ids and labels and of the rows' lengths."""
-    tables = dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=10_000)
-    columns = (table.column(name).combine_chunks() for table in tables for name in ("input_ids", "labels"))
-    parts = ((column.value_lengths(), column.flatten()) for column in columns)
-    return _crc(part.to_numpy(zero_copy_only=False) for pair in parts for part in pair)
-
-
-def _crc(arrays: Iterable[np.ndarray]) -> int:
     value = 0
-    for array in arrays:
+    for _, array in sorted(jax.device_get(sample(dict(base))).items()):
         value = zlib.crc32(np.ascontiguousarray(array).tobytes(), value)
     return value
 
@@ -220,10 +214,13 @@ def _written_whole(folder: Path) -> Iterator[Path]:
         for root, _, files in os.walk(temporary):
             for name in [*files, "."]:
                 _to_disk(os.path.join(root, name))
+        replaced = temporary.with_name(f"{temporary.name}-old")
         if folder.exists():
-            remove_checkpoints(folder.parent, [int(folder.name.removeprefix("checkpoint-"))])
+            os.rename(folder, replaced)
         os.rename(temporary, folder)
         _to_disk(folder.parent)
+        if replaced.exists():
+            shutil.rmtree(replaced)
     except Exception as error:
         steps = checkpoint_steps(folder.parent)
         last = f"the last whole one is checkpoint-{steps[-1]}" if steps else "there is none before it"

@@ -211,7 +211,7 @@ class SFTTrainer:
 
     def _begin(self, resume: Path | None) -> _Run:
         """Make batches, optimizer and step; with `resume`, put everything where that checkpoint was."""
-        args, model = self.args, self.model
+        args, model = self.args, self.model.for_training()
         batches = self._batches(self.train_dataset, train=True)
         steps_per_epoch = batches.steps_per_epoch
         num_steps = (
@@ -226,7 +226,7 @@ class SFTTrainer:
             optimizer,
             max_grad_norm=args.max_grad_norm,
             neftune_alpha=args.neftune_noise_alpha,
-            remat=args.gradient_checkpointing,
+            remat=args.gradient_checkpointing and model.gradient_checkpointing,
         )
         fingerprint = checkpoint.fingerprint(args, num_steps, model, self.train_dataset)
         self.state = TrainerState(max_steps=num_steps)
@@ -407,7 +407,6 @@ class SFTTrainer:
         step = self.state.global_step
         folder = checkpoint.save_checkpoint(
             self.args.output_dir,
-            step,
             self.model.trainable,
             self.opt_state,
             self.state,
