@@ -117,9 +117,8 @@ class RowEncoder:
 
 
 def _tokenised_row(row: Mapping[str, Any]) -> Encoded:
-    masks = {
-        name: np.asarray(row[column], bool)
-        for name, column in (("completion", "completion_mask"), ("assistant", "assistant_masks"))
-        if row.get(column) is not None
-    }
-    return Encoded(np.asarray(row["input_ids"], np.int32), **masks)
+    completion, assistant = (
+        None if row.get(column) is None else np.asarray(row[column], bool)
+        for column in ("completion_mask", "assistant_masks")
+    )
+    return Encoded(np.asarray(row["input_ids"], np.int32), completion, assistant)

@@ -22,6 +22,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from jaxtune.data.columns import IGNORE
 from jaxtune.data.prepare import map_tokens, preparation_report, truncate_and_drop
+from jaxtune.data.tokenise import render_chat
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +45,7 @@ class TokenBytes:
     """The bytes each token of a vocabulary stands for."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]
-        kinds = {part["type"] for part in (decoder or {}).get("decoders", [decoder or {"type": "none"}])}
+        kinds = _decoder_kinds(tokenizer)
         self._byte_of = (
             {letter: byte for byte, letter in bytes_to_unicode().items()} if "ByteLevel" in kinds else None
         )
@@ -61,10 +61,10 @@ class TokenBytes:
     def _bytes(self, token_id: int) -> bytes:
         if token_id in self._added:
             return SIGN + str(token_id).encode() + SIGN
-        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        token: Any = self._tokenizer.convert_ids_to_tokens(token_id)
         if token is None:
             return b""
-        if self._byte_of is not None:
+        if self._byte_of is not None and set(token) <= self._byte_of.keys():
             return bytes(self._byte_of[letter] for letter in token)
         if match := BYTE_TOKEN.fullmatch(token):
             return bytes([int(match[1], 16)])
@@ -81,6 +81,15 @@ class TokenBytes:
         found = self.join(ids)[0]
         # SentencePiece puts a space before the first word of a text.
         return found.removeprefix(b" ") if found.startswith(b" ") and not text.startswith(" ") else found
+
+
+def _decoder_kinds(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Names of the steps by which a fast tokenizer turns tokens back into text."""
+    decoder = tokenizer.backend_tokenizer.decoder
+    if decoder is None:
+        return set()
+    state = json.loads(decoder.__getstate__())
+    return {part["type"] for part in state.get("decoders", [state])}
 
 
 class ResponseMask:
@@ -156,7 +165,7 @@ def detect_markers(tokenizer: PreTrainedTokenizerBase) -> Markers:
     roles = ["user", "assistant"] * TURNS
     messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
     try:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+        rendered = render_chat(tokenizer, messages)
         places = [rendered.index(content) for content in contents]
     except (TemplateError, TypeError, ValueError) as error:
         raise ValueError(
@@ -164,7 +173,7 @@ def detect_markers(tokenizer: PreTrainedTokenizerBase) -> Markers:
         ) from error
     between = [
         _pieces(rendered[left + len(content) : right], tokenizer)
-        for content, (left, right) in zip(contents, pairwise([*places, len(rendered)]), strict=False)
+        for content, (left, right) in zip(contents, pairwise(places), strict=False)
     ]
     closing = _pieces(rendered[places[-1] + len(contents[-1]) :], tokenizer)
     # The closing of a turn is what also stands at the very end; the rest opens the next one.

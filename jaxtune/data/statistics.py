@@ -73,7 +73,7 @@ def render_example(tokenizer: PreTrainedTokenizerBase, row: dict[str, list[int]]
     text, shown = Text(), 0
     for start, stop in pairwise(edges):
         # Decoding up to `stop` and taking what is new keeps spaces that decoding a piece alone would lose.
-        until = tokenizer.decode(ids[:stop], skip_special_tokens=False)
+        until = str(tokenizer.decode(ids[:stop], skip_special_tokens=False))
         text.append(until[shown:], style=TRAINED if trained[start] else MASKED)
         shown = len(until)
     return text

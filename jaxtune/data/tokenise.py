@@ -38,6 +38,15 @@ def common_prefix(left: Sequence[int] | np.ndarray, right: Sequence[int] | np.nd
     return int(differs.argmax()) if differs.any() else length
 
 
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], **options: Any
+) -> str:
+    """A conversation as the chat template writes it; options as in `apply_chat_template`."""
+    chat: Any = list(messages)
+    text: Any = tokenizer.apply_chat_template(chat, tokenize=False, **options)
+    return text
+
+
 def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
     """Token ids of plain texts, with the special tokens the tokenizer adds by itself, but never two BOS tokens."""
     encoded = tokenizer(list(texts), verbose=False)["input_ids"]
@@ -114,7 +123,7 @@ class ChatEncoder:
         return replace(split, assistant=assistant)
 
     def _render(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
-        return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+        return render_chat(self.tokenizer, messages, **options)
 
     def _ids(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> np.ndarray:
         ids = self.tokenizer(self._render(messages, options), add_special_tokens=False, verbose=False)[
@@ -129,8 +138,9 @@ class ChatEncoder:
             return self._ids(messages, options), None
         # chat_template_kwargs may name a template of its own
         if has_marks(options["chat_template"]):
-            encoded = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
+            chat: Any = list(messages)
+            encoded: Any = self.tokenizer.apply_chat_template(
+                chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
             )
             return np.asarray(encoded["input_ids"], np.int32), np.asarray(encoded["assistant_masks"], bool)
         ids = self._ids(messages, options)
