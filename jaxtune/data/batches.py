@@ -49,7 +49,8 @@ class Batches:
         packed: bool,
         seed: int = 0,
         shuffle: bool = True,
-        pad_token_id: int = 0,
+        pad_token_id: int | None = None,
+        pad_to_multiple_of: int | None = None,
     ):
         """
         Args:
@@ -61,7 +62,9 @@ class Batches:
             packed: rows hold several documents; all batches are then `max_length` long.
             seed: of the order of rows; every epoch has its own.
             shuffle: False keeps the dataset's order.
-            pad_token_id: fills input_ids behind a row's end.
+            pad_token_id: fills input_ids behind a row's end; None is 0 (padding is never attended to).
+            pad_to_multiple_of: pad unpacked rows to multiples of this instead of to `buckets`; every length
+                that occurs is a compilation.
 
         Raises:
             ValueError: no rows, or a row longer than max_length.
@@ -81,8 +84,13 @@ class Batches:
                 f"a row has {longest} tokens, more than max_length={max_length}; truncate or pack first"
             )
         self.batch_size, self.accumulation = batch_size, accumulation
-        self.seed, self.shuffle, self.pad_token_id = seed, shuffle, pad_token_id
-        self._sizes = np.asarray([self.max_length] if packed else buckets(self.max_length))
+        self.seed, self.shuffle, self.pad_token_id = seed, shuffle, pad_token_id or 0
+        if packed:
+            self._sizes = np.asarray([self.max_length])
+        elif pad_to_multiple_of:
+            self._sizes = np.arange(1, -(-longest // pad_to_multiple_of) + 1) * pad_to_multiple_of
+        else:
+            self._sizes = np.asarray(buckets(self.max_length))
         self._order: tuple[int, np.ndarray] | None = None
 
     @property
