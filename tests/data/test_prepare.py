@@ -21,13 +21,9 @@ def test_report_and_log(byte_level, arguments, caplog):
         dataset = prepare_dataset(PAIRS, byte_level, arguments(max_length=24))
     report = preparation_report(dataset)
     assert (report.rows_in, report.rows, report.dropped) == (4, 2, 2)
-    assert report.truncated == sum(len(row["input_ids"]) == 24 for row in dataset) + 2
-    assert report.longest > 60
+    assert (report.truncated, report.longest) == (2, 52)
     assert "2 of 4 rows were dropped" in caplog.text
-    assert (
-        f"{report.truncated} of 4 rows were cut to max_length=24 tokens (the longest had {report.longest})"
-        in caplog.text
-    )
+    assert "2 of 4 rows were cut to max_length=24 tokens (the longest had 52)" in caplog.text
     assert preparation_report(datasets.Dataset.from_list(PAIRS)) is None
 
 
@@ -100,7 +96,7 @@ def test_completion_only_without_completions_warns(byte_level, arguments, caplog
 
 
 def test_changed_prompts_are_counted(byte_level, arguments, caplog):
-    rows = [{"prompt": "a\n", "completion": "\nb"}, {"prompt": "a", "completion": " b"}]
+    rows = [{"prompt": "a ", "completion": "42"}, {"prompt": "a", "completion": " 42"}]
     with caplog.at_level(logging.WARNING, "jaxtune"):
         prepare_dataset(rows, byte_level, arguments())
     assert "in 1 of 2 rows the prompt's tokens change" in caplog.text
