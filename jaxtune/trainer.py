@@ -447,6 +447,10 @@ def _check_collator(collator: Any) -> None:
 
 def _checked_model(model: Any) -> Model:
     if isinstance(model, Model):
+        if not model.trainable:
+            raise ValueError(
+                "SFTTrainer: nothing to train; call FastLanguageModel.get_peft_model(model, …) first"
+            )
         return model
     raise TypeError(
         f"SFTTrainer: model must come from FastLanguageModel.from_pretrained, got {type(model).__name__}"
