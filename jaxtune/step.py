@@ -36,6 +36,12 @@ def targets(labels: jax.Array, segment_ids: jax.Array) -> jax.Array:
     return jnp.where(same, following, IGNORE)
 
 
+def default_chunk() -> int:
+    """Tokens a chunk of the loss: enough to keep a GPU's matrix units busy, few on a CPU, where the last, partly
+    filled chunk costs real time."""
+    return 256 if jax.default_backend() == "cpu" else 1024
+
+
 def neftune(x: jax.Array, alpha: float, key: jax.Array) -> jax.Array:
     """Uniform noise of ±alpha/√(T·D) on embeddings [B, T, D] (NEFTune, arXiv 2310.05914)."""
     bound = alpha / (x.shape[1] * x.shape[2]) ** 0.5
@@ -51,7 +57,7 @@ def loss_sum(
     key: jax.Array | None = None,
     neftune_alpha: float | None = None,
     remat: bool = False,
-    loss_chunk: int = 1024,
+    loss_chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(sum of the label tokens' negative log-likelihood, how many were ranked first) of one batch [B, T]."""
     module = join(graphdef, trainable, base)
@@ -61,7 +67,7 @@ def loss_sum(
     dropout = None if key is None else jax.random.fold_in(key, 1)
     hidden, _ = module.hidden(x, batch["positions"], batch["segment_ids"], key=dropout, remat=remat)
     want = targets(batch["labels"], batch["segment_ids"]).reshape(-1)
-    options = Options(chunk=loss_chunk, train_head=module.trains_head())
+    options = Options(chunk=loss_chunk or default_chunk(), train_head=module.trains_head())
     return fused_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), module.head(), want, options)
 
 
@@ -81,7 +87,7 @@ def make_train_step(
     max_grad_norm: float | None = 1.0,
     neftune_alpha: float | None = None,
     remat: bool = True,
-    loss_chunk: int = 1024,
+    loss_chunk: int | None = None,
 ) -> TrainStep:
     """The jitted training step of a model; compiled once for each batch shape.
 
@@ -91,7 +97,7 @@ def make_train_step(
       max_grad_norm: clip to this global norm.
       neftune_alpha: strength of embedding noise, None for none.
       remat: recompute each layer in the backward pass.
-      loss_chunk: tokens whose logits exist at a time.
+      loss_chunk: tokens whose logits exist at a time; None chooses for the machine.
 
     Returns:
       step(trainable, opt_state, base, batch [G, B, T], key) -> (trainable, opt_state, metrics). The first two are
@@ -139,7 +145,7 @@ def make_train_step(
     return jax.jit(step, donate_argnums=(0, 1))
 
 
-def make_eval_step(model: Trainable, *, loss_chunk: int = 1024) -> Callable[[Leaves, Leaves, Batch], Metrics]:
+def make_eval_step(model: Trainable, *, loss_chunk: int | None = None) -> Callable[[Leaves, Leaves, Batch], Metrics]:
     """The jitted evaluation of a batch [B, T]: float32 scalars loss_sum, num_items, correct."""
     graphdef = model.graphdef
 

@@ -78,7 +78,7 @@ def _run(hidden, head, labels, options, differentiate):
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def fused_cross_entropy(
-    hidden: jax.Array, head: jax.Array, labels: jax.Array, options: Options = Options()
+    hidden: jax.Array, head: jax.Array, labels: jax.Array, options: Options
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of -log p(label) over the rows whose label is not -100, and how many of them the model ranks first.
 
