@@ -243,15 +243,18 @@ def plot_losses(history: Iterable[Record], path: str | Path, title: str = "") ->
     from matplotlib.ticker import MaxNLocator
 
     records = list(history)
-    curves = {"loss": ("training", "#4c72b0", ""), "eval_loss": ("evaluation", "#dd8452", "o")}
+    evaluations = sorted(
+        {key for r in records for key in r if key.startswith("eval") and key.endswith("_loss")}
+    )
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for key, (label, colour, marker) in curves.items():
+    for key in ["loss", *evaluations]:
         points = [(r["step"], r[key]) for r in records if key in r and math.isfinite(r[key])]
         if points:
-            single = marker or ("o" if len(points) == 1 else "")
-            axes.plot(*zip(*points, strict=True), color=colour, marker=single, markersize=5, label=label)
+            label = {"loss": "training", "eval_loss": "evaluation"}.get(key, key)
+            marker = "o" if key != "loss" or len(points) == 1 else ""
+            axes.plot(*zip(*points, strict=True), marker=marker, markersize=5, label=label)
     if not axes.lines:
         return None
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)

@@ -1,5 +1,6 @@
 """SFTTrainer on a tiny Llama: resume bit for bit, signals, bad losses, evaluation, logs, compilations."""
 
+import itertools
 import json
 import os
 import signal
@@ -317,7 +318,7 @@ def test_one_compilation_for_each_length(base, tmp_path):
     trainer.train()
     assert trainer.compilations == 2  # 64 and 128 tokens
     # Where the step was not compiled, nothing was: no hidden compilation in the loop (reading is a step late).
-    for (before, total_before), (after, total_after) in zip(seen[1:], seen[2:], strict=False):
+    for (before, total_before), (after, total_after) in itertools.pairwise(seen[1:]):
         assert after > before or total_after == total_before
 
 
@@ -369,7 +370,8 @@ def test_evaluation_is_weighted_by_tokens(base, tmp_path):
 
     both = make_trainer(base, tmp_path, eval_dataset={"short": rows[:1], "long": rows[1:]})
     assert {"eval_short_loss", "eval_long_loss"} <= both.evaluate().keys()
-    assert both.evaluate(trainer.eval_dataset)["eval_loss"] == metrics["eval_loss"]
+    alone = both.evaluate(trainer.eval_dataset)  # in batches of 4
+    assert alone["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-6)
 
 
 def test_epochs_and_limits(base, tmp_path):
