@@ -1,0 +1,44 @@
+"""jaxtune: QLoRA fine-tuning in JAX. The public names; each is imported when it is first used."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxtune.config import SFTConfig
+    from jaxtune.data import get_chat_template, standardize_sharegpt, train_on_responses_only
+    from jaxtune.generate import TextStreamer
+    from jaxtune.lora import LoraConfig
+    from jaxtune.model import FastLanguageModel, FastModel, Model
+    from jaxtune.step import make_eval_step, make_train_step
+    from jaxtune.trainer import SFTTrainer
+
+_HOMES = {
+    "FastLanguageModel": "jaxtune.model",
+    "FastModel": "jaxtune.model",
+    "LoraConfig": "jaxtune.lora",
+    "Model": "jaxtune.model",
+    "SFTConfig": "jaxtune.config",
+    "SFTTrainer": "jaxtune.trainer",
+    "TextStreamer": "jaxtune.generate",
+    "get_chat_template": "jaxtune.data",
+    "make_eval_step": "jaxtune.step",
+    "make_train_step": "jaxtune.step",
+    "standardize_data_formats": "jaxtune.data",
+    "standardize_sharegpt": "jaxtune.data",
+    "to_sharegpt": "jaxtune.data",
+    "train_on_responses_only": "jaxtune.data",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"jaxtune has no {name!r}; it has {', '.join(__all__)}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
