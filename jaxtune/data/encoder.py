@@ -50,6 +50,7 @@ class RowEncoder:
         self.batched = self.formatting is not None and formats.formatting_is_batched(self.formatting, example)
         self.form = "text" if self.formatting else formats.detect_format(example, args.dataset_text_field)
         self.chat = tokenizer.chat_template is not None
+        self.as_is = bool((getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"))
         self.changed_prompts = 0
         self._check_masks()
         self.completion_only = args.completion_only_loss
@@ -94,7 +95,7 @@ class RowEncoder:
             return tokenise.encode_prompt_rows(canonical, self.tokenizer)
         if form == "tokenised":
             return [_tokenised_row(row) for row in canonical]
-        return tokenise.encode_chat_rows(canonical, self.tokenizer, self.args.assistant_only_loss)
+        return tokenise.ChatEncoder(self.tokenizer, self.args.assistant_only_loss).encode(canonical)
 
     def _check_masks(self) -> None:
         args, columns = self.args, ", ".join(self.example)
@@ -102,6 +103,8 @@ class RowEncoder:
             raise ValueError(
                 "completion_only_loss=True and formatting_func exclude each other: a formatted text has no completion"
             )
+        if self.as_is and self.form != "tokenised":
+            raise ValueError(f"skip_prepare_dataset needs the column input_ids; the dataset has {columns}")
         conversational = self.form in ("messages", "conversations", "chat_completion") or (
             self.form == "alpaca" and self.chat
         )

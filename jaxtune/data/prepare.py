@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from jaxtune.data.columns import IGNORE, TOKEN_COLUMNS, content_digest
 from jaxtune.data.encoder import DataArguments, RowEncoder
 from jaxtune.data.sources import Source, load_dataset
+from jaxtune.data.templates import use_chat_template_of
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,8 @@ def prepare_dataset(
 
     Args:
         dataset: see `load_dataset`; formats in `formats.KNOWN_FORMATS`.
-        tokenizer: its EOS token is set to `args.eos_token`, where that is given.
+        tokenizer: its EOS token and chat template are set to `args.eos_token` and that of
+            `args.chat_template_path`, where these are given.
         args: SFTConfig. `dataset_num_proc` is not read: tokenisation runs in batches on the tokenizer's
             threads.
         formatting_func: row -> text (or texts), or a batch of rows (dict of lists) -> texts.
@@ -76,12 +78,16 @@ def prepare_dataset(
     """
     if args.packing and args.max_length is None:
         raise ValueError("packing needs max_length, the length of a packed row; it is None")
-    rows = load_dataset(dataset)
+    rows = _plain_rows(load_dataset(dataset))
+    template_path = getattr(args, "chat_template_path", None)
+    if template_path is not None:
+        use_chat_template_of(tokenizer, template_path)
     _set_eos(tokenizer, args.eos_token)
     encoder = RowEncoder(rows[0], tokenizer, args, formatting_func)
     encoded = map_tokens(rows, encoder, "Tokenising")
     encoder.warn(len(encoded))
-    limit = None if args.packing and args.packing_strategy != "bfd" else args.max_length
+    overflow_kept = args.packing and args.packing_strategy != "bfd"
+    limit = None if overflow_kept or encoder.as_is else args.max_length
     keep_end = getattr(args, "truncation_mode", "keep_start") == "keep_end"
     prepared = truncate_and_drop(encoded, limit, keep_end=keep_end, explain=_explainer(tokenizer, args))
     if args.shuffle_dataset:
@@ -173,6 +179,15 @@ def attach_report(dataset: datasets.Dataset, report: PreparationReport | None) -
     """`dataset` with its report where `preparation_report` finds it."""
     setattr(dataset, "preparation", report)  # noqa: B010 - Dataset declares no such attribute
     return dataset
+
+
+def _plain_rows(dataset: datasets.Dataset) -> datasets.Dataset:
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            "the dataset has a with_transform() function, which may give other rows each time; apply it once with "
+            "Dataset.map() instead"
+        )
+    return dataset.with_format(None)
 
 
 def _set_eos(tokenizer: PreTrainedTokenizerBase, eos_token: str | None) -> None:

@@ -54,7 +54,7 @@ def load_dataset(
     elif isinstance(spec, datasets.Dataset):
         dataset = spec
     elif isinstance(spec, Sequence) and all(isinstance(row, Mapping) for row in spec):
-        dataset = datasets.Dataset.from_list([dict(row) for row in spec]) if spec else None
+        dataset = _from_rows(spec) if spec else None
     else:
         raise TypeError(
             "expected a file or folder path, a hub dataset name, a datasets.Dataset, a DatasetDict or a list of "
@@ -66,6 +66,13 @@ def load_dataset(
             f"the dataset has no rows: {spec if isinstance(spec, (str, Path)) else type(spec).__name__}"
         )
     return dataset
+
+
+def _from_rows(rows: Sequence[Mapping[str, Any]]) -> datasets.Dataset:
+    """Rows with any of their columns missing; nested dicts of different keys (tool schemas) stay as they are."""
+    columns = dict.fromkeys(column for row in rows for column in row)
+    table = {column: [row.get(column) for row in rows] for column in columns}
+    return datasets.Dataset.from_dict(table, on_mixed_types="use_json")
 
 
 def _from_name(

@@ -5,10 +5,11 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jaxtune.data import template_text as text
 
@@ -295,6 +296,24 @@ def get_chat_template(
         template.plain if isinstance(chat_template, str) else _own(template)
     )
     return tokenizer
+
+
+def use_chat_template_of(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Give a tokenizer the template in a .jinja file, or that of another tokenizer (folder or hub name).
+
+    Raises:
+        ValueError: the other tokenizer's template ends turns with a token that this vocabulary lacks.
+    """
+    if path.endswith((".jinja", ".j2")):
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        return
+    other: Any = AutoTokenizer.from_pretrained(path)
+    if other.eos_token not in tokenizer.get_vocab():
+        raise ValueError(
+            f"the chat template of {path} goes with the EOS token {other.eos_token!r}, which is not in this "
+            "vocabulary, and new tokens are not supported; use get_chat_template, which renames the EOS token"
+        )
+    tokenizer.chat_template, tokenizer.eos_token = other.get_chat_template(), other.eos_token
 
 
 def _own(template: ChatTemplate) -> str:

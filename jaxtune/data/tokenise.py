@@ -1,6 +1,7 @@
 """Canonical rows to token ids and loss masks, with the ids and masks of TRL's SFTTrainer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxtune.data.columns import IGNORE
 from jaxtune.data.templates import has_marks, marked_variant
+
+Messages = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,25 @@ def common_prefix(left: Sequence[int] | np.ndarray, right: Sequence[int] | np.nd
     return int(differs.argmax()) if differs.any() else length
 
 
-def render_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], **options: Any
-) -> str:
-    """A conversation as the chat template writes it; options as in `apply_chat_template`."""
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: Any) -> str:
+    """A conversation as the chat template writes it; options as in `apply_chat_template`.
+
+    Raises:
+        ValueError: the template refuses the conversation.
+    """
     chat: Any = list(messages)
-    text: Any = tokenizer.apply_chat_template(chat, tokenize=False, **options)
+    with _naming_the_conversation(messages):
+        text: Any = tokenizer.apply_chat_template(chat, tokenize=False, **options)
     return text
+
+
+@contextmanager
+def _naming_the_conversation(messages: Messages) -> Iterator[None]:
+    try:
+        yield
+    except (TemplateError, TypeError) as error:
+        shown = str(list(messages))[:500]
+        raise ValueError(f"the chat template cannot render a conversation ({error}): {shown}") from error
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
@@ -73,32 +88,18 @@ def encode_prompt_rows(
     return [_split_at_prompt(prompt, whole) for prompt, whole in zip(prompts, wholes, strict=True)]
 
 
-def encode_chat_rows(
-    rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, assistant_only: bool
-) -> list[Encoded]:
-    """Rows {"messages"} or {"prompt", "completion"} of messages, through the chat template.
-
-    Raises:
-        ValueError: no chat template, or the template refuses a conversation (its position in `rows` is
-            named).
-    """
-    encoder = ChatEncoder(tokenizer, assistant_only)
-    encoded = []
-    for index, row in enumerate(rows):
-        try:
-            encoded.append(encoder.encode(row))
-        except (TemplateError, TypeError) as error:
-            raise ValueError(
-                f"the chat template cannot render conversation {index} of this batch ({error}): "
-                f"{str(row.get('messages') or row)[:500]}"
-            ) from error
-    return encoded
-
-
 class ChatEncoder:
-    """Conversations to ids and masks. One instance serves a whole dataset."""
+    """Rows {"messages"} or {"prompt", "completion"} of messages, through the chat template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, assistant_only: bool):
+        """
+        Args:
+            tokenizer: with a chat template.
+            assistant_only: find out which tokens the assistant said.
+
+        Raises:
+            ValueError: no chat template.
+        """
         if tokenizer.chat_template is None:
             raise ValueError(
                 "the dataset is conversational but the tokenizer has no chat template; set one, for instance with "
@@ -109,46 +110,51 @@ class ChatEncoder:
         # TRL renders prompt and whole with the marked template too, which for Qwen3 is not the tokenizer's own.
         self.template = marked_variant(tokenizer.get_chat_template()) if assistant_only else None
 
-    def encode(self, row: Mapping[str, Any]) -> Encoded:
-        """Ids and masks of one canonical "messages" or "chat_completion" row."""
-        options = {"chat_template": self.template, "tools": row["tools"], **row["chat_template_kwargs"]}
-        if not row.get("messages", True):
-            return Encoded(np.zeros(0, np.int32))
-        if "messages" in row:
-            ids, assistant = self._ids_and_mask(row["messages"], options)
-            return Encoded(ids, assistant=assistant)
-        prompt = self._ids(row["prompt"], options | {"add_generation_prompt": True})
-        ids, assistant = self._ids_and_mask([*row["prompt"], *row["completion"]], options)
-        split = _split_at_prompt(prompt, ids)
-        return replace(split, assistant=assistant)
-
-    def _render(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
-        return render_chat(self.tokenizer, messages, **options)
-
-    def _ids(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> np.ndarray:
-        ids = self.tokenizer(self._render(messages, options), add_special_tokens=False, verbose=False)[
-            "input_ids"
+    def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[Encoded]:
+        """Ids and masks of canonical rows, all "messages" or all "chat_completion"; no messages give no tokens."""
+        options = [self._options(row) for row in rows]
+        talks = [
+            row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]] for row in rows
         ]
-        return np.asarray(ids, np.int32)
+        if self.assistant_only:
+            wholes = [self._with_mask(talk, chosen) for talk, chosen in zip(talks, options, strict=True)]
+        else:
+            wholes = [Encoded(ids) for ids in self._ids(talks, options)]
+        if "messages" in rows[0]:
+            return wholes
+        asking = [chosen | {"add_generation_prompt": True} for chosen in options]
+        prompts = self._ids([row["prompt"] for row in rows], asking)
+        return [
+            replace(_split_at_prompt(prompt, whole.ids), assistant=whole.assistant)
+            for prompt, whole in zip(prompts, wholes, strict=True)
+        ]
 
-    def _ids_and_mask(
-        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        if not self.assistant_only:
-            return self._ids(messages, options), None
+    def _options(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        return {"chat_template": self.template, "tools": row["tools"], **row["chat_template_kwargs"]}
+
+    def _render(self, messages: Messages, options: Mapping[str, Any]) -> str:
+        return render_chat(self.tokenizer, messages, **options) if messages else ""
+
+    def _ids(self, talks: Sequence[Messages], options: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
+        texts = [self._render(talk, chosen) for talk, chosen in zip(talks, options, strict=True)]
+        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [np.asarray(ids, np.int32) for ids in encoded]
+
+    def _with_mask(self, messages: Messages, options: Mapping[str, Any]) -> Encoded:
+        """One conversation with its assistant mask, from the template's marks or, without them, by prefixes."""
         # chat_template_kwargs may name a template of its own
-        if has_marks(options["chat_template"]):
+        if messages and has_marks(options["chat_template"]):
             chat: Any = list(messages)
-            encoded: Any = self.tokenizer.apply_chat_template(
-                chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
-            )
-            return np.asarray(encoded["input_ids"], np.int32), np.asarray(encoded["assistant_masks"], bool)
-        ids = self._ids(messages, options)
-        return ids, self._spans_by_prefix(messages, options, ids)
+            with _naming_the_conversation(messages):
+                encoded: Any = self.tokenizer.apply_chat_template(
+                    chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
+                )
+            mask = np.asarray(encoded["assistant_masks"], bool)
+            return Encoded(np.asarray(encoded["input_ids"], np.int32), assistant=mask)
+        ids = self._ids([messages], [options])[0]
+        return Encoded(ids, assistant=self._spans_by_prefix(messages, options, ids))
 
-    def _spans_by_prefix(
-        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], ids: np.ndarray
-    ) -> np.ndarray:
+    def _spans_by_prefix(self, messages: Messages, options: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
         """bool [T]: what each assistant message adds after its generation prompt, for a template without
         marks.
 
@@ -157,12 +163,12 @@ class ChatEncoder:
         """
         whole = self._render(messages, options)
         encoded = self.tokenizer(whole, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
-        begins, ends = np.asarray(encoded["offset_mapping"]).T  # characters of `whole`
+        begins, ends = np.asarray(encoded["offset_mapping"]).reshape(-1, 2).T  # characters of `whole`
         mask = np.zeros(len(ids), bool)
         for turn, message in enumerate(messages):
             if message.get("role") != "assistant":
                 continue
-            before = self._render(messages[:turn], options | {"add_generation_prompt": True}) if turn else ""
+            before = self._render(messages[:turn], {**options, "add_generation_prompt": True})
             if not whole.startswith(before):
                 raise ValueError(
                     "assistant_only_loss needs to know what the assistant said, and this chat template renders the "
@@ -173,7 +179,7 @@ class ChatEncoder:
             if whole.startswith(through):
                 stop = np.searchsorted(begins, len(through))
             else:  # the template ends a conversation with something of its own, such as EOS
-                stop = common_prefix(ids, self._ids(messages[: turn + 1], options))
+                stop = common_prefix(ids, self._ids([messages[: turn + 1]], [options])[0])
             mask[np.searchsorted(ends, len(before), side="right") : stop] = True
         return mask
 

@@ -31,6 +31,8 @@ ARGUMENTS = {
     "eos_token": None,
     "shuffle_dataset": False,
     "seed": 42,
+    "chat_template_path": None,
+    "dataset_kwargs": None,
 }
 
 

@@ -211,5 +211,6 @@ def test_conversations_need_a_template(byte_level, arguments):
 def test_a_refusing_template_names_the_row(byte_level, arguments):
     tokenizer = get_chat_template(byte_level, "gemma")
     rows = [MESSAGES[0], {"messages": [{"role": "assistant", "content": "I begin"}]}]
-    with pytest.raises(ValueError, match=r"conversation 1 .*must alternate.*I begin"):
-        prepared(rows, tokenizer, arguments)
+    for assistant_only in (False, True):
+        with pytest.raises(ValueError, match=r"cannot render a conversation .*must alternate.*I begin"):
+            prepared(rows, tokenizer, arguments, assistant_only_loss=assistant_only)

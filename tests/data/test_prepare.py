@@ -156,3 +156,32 @@ def test_reports_add_up(byte_level, arguments):
     train_on_responses_only(trainer)
     report = preparation_report(trainer.train_dataset)
     assert (report.rows_in, report.rows, report.dropped) == (3, 1, 2)
+
+
+def test_chat_template_path(byte_level, arguments, tmp_path, trl_templates):
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    path = str(trl_templates / "llama3.jinja")
+    row = prepare_dataset([{"messages": talk}], byte_level, arguments(chat_template_path=path))[0]
+    assert byte_level.decode(row["input_ids"]).endswith("assistant<|end_header_id|>\n\nHo<|eot_id|>")
+    get_chat_template(byte_level, "gemma").save_pretrained(tmp_path)
+    fresh = type(byte_level).from_pretrained(tmp_path)
+    fresh.chat_template, fresh.eos_token = None, "<|im_end|>"
+    row = prepare_dataset([{"messages": talk}], fresh, arguments(chat_template_path=str(tmp_path)))[0]
+    assert fresh.decode(row["input_ids"]).endswith("<start_of_turn>model\nHo<end_of_turn>\n")
+    assert fresh.eos_token == "<end_of_turn>"
+
+
+def test_skip_prepare(byte_level, arguments):
+    args = arguments(dataset_kwargs={"skip_prepare_dataset": True}, max_length=2)
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}]
+    assert prepare_dataset(rows, byte_level, args)[0] == rows[0]
+    with pytest.raises(ValueError, match="needs the column input_ids; the dataset has text"):
+        prepare_dataset([{"text": "a"}], byte_level, args)
+
+
+def test_formats_of_the_dataset_object(byte_level, arguments):
+    dataset = datasets.Dataset.from_list(PAIRS)
+    expected = prepare_dataset(dataset, byte_level, arguments())[:]
+    assert prepare_dataset(dataset.with_format("numpy"), byte_level, arguments())[:] == expected
+    with pytest.raises(ValueError, match="with_transform"):
+        prepare_dataset(dataset.with_transform(dict), byte_level, arguments())

@@ -76,6 +76,15 @@ def test_objects():
         load_dataset(splits, "dev")
 
 
+def test_rows_of_different_shapes():
+    schema = {"name": "a", "parameters": {"properties": {"x": {"type": "integer"}}}}
+    other = {"name": "b", "parameters": {"properties": {"y": {"type": "string", "enum": ["p"]}}}}
+    rows = [{"text": "one"}, {"text": "two", "tools": [schema]}, {"text": "three", "tools": [other, schema]}]
+    loaded = load_dataset(rows)
+    assert loaded[0] == {"text": "one", "tools": None}
+    assert loaded[1:]["tools"] == [[schema], [other, schema]]  # no keys of the one in the other
+
+
 def test_hub_name(monkeypatch):
     asked = {}
 
