@@ -1,0 +1,1 @@
+"""Writing what was trained: the adapter, the merged model, and either of them to the hub."""

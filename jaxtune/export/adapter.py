@@ -1,0 +1,64 @@
+"""Save an adapter in PEFT's format: adapter_model.safetensors, adapter_config.json and the tokenizer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxtune.export.folder import staged_folder
+from jaxtune.formats.safetensors_writer import ShardWriter
+from jaxtune.hub import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from jaxtune.lora import PEFT_PREFIX, adapter_tensors, config_to_peft
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from jaxtune.model import Model
+
+
+def save_adapter(
+    model: Model, directory: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Write the adapter of a model, float32, with its tokenizer (chat template included).
+
+    Args:
+        model: a model with an adapter.
+        directory: folder to make; see `export.folder` for what happens to an existing one.
+        tokenizer: saved beside the adapter; by default the model's.
+
+    Raises:
+        ValueError: the model has no adapter, or a tensor holds NaN or infinity (it is named).
+        OSError: the disk is too full.
+    """
+    if model.lora is None:
+        raise ValueError("the model has no adapter; call FastLanguageModel.get_peft_model first")
+    tensors, lora = adapter_tensors(model), model.lora
+    if model.module.lm_head is None and "embed_tokens" in lora.saved():
+        # Here a trained embedding is the head too. PEFT would leave the head of a tied model as it was: name both.
+        tensors[f"{PEFT_PREFIX}lm_head.weight"] = tensors[f"{PEFT_PREFIX}model.embed_tokens.weight"]
+        lora = replace(lora, modules_to_save=(*lora.modules_to_save, "lm_head"))
+    for name, value in tensors.items():
+        check_finite(name, value)
+    config = config_to_peft(lora, model.name_or_path, model.checkpoint.revision)
+    tokenizer = tokenizer or model.tokenizer
+    with staged_folder(directory, sum(value.nbytes for value in tensors.values())) as folder:
+        with ShardWriter(folder, list(tensors), "1TB", single=ADAPTER_WEIGHTS) as writer:
+            for name, value in sorted(tensors.items()):
+                writer.add({name: value})
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(folder))
+
+
+def check_finite(name: str, value: np.ndarray) -> None:
+    """Raises ValueError naming a tensor that holds NaN or infinity."""
+    bad = value.size - int(np.isfinite(value).sum())
+    if bad:
+        raise ValueError(
+            f"{name}: {bad:,} of {value.size:,} values are NaN or infinite; nothing was saved. "
+            "The training diverged, or the type to save in is too narrow (use bfloat16)."
+        )
