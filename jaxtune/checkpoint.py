@@ -31,14 +31,17 @@ from jaxtune.data import content_digest
 from jaxtune.metrics import TrainerState
 
 # What may differ between a checkpoint and the run that resumes it, because the result does not depend on it.
-# The length of the run and the warm-up count as numbers of steps, see `fingerprint`.
+# The length of the run and the warm-up count as numbers of steps, and what only decides the tokens counts through
+# the digest of the data, see `fingerprint`.
 FREE_SETTINGS = frozenset(
     """output_dir logging_strategy logging_steps logging_first_step report_to run_name logging_dir
     disable_tqdm eval_strategy eval_steps eval_on_start eval_packing per_device_eval_batch_size
     save_strategy save_steps save_total_limit load_best_model_at_end resume_from_checkpoint
-    dataset_num_proc gradient_checkpointing num_train_epochs max_steps warmup_steps
-    warmup_ratio""".split()
+    dataset_num_proc gradient_checkpointing num_train_epochs max_steps warmup_steps warmup_ratio
+    dataset_text_field dataset_kwargs chat_template_path eos_token completion_only_loss assistant_only_loss
+    shuffle_dataset""".split()
 )
+LORA_SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
 STATE_FILE = "trainer_state.json"
 ARRAYS = "state"
 _TEMPORARY = "tmp-checkpoint-"
@@ -162,7 +165,7 @@ def fingerprint(args: SFTConfig, num_steps: int, model: Trained, dataset: Datase
     run = {
         **settings,
         "dtype": str(np.dtype(model.dtype)),
-        "lora_dropout": model.lora.lora_dropout if model.lora else None,
+        **{name: getattr(model.lora, name, None) for name in LORA_SETTINGS},
         "trained weights": {
             name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in model.trainable.items()
         },

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune import checkpoint
-from jaxtune.config import SFTConfig
+from jaxtune.config import Event, SFTConfig
 from jaxtune.data import Batches, load_dataset, pack, prepare_dataset
 from jaxtune.metrics import History, Progress, Record, Speed, TrainerState, peak_memory_gib, plot_losses
 from jaxtune.model import Model
@@ -107,9 +107,7 @@ class SFTTrainer:
             packing=packing,
             dataset_num_proc=dataset_num_proc,
         )
-        self.processing_class = next(
-            t for t in (processing_class, tokenizer, model.tokenizer) if t is not None
-        )
+        self.processing_class = processing_class or tokenizer or model.tokenizer
         self.callbacks = _checked_callbacks(callbacks)
         self.state = TrainerState()
         self.should_stop = False
@@ -162,7 +160,8 @@ class SFTTrainer:
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
         began = time.perf_counter()
-        run = self._begin(checkpoint.find_checkpoint(resume_from_checkpoint, self.args.output_dir))
+        resume = checkpoint.find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        run = self._begin(self.train_dataset, resume)
         first = self.state.global_step
         try:
             with StopSignals() as signals:
@@ -171,9 +170,6 @@ class SFTTrainer:
         finally:
             run.history.close()
             run.progress.close()
-            plot_losses(
-                self.state.log_history, Path(self.args.output_dir) / "loss.png", self.model.name_or_path
-            )
         signals.reraise()
         return TrainOutput(self.state.global_step, self._mean_loss(), self.state.log_history[-1])
 
@@ -209,10 +205,10 @@ class SFTTrainer:
             if stop:
                 return
 
-    def _begin(self, resume: Path | None) -> _Run:
+    def _begin(self, dataset: Dataset, resume: Path | None) -> _Run:
         """Make batches, optimizer and step; with `resume`, put everything where that checkpoint was."""
         args, model = self.args, self.model.for_training()
-        batches = self._batches(self.train_dataset, train=True)
+        batches = self._batches(dataset, train=True)
         steps_per_epoch = batches.steps_per_epoch
         num_steps = (
             args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
@@ -228,7 +224,7 @@ class SFTTrainer:
             neftune_alpha=args.neftune_noise_alpha,
             remat=args.gradient_checkpointing and model.gradient_checkpointing,
         )
-        fingerprint = checkpoint.fingerprint(args, num_steps, model, self.train_dataset)
+        fingerprint = checkpoint.fingerprint(args, num_steps, model, dataset)
         self.state = TrainerState(max_steps=num_steps)
         if resume is not None:
             state, written_by = checkpoint.read_state(resume)
@@ -260,7 +256,7 @@ class SFTTrainer:
         args = self.args
         packed = args.packing if train else self._eval_packing
         if packed:
-            dataset = pack(dataset, args.max_length, args.packing_strategy)
+            dataset = pack(dataset, args.max_length or self.model.max_seq_length, args.packing_strategy)
         return Batches(
             dataset,
             batch_size=args.per_device_train_batch_size if train else args.per_device_eval_batch_size,
@@ -269,7 +265,7 @@ class SFTTrainer:
             packed=packed,
             seed=args.seed if args.data_seed is None else args.data_seed,
             shuffle=train and args.train_sampling_strategy == "random",
-            pad_token_id=self.processing_class.pad_token_id,
+            pad_token_id=self.processing_class.pad_token_id or 0,
         )
 
     def _count(self, run: _Run, n: int, metrics: Mapping[str, jax.Array]) -> None:
@@ -297,7 +293,7 @@ class SFTTrainer:
         run.progress.log(record)
         self._call("on_log", record)
 
-    def _due(self, kind: str, done: int, run: _Run) -> bool:
+    def _due(self, kind: Event, done: int, run: _Run) -> bool:
         """Whether to log, evaluate or save after `done` steps."""
         strategy = getattr(self.args, f"{kind}_strategy")
         if strategy == "no":
@@ -328,6 +324,8 @@ class SFTTrainer:
             "train_loss": self._mean_loss(),
         }
         self._log(run, record)
+        title = Path(self.model.name_or_path).name
+        plot_losses(self.state.log_history, Path(self.args.output_dir) / "loss.png", title)
 
     def _describe_failure(self, run: _Run, n: int, values: Mapping[str, float]) -> str:
         """Name step n and the rows of its batch, with their first tokens."""

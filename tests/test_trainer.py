@@ -119,7 +119,7 @@ def test_training_learns_and_tells(uninterrupted):
     assert checkpoint.checkpoint_steps(folder) == [3, 6, 8]
 
 
-def test_checkpoint_is_a_peft_adapter_and_holds_the_state(uninterrupted):
+def test_checkpoint_is_an_adapter_to_load_and_holds_the_state(uninterrupted):
     from safetensors.numpy import load_file
 
     from jaxtune.lora import adapter_tensors
@@ -130,6 +130,10 @@ def test_checkpoint_is_a_peft_adapter_and_holds_the_state(uninterrupted):
     assert all(np.array_equal(saved[name], ours[name]) for name in ours)
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 4
     assert (folder / "tokenizer.json").is_file()
+    loaded, _ = FastLanguageModel.from_pretrained(str(folder), max_seq_length=128, dtype="float32")
+    trained = uninterrupted.model.trainable
+    assert loaded.trainable.keys() == trained.keys()
+    assert all(np.array_equal(loaded.trainable[name], trained[name]) for name in trained)
     state = json.loads((folder / "trainer_state.json").read_text())
     assert (state["global_step"], state["max_steps"]) == (8, 8)
     assert state["log_history"] == uninterrupted.state.log_history[:-1]
@@ -331,8 +335,8 @@ def test_metrics_are_read_one_step_late(base, tmp_path, monkeypatch):
     )
     begin = trainer._begin
 
-    def begin_watched(resume):
-        run = begin(resume)
+    def begin_watched(*arguments):
+        run = begin(*arguments)
         step = trainer._train_step
         number = iter(range(100))
 
