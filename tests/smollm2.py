@@ -77,7 +77,9 @@ def _write_weights(reader, folder: Path, heads: int) -> None:
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             # llama.cpp rotates neighbouring pairs, Hugging Face the two halves of a head: reorder the rows back.
             head_dim = next(t.shape[0] for t in reader.tensors if t.name == "blk.0.attn_q.weight") // heads
-            weight = weight.reshape(-1, head_dim // 2, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+            weight = (
+                weight.reshape(-1, head_dim // 2, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+            )
         tensors[name] = np.ascontiguousarray(weight).astype(ml_dtypes.bfloat16)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
