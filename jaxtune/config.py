@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from typing import Any, Literal, Union, get_args, get_origin
 
 Strategy = Literal["no", "steps", "epoch"]
+Event = Literal["logging", "eval", "save"]
 REPORTERS = ("tensorboard", "wandb", "trackio")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -222,7 +223,7 @@ class SFTConfig:
             return int(self.warmup_steps)
         return math.ceil(num_steps * (self.warmup_steps or self.warmup_ratio))
 
-    def interval(self, kind: Literal["logging", "eval", "save"], num_steps: int) -> int:
+    def interval(self, kind: Event, num_steps: int) -> int:
         """Optimizer steps between two logs, evaluations or checkpoints; 0 = not by steps."""
         if getattr(self, f"{kind}_strategy") != "steps":
             return 0

@@ -113,6 +113,7 @@ class SFTTrainer:
         self.should_stop = False
         self.opt_state: Any = None
         self._train_step: Any = None
+        self._evaluated: dict[int, tuple[Dataset, Batches]] = {}
         if eval_dataset is None and (self.args.eval_strategy != "no" or self.args.eval_on_start):
             raise ValueError(f"eval_strategy={self.args.eval_strategy!r} needs an eval_dataset; got None")
 
@@ -280,7 +281,7 @@ class SFTTrainer:
         speed, memory, rate = run.speed.per_second(), peak_memory_gib(), float(run.learning_rates[n])
         run.progress.step(values["loss"], rate, speed, memory)
         self._call("on_step_end", values)
-        if self._due("logging", n + 1, run) or n + 1 == run.num_steps:
+        if self._due("logging", n + 1, run):
             record = self.state.close_window()
             record |= {"learning_rate": rate, "tokens_per_second": speed, "peak_memory_gib": memory}
             run.speed.restart()
@@ -369,7 +370,7 @@ class SFTTrainer:
         began = time.perf_counter()
         parts = [
             self._eval_step(self.model.trainable, self.model.base, batch)
-            for batch in self._batches(data, train=False).eval_batches()
+            for batch in self._eval_batches(data).eval_batches()
         ]
         totals = {name: math.fsum(float(part[name]) for part in jax.device_get(parts)) for name in parts[0]}
         loss = totals["loss_sum"] / max(totals["num_items"], 1)
@@ -382,6 +383,15 @@ class SFTTrainer:
             f"{metric_key_prefix}_mean_token_accuracy": totals["correct"] / max(totals["num_items"], 1),
             f"{metric_key_prefix}_runtime": time.perf_counter() - began,
         }
+
+    def _eval_batches(self, data: Dataset) -> Batches:
+        """The batches of an evaluation dataset, packed once."""
+        if id(data) not in self._evaluated:
+            self._evaluated[id(data)] = (
+                data,
+                self._batches(data, train=False),
+            )  # held, so that no other gets its id
+        return self._evaluated[id(data)][1]
 
     @cached_property
     def _eval_step(self) -> Callable[..., dict[str, jax.Array]]:
