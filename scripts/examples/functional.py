@@ -33,7 +33,7 @@ for path in (next(iter(base)), next(iter(trainable))):
 
 
 def make_batch(texts: list[str]) -> dict[str, np.ndarray]:
-    """int32 [1, B, T]: one micro-batch. Labels stand at their own position; -100 is not trained; segment 0 is padding."""
+    """int32 [1, B, T]. Labels stand at their own position, -100 is not trained; segment 0 is padding."""
     batch = {
         name: np.zeros((1, len(texts), LENGTH), np.int32)
         for name in ("input_ids", "positions", "segment_ids")
@@ -60,9 +60,8 @@ for n in range(STEPS):
     print(f"step {n + 1:2d}  loss {metrics['loss']:.3f}  gradient norm {metrics['grad_norm']:.2f}")
 
 totals = evaluate(trainable, base, {name: array[0] for name, array in batch.items()})
-print(
-    f"loss {totals['loss_sum'] / totals['num_items']:.3f}, {totals['correct'] / totals['num_items']:.0%} of tokens right"
-)
+loss, right = totals["loss_sum"] / totals["num_items"], totals["correct"] / totals["num_items"]
+print(f"after training: loss {loss:.3f}, {right:.0%} of the tokens right")
 
 # Back under checkpoint names: what PEFT would save.
 model.trainable = trainable
