@@ -194,7 +194,9 @@ class Progress:
         from tqdm.auto import tqdm  # decides about notebooks when it is imported
         from tqdm.notebook import tqdm as notebook_bar
 
-        seen = issubclass(tqdm, notebook_bar) or sys.stderr.isatty()
+        seen = issubclass(tqdm, notebook_bar) or (
+            sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+        )
         shown = seen if args.disable_tqdm is None else not args.disable_tqdm
         self._total = total
         self._bar = tqdm(

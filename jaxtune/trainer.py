@@ -333,8 +333,9 @@ class SFTTrainer:
         batch = run.batches.step(n)
         ids = batch["input_ids"].reshape(-1, batch["input_ids"].shape[-1])  # [G * B, T]
         used = batch["segment_ids"].reshape(ids.shape) > 0
+        kind = "packed row" if self.args.packing else "row"
         lines = [
-            f"  row {index}: {self.processing_class.decode(row[mask][:24])!r}"
+            f"  {kind} {index}: {self.processing_class.decode(row[mask][:24])!r}"
             for index, row, mask in zip(run.batches.rows(n), ids, used, strict=False)  # then come empty rows
         ]
         where = (

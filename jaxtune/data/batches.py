@@ -103,6 +103,13 @@ class Batches:
         """Optimiser steps that see every row once; the last may be short."""
         return -(-len(self._ids) // self.rows_per_step)
 
+    def rows(self, number: int) -> np.ndarray:
+        """Which rows of the dataset are in `step(number)`, int64 [at most B * G], in order."""
+        if number < 0:
+            raise IndexError(f"steps are counted from 0; came {number}")
+        epoch, within = divmod(number, self.steps_per_epoch)
+        return self._epoch_order(epoch)[within * self.rows_per_step : (within + 1) * self.rows_per_step]
+
     def step(self, number: int) -> Batch:
         """The batch of optimiser step `number`, counted from 0 over all epochs.
 
@@ -111,11 +118,7 @@ class Batches:
             document) and segment_ids (documents 1, 2, … of a row; 0 = padding). A short last step is filled
             with empty rows.
         """
-        if number < 0:
-            raise IndexError(f"steps are counted from 0; came {number}")
-        epoch, within = divmod(number, self.steps_per_epoch)
-        rows = self._epoch_order(epoch)[within * self.rows_per_step : (within + 1) * self.rows_per_step]
-        batch = self._collate(rows, self.rows_per_step)
+        batch = self._collate(self.rows(number), self.rows_per_step)
         return {name: array.reshape(self.accumulation, self.batch_size, -1) for name, array in batch.items()}
 
     def eval_batches(self) -> Iterator[Batch]:
@@ -126,9 +129,7 @@ class Batches:
 
     def step_length(self, number: int) -> int:
         """T of `step(number)`, without making the batch."""
-        epoch, within = divmod(number, self.steps_per_epoch)
-        rows = self._epoch_order(epoch)[within * self.rows_per_step : (within + 1) * self.rows_per_step]
-        return self._bucket(rows)
+        return self._bucket(self.rows(number))
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if not self.shuffle:
