@@ -184,11 +184,16 @@ def resolve(
     if not path.exists():
         if path.suffix == ".gguf" or str(name_or_path).startswith(("/", ".", "~")):
             raise FileNotFoundError(f"{name_or_path} does not exist")
-        patterns = (gguf_file,) if gguf_file else _DOWNLOAD
+        patterns = _gguf_patterns(gguf_file) if gguf_file else _DOWNLOAD
         path = hub.snapshot(name, revision, patterns)
     if (path / ADAPTER_CONFIG).exists():
         return _with_adapter(path, hub)
     return _describe(path, name, revision, gguf_file)
+
+
+def _gguf_patterns(gguf_file: str) -> tuple[str, ...]:
+    """The file, the other parts of a split one, and the tokenizer files that `load_tokenizer` may fall back to."""
+    return re.sub(r"-\d{5}-of-", "-?????-of-", gguf_file), "tokenizer.json", "tokenizer_config.json"
 
 
 def _describe(path: Path, name: str, revision: str | None, gguf_file: str | None) -> Checkpoint:
@@ -296,9 +301,9 @@ def fix_pad_token(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) 
     spare = [token for token in _PAD_TOKENS if token in vocab]
     spare += [token for prefix in _PAD_PREFIXES for token in sorted(vocab) if token.startswith(prefix)]
     if tokenizer.unk_token is not None:
-        spare.append(tokenizer.unk_token)
+        spare.append(str(tokenizer.unk_token))
     if config.pad_token_id is not None and 0 <= config.pad_token_id < len(vocab):
-        spare.append(tokenizer.convert_ids_to_tokens(config.pad_token_id))
+        spare.append(str(tokenizer.convert_ids_to_tokens(config.pad_token_id)))
     usable = (token for token in spare if token != tokenizer.eos_token and vocab.get(token, rows) < rows)
     chosen = next(usable, tokenizer.eos_token)
     if chosen == tokenizer.eos_token:

@@ -38,7 +38,8 @@ def save_adapter(
         raise ValueError("the model has no adapter; call FastLanguageModel.get_peft_model first")
     tensors, lora = adapter_tensors(model), model.lora
     if model.module.lm_head is None and "embed_tokens" in lora.saved():
-        # Here a trained embedding is the head too. PEFT would leave the head of a tied model as it was: name both.
+        # Here a trained embedding is the head too. PEFT would leave the head of a tied model as it was: name
+        # both.
         tensors[f"{PEFT_PREFIX}lm_head.weight"] = tensors[f"{PEFT_PREFIX}model.embed_tokens.weight"]
         lora = replace(lora, modules_to_save=(*lora.modules_to_save, "lm_head"))
     for name, value in tensors.items():

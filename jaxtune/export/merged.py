@@ -27,7 +27,7 @@ from jaxtune.models.names import Slot, expected_names, linear_slots, stored_weig
 from jaxtune.quant import BLOCK, NF4, dequantize_nf4, quantize_nf4, to_bnb
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from jaxtune.model import Model
 
@@ -103,7 +103,7 @@ def save_merged(
             (folder / "generation_config.json").write_text(text + "\n", "utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
-        (folder / MODEL_CONFIG).write_text(config.to_json_string(use_diff=False), "utf-8")
+        (folder / MODEL_CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 def _check(model, directory, save_method, base, safe_serialization, maximum_memory_usage) -> str:
@@ -206,8 +206,8 @@ def _merged_nf4(model: Model, base: Base, name: str, slot: Slot) -> NF4:
     return quantize_nf4(value, double_quant=_double(model))
 
 
-def _config(model: Model, kind: np.dtype, quantised: set[str]) -> PretrainedConfig:
-    """config.json of the saved model."""
+def _config(model: Model, kind: np.dtype, quantised: set[str]) -> dict[str, Any]:
+    """config.json of the saved model, readable by transformers 5 and by what still expects version 4's names."""
     config = copy.deepcopy(model.config)
     config.dtype = kind.name
     if hasattr(config, "quantization_config"):
@@ -217,7 +217,16 @@ def _config(model: Model, kind: np.dtype, quantised: set[str]) -> PretrainedConf
     if quantised:
         plain = sorted(set(linear_slots(model.module)) - quantised | {"lm_head"})
         config.quantization_config = _bnb_config(kind.name, _double(model), plain)
-    return config
+    config.standardize_rope_params()
+    fields = json.loads(config.to_json_string(use_diff=False))
+    rope = fields["rope_parameters"]
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    older = {
+        "torch_dtype": kind.name,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
+    }
+    return fields | older
 
 
 def _bnb_config(dtype: str, double: bool, skipped: list[str]) -> dict[str, Any]:

@@ -126,7 +126,10 @@ class _Repository:
                 create_pr=create_pr,
             )
             return commit.pr_url or commit.commit_url
-        except (OSError, RuntimeError) as error:  # HTTP errors are OSErrors; one large file's are RuntimeErrors
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # HTTP errors are OSErrors; one large file's are RuntimeErrors
             reason = _reason(error, self._token)
         raise HubError(f"the upload to {self._id!r} failed. {reason}\n{_ADVICE}")
 

@@ -94,7 +94,7 @@ def hf_config(
 
 def generation_config(metadata: dict[str, Any]) -> dict[str, Any]:
     """Token ids for generation; a separate end-of-turn id joins the end-of-sequence id."""
-    config = _token_ids(metadata)
+    config: dict[str, Any] = dict(_token_ids(metadata))
     ends = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
     unique = list(dict.fromkeys(end for end in ends if end is not None))
     if len(unique) > 1:

@@ -111,7 +111,7 @@ def _byte_level(metadata: dict[str, Any], pre: Pre) -> Tokenizer:
     vocab = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     merges = [_merge(line) for line in metadata["tokenizer.ggml.merges"]]
     core = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre.ignore_merges))
-    steps = [pre_tokenizers.Split(Regex(split), "isolated") for split in pre.splits]
+    steps: list[Any] = [pre_tokenizers.Split(Regex(split), "isolated") for split in pre.splits]
     if pre.digits:
         steps.append(pre_tokenizers.Digits(individual_digits=True))
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.gpt2))

@@ -1,5 +1,6 @@
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -14,6 +15,7 @@ from tolerances import LOGITS, MERGED
 
 from jaxtune.export.merged import save_merged
 from jaxtune.formats.safetensors_reader import SafetensorsFolder
+from jaxtune.formats.safetensors_writer import ShardWriter
 from jaxtune.hub import resolve
 from jaxtune.lora import merged_weight
 from jaxtune.model import FastLanguageModel
@@ -215,6 +217,37 @@ def test_everything_a_user_needs_lies_there(qlora, tmp_path):
     assert generation.eos_token_id == 2
     config = transformers.AutoConfig.from_pretrained(tmp_path / "m")
     assert config.architectures == ["LlamaForCausalLM"] and config.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("rope", ["default", "linear", "yarn", "llama3"])
+def test_rope_is_saved_under_its_old_and_new_names(tiny_model_dir, tmp_path, rope):
+    base = tiny_model_dir("llama", rope)
+    save(load(base, load_in_16bit=True), tmp_path / "m")
+    fields = json.loads((tmp_path / "m" / "config.json").read_text())
+    expected = transformers.AutoConfig.from_pretrained(base).rope_parameters
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "m").rope_parameters == expected
+    old = {"rope_theta": fields["rope_theta"]} | (fields["rope_scaling"] or {"rope_type": "default"})
+    assert old == expected
+    del fields["rope_parameters"]  # as version 4 would write it
+    (tmp_path / "m" / "config.json").write_text(json.dumps(fields))
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "m").rope_parameters == expected
+
+
+@pytest.mark.parametrize("method", ["merged_16bit", "merged_4bit"])
+def test_weights_stream(qlora, tmp_path, monkeypatch, method):
+    """When a weight is written no earlier one is alive any more."""
+    written: list[weakref.ref] = []
+    add = ShardWriter.add
+
+    def watch(writer, group):
+        alive = [ref for ref in written if ref() is not None]
+        assert not alive, f"{len(alive)} of {len(written)} earlier tensors are still in memory"
+        add(writer, group)
+        written.extend(weakref.ref(v) for n, v in group.items() if "quant_map" not in n and v.base is None)
+
+    monkeypatch.setattr(ShardWriter, "add", watch)
+    save(qlora, tmp_path / "m", save_method=method)
+    assert len(written) > 20
 
 
 def test_lora_method_and_the_models_own_functions(qlora, tmp_path, ids):
