@@ -1,10 +1,12 @@
 """Token columns of a dataset as flat arrays."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import datasets
 import numpy as np
+import pyarrow as pa
 
 TOKEN_COLUMNS = datasets.Features(
     {"input_ids": datasets.List(datasets.Value("int32")), "labels": datasets.List(datasets.Value("int32"))}
@@ -50,6 +52,28 @@ def ragged_column(dataset: datasets.Dataset, column: str) -> Ragged:
     lengths = np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in chunks]).astype(np.int64)
     flat = np.concatenate(values).astype(np.int32, copy=False)
     return Ragged(flat, np.cumsum(lengths) - lengths, lengths)
+
+
+def gather(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """values[starts[0] : starts[0] + lengths[0]], then the next piece, and so on, as one array."""
+    inside = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return values[np.repeat(starts, lengths) + inside]
+
+
+def list_dataset(columns: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> datasets.Dataset:
+    """A dataset of int32 list columns, each given as (values [tokens], length of each row [rows])."""
+    arrays = {}
+    for name, (values, lengths) in columns.items():
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        if offsets[-1] > np.iinfo(np.int32).max:
+            raise ValueError(
+                f"{offsets[-1]} tokens are more than one dataset holds (2^31 - 1); split the data"
+            )
+        arrays[name] = pa.ListArray.from_arrays(
+            pa.array(offsets, pa.int32()), pa.array(values.astype(np.int32, copy=False))
+        )
+    features = datasets.Features({name: datasets.List(datasets.Value("int32")) for name in arrays})
+    return datasets.Dataset(pa.table(arrays).cast(features.arrow_schema))
 
 
 def content_digest(dataset: datasets.Dataset) -> str:

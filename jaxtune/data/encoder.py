@@ -2,29 +2,16 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from jaxtune.config import SFTConfig
 from jaxtune.data import formats, tokenise
 from jaxtune.data.tokenise import Encoded
 
 logger = logging.getLogger(__name__)
-
-
-class DataArguments(Protocol):
-    """What preparation reads of SFTConfig; every name and default is TRL's."""
-
-    max_length: int | None
-    packing: bool
-    packing_strategy: str
-    completion_only_loss: bool | None
-    assistant_only_loss: bool
-    dataset_text_field: str
-    eos_token: str | None
-    shuffle_dataset: bool
-    seed: int
 
 
 class RowEncoder:
@@ -34,7 +21,7 @@ class RowEncoder:
         self,
         example: Mapping[str, Any],
         tokenizer: PreTrainedTokenizerBase,
-        args: DataArguments,
+        args: SFTConfig,
         formatting_func: Callable[..., Any] | None = None,
     ):
         """
@@ -50,7 +37,7 @@ class RowEncoder:
         self.batched = self.formatting is not None and formats.formatting_is_batched(self.formatting, example)
         self.form = "text" if self.formatting else formats.detect_format(example, args.dataset_text_field)
         self.chat = tokenizer.chat_template is not None
-        self.as_is = bool((getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"))
+        self.as_is = bool((args.dataset_kwargs or {}).get("skip_prepare_dataset"))
         self.changed_prompts = 0
         self._check_masks()
         self.completion_only = args.completion_only_loss

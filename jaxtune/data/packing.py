@@ -9,15 +9,12 @@ from collections.abc import Sequence
 
 import datasets
 import numpy as np
-import pyarrow as pa
 from tqdm.auto import tqdm
 
-from jaxtune.data.columns import TOKEN_COLUMNS, Ragged, ragged_column
+from jaxtune.data.columns import gather, list_dataset, ragged_column
 
 STRATEGIES = ("bfd", "bfd_split", "wrapped")
 ROWS_AT_ONCE = 1000
-
-PACKED_COLUMNS = datasets.Features({**TOKEN_COLUMNS, "seq_lengths": datasets.List(datasets.Value("int32"))})
 
 
 def pack(dataset: datasets.Dataset, max_length: int, strategy: str = "bfd") -> datasets.Dataset:
@@ -47,7 +44,15 @@ def pack(dataset: datasets.Dataset, max_length: int, strategy: str = "bfd") -> d
         rows = slice(first, first + ROWS_AT_ONCE)
         parts.append(_plan(ids.starts[rows], ids.lengths[rows], max_length, strategy))
     starts, lengths, per_row = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return _assemble(ids, labels, starts, lengths, per_row)
+    tokens_before = np.concatenate([[0], np.cumsum(lengths)])
+    row_lengths = np.diff(tokens_before[np.concatenate([[0], np.cumsum(per_row)])])
+    return list_dataset(
+        {
+            "input_ids": (gather(ids.values, starts, lengths), row_lengths),
+            "labels": (gather(labels.values, starts, lengths), row_lengths),
+            "seq_lengths": (lengths, per_row),
+        }
+    )
 
 
 Plan = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -129,34 +134,4 @@ def _wrapped(starts: np.ndarray, lengths: np.ndarray, max_length: int) -> Plan:
         starts[owner] + begins - first[owner],
         cuts - begins,
         np.bincount(begins // max_length, minlength=rows),
-    )
-
-
-def _assemble(
-    ids: Ragged, labels: Ragged, starts: np.ndarray, lengths: np.ndarray, per_row: np.ndarray
-) -> datasets.Dataset:
-    """Gather the pieces into rows."""
-    inside = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    token = np.repeat(starts, lengths) + inside
-    row_ends = np.cumsum(per_row)
-    tokens_before = np.concatenate([[0], np.cumsum(lengths)])
-    row_offsets = tokens_before[np.concatenate([[0], row_ends])]
-    document_offsets = np.concatenate([[0], row_ends])
-    table = pa.table(
-        {
-            "input_ids": _list_array(row_offsets, ids.values[token]),
-            "labels": _list_array(row_offsets, labels.values[token]),
-            "seq_lengths": _list_array(document_offsets, lengths),
-        }
-    )
-    return datasets.Dataset(table.cast(PACKED_COLUMNS.arrow_schema))
-
-
-def _list_array(offsets: np.ndarray, values: np.ndarray) -> pa.ListArray:
-    if offsets[-1] > np.iinfo(np.int32).max:
-        raise ValueError(
-            f"{offsets[-1]} tokens are more than one packed dataset holds (2^31 - 1); split the dataset"
-        )
-    return pa.ListArray.from_arrays(
-        pa.array(offsets, pa.int32()), pa.array(values.astype(np.int32), pa.int32())
     )

@@ -1,7 +1,7 @@
 """`prepare_dataset`: any known dataset to input_ids and labels, as TRL's SFTTrainer makes them."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,8 +10,9 @@ import numpy as np
 from datasets.fingerprint import generate_random_fingerprint
 from transformers import PreTrainedTokenizerBase
 
-from jaxtune.data.columns import IGNORE, TOKEN_COLUMNS, content_digest
-from jaxtune.data.encoder import DataArguments, RowEncoder
+from jaxtune.config import SFTConfig
+from jaxtune.data.columns import IGNORE, TOKEN_COLUMNS, content_digest, gather, list_dataset, ragged_column
+from jaxtune.data.encoder import RowEncoder
 from jaxtune.data.sources import Source, load_dataset
 from jaxtune.data.templates import use_chat_template_of
 
@@ -49,7 +50,7 @@ def preparation_report(dataset: datasets.Dataset) -> PreparationReport | None:
 def prepare_dataset(
     dataset: Source,
     tokenizer: PreTrainedTokenizerBase,
-    args: DataArguments,
+    args: SFTConfig,
     formatting_func: Callable[..., Any] | None = None,
 ) -> datasets.Dataset:
     """Tokenise a dataset and decide which tokens are trained.
@@ -79,17 +80,15 @@ def prepare_dataset(
     if args.packing and args.max_length is None:
         raise ValueError("packing needs max_length, the length of a packed row; it is None")
     rows = _plain_rows(load_dataset(dataset))
-    template_path = getattr(args, "chat_template_path", None)
-    if template_path is not None:
-        use_chat_template_of(tokenizer, template_path)
+    if args.chat_template_path is not None:
+        use_chat_template_of(tokenizer, args.chat_template_path)
     _set_eos(tokenizer, args.eos_token)
     encoder = RowEncoder(rows[0], tokenizer, args, formatting_func)
     encoded = map_tokens(rows, encoder, "Tokenising")
     encoder.warn(len(encoded))
     overflow_kept = args.packing and args.packing_strategy != "bfd"
     limit = None if overflow_kept or encoder.as_is else args.max_length
-    keep_end = getattr(args, "truncation_mode", "keep_start") == "keep_end"
-    prepared = truncate_and_drop(encoded, limit, keep_end=keep_end, explain=_explainer(tokenizer, args))
+    prepared = truncate_and_drop(encoded, limit, explain=_explainer(tokenizer, args))
     if args.shuffle_dataset:
         return sealed(prepared.shuffle(seed=args.seed), preparation_report(prepared))
     return prepared
@@ -99,44 +98,35 @@ def truncate_and_drop(
     dataset: datasets.Dataset,
     max_length: int | None,
     *,
-    keep_end: bool = False,
     explain: Callable[[datasets.Dataset], str],
     earlier: PreparationReport | None = None,
 ) -> datasets.Dataset:
-    """Cut rows to `max_length` tokens and drop those without a label to train; log both and attach the
-    report.
+    """Cut rows to `max_length` tokens, drop those without a label to train; log both and attach the report.
 
     Args:
         dataset: columns input_ids, labels.
         max_length: tokens; None cuts nothing.
-        keep_end: cut from the front instead of the end.
         explain: text for the error if every row goes, made from `dataset`.
         earlier: report of what was done to these rows before; the new one goes on from it.
 
     Raises:
-        ValueError: no row has a label left.
+        ValueError: no row has a label left, or a row's ids and labels differ in number.
     """
-    part = slice(None) if max_length is None else slice(-max_length, None) if keep_end else slice(max_length)
-    lengths, trained = [], []
-
-    def cut(batch: Mapping[str, Sequence[np.ndarray]]) -> dict[str, list[np.ndarray]]:
-        ids, labels = [row[part] for row in batch["input_ids"]], [row[part] for row in batch["labels"]]
-        lengths.extend(len(row) for row in batch["input_ids"])
-        keep = [bool((row != IGNORE).any()) for row in labels]
-        trained.extend(keep)
-        return {
-            "input_ids": [row for row, kept in zip(ids, keep, strict=True) if kept],
-            "labels": [row for row, kept in zip(labels, keep, strict=True) if kept],
-        }
-
-    kept = map_tokens(dataset.with_format("numpy"), cut, "Truncating" if max_length else "Counting labels")
-    truncated = sum(length > max_length for length in lengths) if max_length else 0
+    ids, labels = ragged_column(dataset, "input_ids"), ragged_column(dataset, "labels")
+    if (ids.lengths != labels.lengths).any():
+        row = int((ids.lengths != labels.lengths).argmax())
+        raise ValueError(f"row {row} has {ids.lengths[row]} input_ids but {labels.lengths[row]} labels")
+    lengths = ids.lengths if max_length is None else np.minimum(ids.lengths, max_length)
+    row_of_label = np.repeat(np.arange(len(ids)), lengths)[
+        gather(labels.values, ids.starts, lengths) != IGNORE
+    ]
+    kept = np.bincount(row_of_label, minlength=len(ids)) > 0
     report = PreparationReport(
-        rows_in=len(lengths),
-        rows=sum(trained),
-        dropped=len(trained) - sum(trained),
-        truncated=truncated,
-        longest=max(lengths, default=0),
+        rows_in=len(ids),
+        rows=int(kept.sum()),
+        dropped=int((~kept).sum()),
+        truncated=int((ids.lengths > lengths).sum()),
+        longest=int(ids.lengths.max(initial=0)),
     )
     if not report.rows:
         raise ValueError(explain(dataset))
@@ -149,7 +139,10 @@ def truncate_and_drop(
         logger.warning(
             "%d of %d rows were dropped: no token of theirs is trained", report.dropped, report.rows_in
         )
-    return sealed(kept, report if earlier is None else earlier.then(report))
+    starts, lengths = ids.starts[kept], lengths[kept]
+    columns = {"input_ids": ids.values, "labels": labels.values}
+    cut = list_dataset({name: (gather(values, starts, lengths), lengths) for name, values in columns.items()})
+    return sealed(cut, report if earlier is None else earlier.then(report))
 
 
 def map_tokens(dataset: datasets.Dataset, function: Callable[..., Any], title: str) -> datasets.Dataset:
@@ -200,7 +193,7 @@ def _set_eos(tokenizer: PreTrainedTokenizerBase, eos_token: str | None) -> None:
     tokenizer.eos_token = eos_token
 
 
-def _explainer(tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> Callable[[datasets.Dataset], str]:
+def _explainer(tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> Callable[[datasets.Dataset], str]:
     """What to say when no row has a trained token."""
 
     def explain(dataset: datasets.Dataset) -> str:

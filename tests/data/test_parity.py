@@ -102,6 +102,14 @@ def test_conversations(rows, template, completion_only, byte_level, arguments, t
     assert_equal(prepare_dataset(rows, tokenizer, arguments(completion_only_loss=completion_only)), trainer)
 
 
+@pytest.mark.parametrize("rows", [MESSAGES, CHAT_PAIRS], ids=["messages", "pairs"])
+def test_template_brings_the_only_bos(rows, byte_level_bos, arguments, trl_templates, trl_trainer):
+    tokenizer = with_template(byte_level_bos, trl_templates, "llama3")
+    ours = prepare_dataset(rows, tokenizer, arguments())
+    assert_equal(ours, trl_trainer(rows, tokenizer))
+    assert {ids.count(tokenizer.bos_token_id) for ids in ours["input_ids"]} == {1}
+
+
 @pytest.mark.parametrize(
     "template", ["qwen2_5", "qwen3", "qwen3_instruct_2507", "llama3", "gemma", "gemma3", "phi3", "phi3_5"]
 )

@@ -185,3 +185,9 @@ def test_formats_of_the_dataset_object(byte_level, arguments):
     assert prepare_dataset(dataset.with_format("numpy"), byte_level, arguments())[:] == expected
     with pytest.raises(ValueError, match="with_transform"):
         prepare_dataset(dataset.with_transform(dict), byte_level, arguments())
+
+
+def test_labels_of_another_length(byte_level, arguments):
+    rows = [{"input_ids": [5, 6], "labels": [5, 6]}, {"input_ids": [5, 6, 7], "labels": [5]}]
+    with pytest.raises(ValueError, match="row 1 has 3 input_ids but 1 labels"):
+        prepare_dataset(rows, byte_level, arguments())
