@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -85,7 +84,7 @@ def save_merged(
     method = _check(model, directory, save_method, base, safe_serialization, maximum_memory_usage)
     if method == "lora":
         return save_adapter(model, directory, tokenizer)
-    kind = DTYPES[dtype or _sixteen_bits(model)]
+    kind = _dtype(model, dtype)
     tokenizer = tokenizer or model.tokenizer
     quantised = _quantised(model) if method == "merged_4bit" else set()
     config = _config(model, kind, quantised)
@@ -93,11 +92,10 @@ def save_merged(
     nbytes = sum(_nbytes(_shape(model, *plan[name]), name, quantised, kind) for name in plan)
     names = [f"{name}{side}" for name in plan for side in ("", *(f".{side}" for side in _BNB_SIDES))]
     with staged_folder(directory, nbytes) as folder:
-        weights = _weights(model, base, kind, quantised)
-        bar = tqdm(weights, f"Saving {method}", len(plan), unit="tensor", disable=not progress, leave=False)
+        bar = tqdm(plan, f"Saving {method}", unit="tensor", disable=not progress, leave=False)
         with ShardWriter(folder, names, max_shard_size) as writer:
-            for group in bar:
-                writer.add(group)
+            for name in bar:  # nothing holds a tensor while the next is made
+                writer.add(_tensors(model, base, kind, quantised, name, *plan[name]))
         if model.checkpoint.generation_config:
             text = json.dumps(model.checkpoint.generation_config, indent=2)
             (folder / "generation_config.json").write_text(text + "\n", "utf-8")
@@ -125,9 +123,13 @@ def _check(model, directory, save_method, base, safe_serialization, maximum_memo
     return METHODS[save_method]
 
 
-def _sixteen_bits(model: Model) -> str:
-    name = np.dtype(model.dtype).name
-    return name if name in ("bfloat16", "float16") else "bfloat16"
+def _dtype(model: Model, dtype: str | None) -> np.dtype:
+    """The type asked for; by default the model's when it has 16 bits, else bfloat16."""
+    own = np.dtype(model.dtype).name
+    name = dtype or (own if own in ("bfloat16", "float16") else "bfloat16")
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is unknown; expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def _quantised(model: Model) -> set[str]:
@@ -161,21 +163,18 @@ def _nbytes(shape: tuple[int, ...], name: str, quantised: set[str], kind: np.dty
     return count * kind.itemsize
 
 
-def _weights(
-    model: Model, base: Base, kind: np.dtype, quantised: set[str]
-) -> Iterator[dict[str, np.ndarray]]:
-    """Tensors to write, one weight (with the scales of a quantised one) at a time."""
-    for name, (slot, leaf) in expected_names(model.module).items():
-        module = name.rpartition(".")[0]
-        if leaf == "weight" and module in quantised:
-            stored = _merged_nf4(model, base, name, slot)
-            tensors = to_bnb(stored, dtype=kind.name)
-            yield {f"{module}.{side}": value for side, value in tensors.items()}
-            continue
-        with np.errstate(over="ignore"):  # an overflow becomes infinite and is reported by name
-            value = _merged(model, base, name, slot, leaf).astype(kind)
-        check_finite(name, value)
-        yield {name: value}
+def _tensors(
+    model: Model, base: Base, kind: np.dtype, quantised: set[str], name: str, slot: Slot, leaf: str
+) -> dict[str, np.ndarray]:
+    """What to write for one weight: itself, or its codes and scales."""
+    module = name.rpartition(".")[0]
+    if leaf == "weight" and module in quantised:
+        tensors = to_bnb(_merged_nf4(model, base, name, slot), dtype=kind.name)
+        return {f"{module}.{side}": value for side, value in tensors.items()}
+    with np.errstate(over="ignore"):  # an overflow becomes infinite and is reported by name
+        value = _merged(model, base, name, slot, leaf).astype(kind)
+    check_finite(name, value)
+    return {name: value}
 
 
 def _merged(model: Model, base: Base, name: str, slot: Slot, leaf: str) -> np.ndarray:

@@ -306,6 +306,8 @@ def test_float16_overflow_is_named(qlora, tmp_path):
 def test_arguments(qlora, tmp_path, tiny_model_dir):
     with pytest.raises(ValueError, match="save_method 'gguf' is unknown; expected one of lora, merged_16bit"):
         save(qlora, tmp_path / "m", save_method="gguf")
+    with pytest.raises(ValueError, match="dtype 'int8' is unknown; expected one of bfloat16"):
+        save(qlora, tmp_path / "m", dtype="int8")
     with pytest.raises(ValueError, match="base 'other' is unknown"):
         save(qlora, tmp_path / "m", base="other")
     with pytest.raises(ValueError, match="holds the base model itself"):
