@@ -36,6 +36,7 @@ class RowEncoder:
         self.formatting = formatting_func if "input_ids" not in example else None
         self.batched = self.formatting is not None and formats.formatting_is_batched(self.formatting, example)
         self.form = "text" if self.formatting else formats.detect_format(example, args.dataset_text_field)
+        logger.info("dataset format: %s (columns %s)", self.form, ", ".join(example))
         self.chat = tokenizer.chat_template is not None
         self.as_is = bool((args.dataset_kwargs or {}).get("skip_prepare_dataset"))
         self.changed_prompts = 0

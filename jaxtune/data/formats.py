@@ -39,10 +39,10 @@ def is_conversation(value: object) -> bool:
 
 
 def detect_format(example: Row, text_field: str = "text") -> str:
-    """Name the format of `example`, the first row of a dataset.
+    """Name the format of `example`, the first row of a dataset; of several, the first of those below.
 
     Returns:
-        "tokenised", "prompt_completion", "chat_completion", "messages", "conversations", "text" or "alpaca".
+        "tokenised", "prompt_completion" or "chat_completion", "messages", "text", "conversations" or "alpaca".
 
     Raises:
         ValueError: no known format; the message lists the columns found and the formats known.
@@ -59,11 +59,13 @@ def detect_format(example: Row, text_field: str = "text") -> str:
             "prompt and completion must both be strings or both be lists of messages; came "
             f"{type(example['prompt']).__name__} and {type(example['completion']).__name__}"
         )
-    for column in ("messages", "conversations"):
-        if is_conversation(example.get(column)):
-            return column
+    if is_conversation(example.get("messages")):
+        return "messages"
+    # Notebooks render `conversations` into a text column by themselves: that text is what they want.
     if isinstance(example.get(text_field), str):
         return "text"
+    if is_conversation(example.get("conversations")):
+        return "conversations"
     if "instruction" in example and "output" in example:
         return "alpaca"
     raise ValueError(

@@ -87,7 +87,10 @@ def test_alpaca_system_column():
     assert plain["prompt"].startswith("Be brief.\n\n### Instruction:")
 
 
-def test_text_wins_over_alpaca_and_a_lone_prompt_over_nothing():
+def test_order_of_formats():
+    assert detect_format(MESSAGES[0] | {"text": "all of it"}) == "messages"  # as TRL
+    assert detect_format({"conversations": MESSAGES[0]["messages"], "text": "all of it"}) == "text"  # as TRL
+    assert detect_format(SHAREGPT[0] | {"text": "all of it"}) == "text"
     assert detect_format(ALPACA[0] | {"text": "all of it"}) == "text"
     assert detect_format(MESSAGES[0] | {"prompt": "first words", "prompt_id": "3"}) == "messages"
     assert detect_format({"body": "x"}, text_field="body") == "text"
@@ -168,6 +171,10 @@ def test_one_row_may_become_several(byte_level, arguments):
     assert [text_of(byte_level, row) for row in rows] == [
         f"{row[column]}<|im_end|>" for row in ALPACA for column in ("instruction", "output")
     ]
+
+
+def test_three_texts_of_one_row_are_no_batch():
+    assert not formatting_is_batched(lambda row: [f"{n}: {row['instruction']}" for n in range(3)], ALPACA[0])
 
 
 def test_useless_formatting_is_refused(byte_level, arguments):

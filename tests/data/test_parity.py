@@ -151,6 +151,17 @@ def test_sharegpt_with_template_roles(byte_level, arguments, trl_templates, trl_
     assert_equal(prepare_dataset(rows, tokenizer, arguments()), trl_trainer(rows, tokenizer))
 
 
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_text_beside_conversations(column, byte_level, arguments, trl_templates, trl_trainer):
+    tokenizer = with_template(byte_level, trl_templates, "qwen2_5")
+    rows = [
+        {column: row["messages"], "text": "rendered: " + row["messages"][-1]["content"]} for row in MESSAGES
+    ]
+    ours = prepare_dataset(rows, tokenizer, arguments())
+    assert_equal(ours, trl_trainer(rows, tokenizer))
+    assert tokenizer.decode(ours[0]["input_ids"]).startswith("rendered") == (column == "conversations")
+
+
 @pytest.mark.parametrize("completion_only", [None, True])
 def test_tokenised(completion_only, byte_level, arguments, trl_trainer):
     trainer = trl_trainer(TOKENISED, byte_level, completion_only_loss=completion_only)
