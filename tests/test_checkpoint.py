@@ -198,7 +198,7 @@ def test_killed_process_leaves_only_whole_checkpoints(tmp_path):
 
 
 def test_full_disk_leaves_only_whole_checkpoints(tmp_path):
-    cases = [{"again": again, "bytes": size} for again in (False, True) for size in (20, 1500, 5000)]
+    cases = [{"again": again, "bytes": size} for again, size in ((False, 20), (False, 5000), (True, 1500))]
     assert run_in_forks(cases, tmp_path) == [3] * len(cases)
     for number, case in enumerate(cases):
         folder = tmp_path / str(number)
