@@ -106,6 +106,7 @@ class Checkpoint:
             raise FileNotFoundError(
                 f"{folder} has no tokenizer: expected one of {', '.join(_TOKENIZER_FILES)}"
             )
+        _warn_of_tokens_without_rows(tokenizer, self.config)
         fix_pad_token(tokenizer, self.config)
         tokenizer.padding_side = "left"
         return tokenizer
@@ -166,7 +167,8 @@ def resolve(
     """Find a checkpoint and describe it; downloads when the name is no local path.
 
     Args:
-        name_or_path: hub id, folder (safetensors, bitsandbytes-4bit, GGUF or PEFT adapter), or .gguf file.
+        name_or_path: hub id, folder (safetensors, bitsandbytes-4bit, GGUF or PEFT adapter), .gguf file, or
+            "user/repository/file.gguf" on the hub.
         revision: branch, tag or commit on the hub.
         token: hub access token, True for the stored one, False for none.
         local_files_only: use the local cache only.
@@ -181,11 +183,23 @@ def resolve(
     hub = _Hub(token, local_files_only, cache_dir, endpoint)
     path = Path(name_or_path).expanduser()
     name = str(path.resolve()) if path.exists() else str(name_or_path)
-    if not path.exists():
-        if path.suffix == ".gguf" or str(name_or_path).startswith(("/", ".", "~")):
-            raise FileNotFoundError(f"{name_or_path} does not exist")
-        patterns = _gguf_patterns(gguf_file) if gguf_file else _DOWNLOAD
-        path = hub.snapshot(name, revision, patterns)
+    if path.exists():
+        if (path / ADAPTER_CONFIG).exists():
+            return _with_adapter(path, hub)
+        return _describe(path, name, revision, gguf_file)
+    if name.startswith(("/", ".", "~")):
+        raise FileNotFoundError(f"{name_or_path} does not exist")
+    return _from_hub(hub, name, revision, gguf_file)
+
+
+def _from_hub(hub: _Hub, name: str, revision: str | None, gguf_file: str | None) -> Checkpoint:
+    """A repository, or "user/repository/file.gguf" for one GGUF file of it, downloaded."""
+    if name.endswith(".gguf"):
+        parts = name.split("/")
+        if len(parts) < 3:
+            raise FileNotFoundError(f"{name} does not exist")
+        name, gguf_file = "/".join(parts[:2]), "/".join(parts[2:])
+    path = hub.snapshot(name, revision, _gguf_patterns(gguf_file) if gguf_file else _DOWNLOAD)
     if (path / ADAPTER_CONFIG).exists():
         return _with_adapter(path, hub)
     return _describe(path, name, revision, gguf_file)
@@ -200,10 +214,11 @@ def _describe(path: Path, name: str, revision: str | None, gguf_file: str | None
     """A folder or file that is not an adapter -> Checkpoint."""
     from transformers import AutoConfig
 
-    if path.is_file() or gguf_file:
-        return _gguf(path / gguf_file if gguf_file else path, name, revision)
-    if not (path / "config.json").exists():
-        return _gguf(_only_gguf(path), name, revision)
+    if path.is_file():
+        return _gguf(path, name, revision)
+    if gguf_file or not (path / "config.json").exists():
+        file = path / gguf_file if gguf_file else _only_gguf(path)
+        return _gguf(file, f"{name}/{file.relative_to(path)}", revision)
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
     raw = json.loads((path / "config.json").read_text("utf-8"))
     quantised = check_quantization_config(raw.get("quantization_config"), path)
@@ -277,13 +292,24 @@ def _with_adapter(folder: Path, hub: _Hub) -> Checkpoint:
     elif base.startswith(("/", ".", "~")):
         raise FileNotFoundError(f"{folder / ADAPTER_CONFIG} names the base {base!r}, which does not exist")
     else:
-        revision = config.get("revision")
-        checkpoint = _describe(hub.snapshot(base, revision), base, revision, None)
+        checkpoint = _from_hub(hub, base, config.get("revision"), None)
+        if checkpoint.adapter:
+            raise ValueError(f"the base of {folder} is itself an adapter ({base}); merge that one first")
     return replace(checkpoint, adapter=folder)
 
 
 def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in _TOKENIZER_FILES)
+
+
+def _warn_of_tokens_without_rows(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    rows = config.get_text_config().vocab_size
+    beyond = [token for token, i in tokenizer.get_vocab().items() if i >= rows]
+    if beyond:
+        logger.warning(
+            "%d tokens have no row in the embedding of %d (%s): text that holds them cannot be trained on",
+            *(len(beyond), rows, ", ".join(sorted(beyond)[:5])),
+        )
 
 
 def fix_pad_token(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:

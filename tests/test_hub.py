@@ -127,6 +127,8 @@ def test_unknown_names():
         resolve("./nowhere")
     with pytest.raises(FileNotFoundError, match=r"model\.gguf does not exist"):
         resolve("some/model.gguf")
+    with pytest.raises(FileNotFoundError, match=r"/model\.gguf does not exist"):
+        resolve("/nowhere/some/model.gguf")
     with pytest.raises(HubError, match=r"is no local folder or \.gguf file"):
         resolve("not a name")
 
@@ -225,6 +227,8 @@ def test_gguf_file_folder_and_repository(smollm2_gguf, hub, tmp_path):
     hub.files["me/gguf"] = {"a.gguf": smollm2_gguf.read_bytes(), "b.gguf": b"x", "README.md": b""}
     checkpoint = download(hub, tmp_path, "me/gguf", gguf_file="a.gguf")
     assert checkpoint.read("model.norm.weight").shape == (576,)
+    assert checkpoint.name_or_path == "me/gguf/a.gguf"
+    assert download(hub, tmp_path, checkpoint.name_or_path).path == checkpoint.path
     assert not any("b.gguf" in path for _, path in hub.requests)
 
 
@@ -288,6 +292,17 @@ def test_pad_token_without_a_spare(caplog):
     made = bare()
     fix_pad_token(made, config(vocab_size=3))
     assert made.pad_token == "</s>" and "no spare token" in caplog.text
+
+
+def test_tokens_without_an_embedding_row(tiny_model_dir, caplog, tmp_path):
+    for name, content in contents(tiny_model_dir("llama")).items():
+        (tmp_path / name).write_bytes(content)
+    assert resolve(tmp_path).tokenizer() and not caplog.text
+    made = tiny_models.make_tokenizer()
+    made.add_tokens([f"<extra_{i}>" for i in range(320)])
+    made.save_pretrained(tmp_path)
+    resolve(tmp_path).tokenizer()
+    assert "259 tokens have no row in the embedding of 320 (<extra_" in caplog.text
 
 
 def test_old_buffers_are_not_weights(tmp_path):

@@ -120,11 +120,11 @@ class SafetensorsFolder:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         index = self.folder / INDEX_NAME
-        if index.exists():
-            self._files = self._open_shards(json.loads(index.read_text("utf-8"))["weight_map"])
-        elif (self.folder / SINGLE_NAME).exists():
+        if (self.folder / SINGLE_NAME).exists():  # before an index, as transformers does
             file = SafetensorsFile(self.folder / SINGLE_NAME)
             self._files = dict.fromkeys(file.tensors, file)
+        elif index.exists():
+            self._files = self._open_shards(json.loads(index.read_text("utf-8"))["weight_map"])
         else:
             raise FileNotFoundError(
                 f"{self.folder} has no {SINGLE_NAME} and no {INDEX_NAME}; {_what_is_there(self.folder)}"

@@ -29,6 +29,22 @@ def test_shards(sharded):
     assert_equal(folder, weights)
 
 
+def test_a_single_file_comes_before_an_index(llama, sharded):
+    """As in transformers, when both lie in a folder."""
+    folder, _ = sharded
+    (folder / "model.safetensors").write_bytes((llama[0] / "model.safetensors").read_bytes())
+    next(folder.glob("model-*")).unlink()
+    assert_equal(folder, llama[1])
+
+
+def test_a_tensor_that_the_index_does_not_name_is_left_out(sharded):
+    folder, weights = sharded
+    index = json.loads((folder / INDEX_NAME).read_text())
+    del index["weight_map"]["model.norm.weight"]
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+    assert_equal(folder, {name: value for name, value in weights.items() if name != "model.norm.weight"})
+
+
 @pytest.mark.parametrize(
     "dtype", [np.float64, np.float32, np.float16, np.int64, np.int32, np.uint8, np.bool_]
 )
