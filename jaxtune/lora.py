@@ -5,7 +5,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,6 +80,11 @@ class LoraConfig:
             raise ValueError(
                 f"init_lora_weights must be True, False or 'gaussian', got {self.init_lora_weights!r}"
             )
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear" and self.layers_to_transform:
+            raise ValueError(
+                f"layers_to_transform needs target_modules by name, not the pattern {self.target_modules!r}; "
+                "put the layers into the pattern"
+            )
         unknown = [m for m in self.modules_to_save if m.rsplit(".", 1)[-1] not in SAVABLE]
         if unknown:
             raise ValueError(f"modules_to_save can hold {', '.join(SAVABLE)}; got {', '.join(unknown)}")
@@ -123,6 +128,14 @@ def target_names(model: CausalLM, config: LoraConfig) -> set[str]:
     if absent:
         raise ValueError(f"layers_to_transform names layers {absent}; the model has 0 to {max(layers)}")
     return {n for n in chosen if (m := _LAYER.match(n)) and int(m[1]) in config.layers_to_transform}
+
+
+def named(model: CausalLM, config: LoraConfig) -> LoraConfig:
+    """The same adapter with "all-linear" spelt out, as PEFT does before it saves."""
+    if config.target_modules != "all-linear":
+        return config
+    leaves = {name.rsplit(".", 1)[-1] for name in linear_slots(model)} - {"lm_head"}
+    return replace(config, target_modules=tuple(sorted(leaves)))
 
 
 def attach(model: CausalLM, config: LoraConfig) -> set[str]:

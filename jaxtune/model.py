@@ -532,6 +532,7 @@ class FastLanguageModel:
         )  # fmt: skip
         if model.lora is not None:
             same = replace(model.lora, random_state=random_state, init_lora_weights=init_lora_weights)
+            config = lora.named(model.module, config)
             if set(same.target_modules) == set(config.target_modules):
                 same = replace(same, target_modules=config.target_modules)
             if same != config:
@@ -555,6 +556,7 @@ class FastLanguageModel:
 def _with_adapter(model: Model, config: LoraConfig) -> Model:
     """A new handle with an adapter on the same base leaves."""
     module = model._recipe(nf4=model._quantised())
+    config = lora.named(module, config)
     names = lora.attach(module, config)
     trainable, base = lora.initialise(module, model.base, config, names)
     adapted = Model(

@@ -5,3 +5,4 @@ LOSS = 1e-5  # float32 loss of a step against PEFT + torch, relative
 WEIGHTS = 1e-4  # adapter weights after 20 steps against PEFT + torch, relative to their largest
 GRADIENT = 1e-5  # a kernel's gradient against autodiff of its reference, float32
 MERGED = 5e-5  # float32 logits of merged weights against base plus adapter: the same sums in another order
+GPU_LOGITS = 2e-5  # the same on a GPU, float32 products: other summation orders
