@@ -23,7 +23,7 @@ PARTS = {"model": LoadArguments, "lora": LoraArguments, "data": DataArguments, "
 # The job without a dataset: the shipped task, small enough for two CPU cores and a few minutes.
 SHIPPED_TASK = {
     "output_dir": "outputs/orders",
-    "max_length": 512,
+    "max_length": 256,
     "packing": True,
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 4,

@@ -5,6 +5,7 @@ Sizes come from config.json and the checkpoint's index; memory from compiling th
 
 import dataclasses
 import types
+from typing import Any
 
 import datasets
 import jax
@@ -19,13 +20,12 @@ from rich.text import Text
 from jaxtune import hub
 from jaxtune.command_line import Job
 from jaxtune.data import (
-    get_chat_template,
     prepare_dataset,
     render_example,
     token_statistics,
     train_on_responses_only,
 )
-from jaxtune.job import load_rows, make_console, make_table
+from jaxtune.job import load_rows, make_console, make_table, with_chat_template
 from jaxtune.lora import LoraConfig, attach, read_adapter, train_everything
 from jaxtune.model import as_dtype
 from jaxtune.models import build
@@ -67,7 +67,7 @@ def dry_run(job: Job, console: Console | None = None) -> None:
     module = model_of_shapes(checkpoint, job)
     console.print(_size_table(checkpoint, module, job))
     rows, held_out = load_rows(job)
-    tokenizer = _tokenizer(checkpoint, job)
+    tokenizer = with_chat_template(checkpoint.tokenizer(), job)
     train = _prepare(rows, tokenizer, job)
     parts = {"training": train} | (
         {} if held_out is None else {"held-out": _prepare(held_out, tokenizer, job)}
@@ -85,7 +85,8 @@ def model_of_shapes(checkpoint: hub.Checkpoint, job: Job) -> CausalLM:
     elif checkpoint.adapter is not None:
         attach(module, read_adapter(checkpoint.adapter)[0])
     else:
-        fields = dataclasses.asdict(job.lora) | {"modules_to_save": job.lora.modules_to_save or ()}
+        fields: dict[str, Any] = dataclasses.asdict(job.lora)
+        fields["modules_to_save"] = job.lora.modules_to_save or ()
         attach(module, LoraConfig(**fields))
     return module
 
@@ -93,11 +94,11 @@ def model_of_shapes(checkpoint: hub.Checkpoint, job: Job) -> CausalLM:
 def predict_memory(module: CausalLM, job: Job) -> Memory:
     """Compile the training step of a model of shapes and ask the compiler what it needs."""
     args, shapes, paths = job.training, leaf_shapes(module), trainable_paths(module)
-    trainable = {path: shape for path, shape in shapes.items() if path in paths}
+    trainable: dict[str, Any] = {path: shape for path, shape in shapes.items() if path in paths}
     base = {path: shape for path, shape in shapes.items() if path not in paths}
     optimizer = make_optimizer(args, 100, trainable)
     opt_state = jax.eval_shape(optimizer.init, trainable)
-    step = make_train_step(
+    step: Any = make_train_step(
         types.SimpleNamespace(graphdef=nnx.graphdef(module)),
         optimizer,
         max_grad_norm=args.max_grad_norm,
@@ -119,14 +120,6 @@ def _is_quantised(job: Job) -> bool:
 
 def _bytes(tree: object) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _tokenizer(checkpoint: hub.Checkpoint, job: Job):
-    tokenizer, data = checkpoint.tokenizer(), job.data
-    if data.chat_template is None:
-        return tokenizer
-    message = {"system_message": data.system_message} if data.system_message else {}
-    return get_chat_template(tokenizer, data.chat_template, **message)
 
 
 def _prepare(rows: datasets.Dataset, tokenizer, job: Job) -> datasets.Dataset:

@@ -87,12 +87,17 @@ def prepare(job: Job) -> Prepared:
 def load_model(job: Job) -> tuple[Model, Any]:
     """The base with a fresh adapter (or the one of an adapter folder, or none in full fine-tuning), and tokenizer."""
     model, tokenizer = FastLanguageModel.from_pretrained(**dataclasses.asdict(job.model))
-    if job.data.chat_template:
-        message = {"system_message": job.data.system_message} if job.data.system_message else {}
-        tokenizer = get_chat_template(tokenizer, job.data.chat_template, **message)
+    tokenizer = with_chat_template(tokenizer, job)
     if model.lora is None and not job.model.full_finetuning:
         model = FastLanguageModel.get_peft_model(model, **dataclasses.asdict(job.lora))
     return model, tokenizer
+
+
+def with_chat_template(tokenizer: Any, job: Job) -> Any:
+    """The tokenizer with the chat template that the job asks for, or its own."""
+    if job.data.chat_template is None:
+        return tokenizer
+    return get_chat_template(tokenizer, job.data.chat_template, system_message=job.data.system_message)
 
 
 def load_rows(job: Job) -> tuple[datasets.Dataset, datasets.Dataset | None]:
@@ -170,11 +175,11 @@ def save(prepared: Prepared) -> tuple[Path, Path | None]:
 
 def _summary(prepared: Prepared) -> Table:
     model, trainer, training = prepared.model, prepared.trainer, prepared.job.training
-    tokens = sum(map(len, trainer.train_dataset["input_ids"]))
+    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]] if trainer.train_dataset else []
     table = make_table("", "")
     table.add_row("parameters", f"{model.num_parameters():,}, of which trained {model.num_trainable():,}")
     table.add_row("model in memory", f"{model.memory_bytes() / 2**20:,.0f} MiB")
-    table.add_row("training data", f"{len(trainer.train_dataset):,} rows, {tokens:,} tokens")
+    table.add_row("training data", f"{len(lengths):,} rows, {sum(lengths):,} tokens")
     if trainer.eval_dataset is not None:
         table.add_row("held-out data", f"{len(trainer.eval_dataset):,} rows")
     table.add_row("settings", str(Path(training.output_dir) / SETTINGS_FILE))

@@ -6,6 +6,7 @@ Trains an adapter on three sentences until it knows them. SmolLM2-135M on 2 CPU 
 """
 
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,7 +33,7 @@ for path in (next(iter(base)), next(iter(trainable))):
     print(f"  {path}: {leaf.dtype}{list(leaf.shape)}")
 
 
-def make_batch(texts: list[str]) -> dict[str, np.ndarray]:
+def make_batch(texts: list[str]) -> dict[str, Any]:
     """int32 [1, B, T]. Labels stand at their own position, -100 is not trained; segment 0 is padding."""
     batch = {
         name: np.zeros((1, len(texts), LENGTH), np.int32)
