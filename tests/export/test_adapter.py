@@ -64,6 +64,24 @@ def test_saved_modules_of_a_tied_model(tiny_model_dir, tmp_path, ids, saved):
     assert relative_error(peft_logits(base, tmp_path / "adapter", ids), model.logits(ids)) <= LOGITS
 
 
+@pytest.mark.xfail(
+    strict=True, reason="lora.attach ties the head to a trained embedding, PEFT leaves it as it was"
+)
+def test_reading_an_adapter_that_trains_the_embedding_of_a_tied_model(tiny_model_dir, tmp_path, ids):
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        tiny_model_dir("llama_tied"), dtype=torch.float32
+    )
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    judge = peft.get_peft_model(base, config).eval()
+    with torch.no_grad():
+        for parameter in judge.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.1)
+    judge.save_pretrained(tmp_path / "adapter")
+    model = load(tmp_path / "adapter", load_in_16bit=True)
+    assert relative_error(logits_of(judge, ids), model.logits(ids)) <= LOGITS
+
+
 def test_on_a_4bit_base_peft_with_bitsandbytes_computes_the_same_logits(tiny_model_dir, tmp_path, ids):
     base = tiny_model_dir("llama")
     model = random_adapter(load(base, load_in_4bit=True))
