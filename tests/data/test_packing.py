@@ -203,3 +203,6 @@ def test_digest_follows_contents():
         one.select([0]),
     ]
     assert len({content_digest(dataset) for dataset in [one, *others]}) == 5
+    whole, cut = ([[1, 2, 3]], [[1, 2], [3]])  # the same tokens in other rows
+    whole, cut = (datasets.Dataset.from_dict({"input_ids": rows, "labels": rows}) for rows in (whole, cut))
+    assert content_digest(whole) != content_digest(cut)

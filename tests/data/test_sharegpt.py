@@ -76,6 +76,8 @@ def test_conversation_extension():
         assert [value[1:] for value in values[::2]] == [value[1:] for value in values[1::2]]
     assert to_sharegpt(table, conversation_extension=3)[:] == dataset[:]
     assert to_sharegpt(table, conversation_extension=3, random_state=1)[:] != dataset[:]
+    second, third = ([row["conversations"][2 * extra]["value"] for row in dataset] for extra in (1, 2))
+    assert second != third
     for extra in (1, 2):  # each extension uses every row once
         assert len({row["conversations"][2 * extra]["value"] for row in dataset}) == 20
 

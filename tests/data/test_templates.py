@@ -161,6 +161,17 @@ def test_marks_agree_with_spans_found_by_prefix(name, byte_level):
     assert 0 < marks.assistant.sum() < len(marks.ids)
 
 
+@pytest.mark.parametrize("own,field", PAIRS)
+def test_named_and_field_templates_train_alike(own, field, byte_level, trl_templates):
+    theirs = copy.deepcopy(byte_level)
+    theirs.chat_template = (trl_templates / f"{field}.jinja").read_text()
+    ours = get_chat_template(byte_level, own, map_eos_token=False)
+    row = {"messages": conversation(), "tools": None, "chat_template_kwargs": {}}
+    encoded = [ChatEncoder(tokenizer, assistant_only=True).encode([row])[0] for tokenizer in (ours, theirs)]
+    assert encoded[0].ids.tolist() == encoded[1].ids.tolist()
+    assert encoded[0].assistant.tolist() == encoded[1].assistant.tolist()
+
+
 def test_field_digests(byte_level, trl_templates):
     """Every known digest belongs to a template of the field, and none of them is stored here."""
     import hashlib
