@@ -72,6 +72,6 @@ def test_process_killed_while_replacing(tmp_path, monkeypatch):
             write(folder, "new")
 
     killed(work)
-    assert (tmp_path / "m" / "model.safetensors").read_text() == "new"
+    assert "new" in {file.read_text() for file in (tmp_path / "m").iterdir()}
     with pytest.raises(FileNotFoundError, match=r"looked for .* config\.json"):
         resolve(tmp_path / "m")
