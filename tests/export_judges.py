@@ -1,10 +1,24 @@
 """What the export tests share: an adapter with random weights, torch's logits, and how far two logits are apart."""
 
+from functools import cache
+
 import jax
 import numpy as np
 import torch
 
 from jaxtune.model import FastLanguageModel
+
+
+@cache
+def load(folder, **options):
+    """jaxtune's float32 model of a folder; loaded once a session, so tests must not change it in place."""
+    return FastLanguageModel.from_pretrained(str(folder), max_seq_length=None, dtype="float32", **options)[0]
+
+
+@cache
+def plain_logits(folder, ids: bytes, shape: tuple[int, ...]) -> np.ndarray:
+    """Logits of a folder's model without adapter."""
+    return np.asarray(load(folder, load_in_16bit=True).logits(np.frombuffer(ids, np.int32).reshape(shape)))
 
 
 def random_adapter(model, **options):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from export_judges import in_float32, logits_of, random_adapter, relative_error
+from export_judges import in_float32, load, logits_of, random_adapter, relative_error
 from tolerances import LOGITS, MERGED
 
 from jaxtune.export.merged import save_merged
@@ -18,14 +18,9 @@ from jaxtune.formats.safetensors_reader import SafetensorsFolder
 from jaxtune.formats.safetensors_writer import ShardWriter
 from jaxtune.hub import resolve
 from jaxtune.lora import merged_weight
-from jaxtune.model import FastLanguageModel
 from jaxtune.models.names import hf_weights
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
-
-
-def load(folder, **options):
-    return FastLanguageModel.from_pretrained(str(folder), max_seq_length=None, dtype="float32", **options)[0]
 
 
 def torch_model(folder, **options):
@@ -67,7 +62,7 @@ def test_transformers_computes_the_logits_of_the_model_with_its_adapter(tiny_mod
 
 
 def test_full_finetuning(tiny_model_dir, tmp_path, ids):
-    model = load(tiny_model_dir("llama"), full_finetuning=True)
+    model = load.__wrapped__(tiny_model_dir("llama"), full_finetuning=True)  # not the shared one
     path = next(p for p in model.trainable if p.endswith("q_proj.weight"))
     model.trainable[path] = model.trainable[path] + 0.1
     save(model, tmp_path / "merged", dtype="float32")
