@@ -29,6 +29,7 @@ class PreparationReport:
         dropped: rows left out because no label remained to train on.
         truncated: rows cut to max_length.
         longest: tokens of the longest row before it was cut.
+        max_length: tokens that rows were cut to; None = not cut.
     """
 
     rows_in: int
@@ -36,6 +37,7 @@ class PreparationReport:
     dropped: int
     truncated: int
     longest: int
+    max_length: int | None
 
     def then(self, later: "PreparationReport") -> "PreparationReport":
         """The report of two passes over the same rows."""
@@ -127,6 +129,7 @@ def truncate_and_drop(
         dropped=int((~kept).sum()),
         truncated=int((ids.lengths > lengths).sum()),
         longest=int(ids.lengths.max(initial=0)),
+        max_length=max_length,
     )
     if not report.rows:
         raise ValueError(explain(dataset))

@@ -223,8 +223,7 @@ def train_on_responses_only(
     num_proc: int | None = None,
     last_response_only: bool = False,
 ) -> Any:
-    """Train on the answers only: every label outside of them becomes -100 (those that are -100 already stay
-    so).
+    """Train on the answers only: every label outside of them becomes -100; what is -100 already stays so.
 
     Args:
         trainer: has processing_class, train_dataset and eval_dataset (a dataset, a dict of them or None),
@@ -262,13 +261,15 @@ def train_on_responses_only(
 
     if return_function:
         return mask_batch
-    for name in ("train_dataset", "eval_dataset"):
-        data = getattr(trainer, name, None)
+
+    def masked(data: Any) -> Any:
         if isinstance(data, Mapping):
-            masked = {key: _mask_dataset(part, mask_batch, tokenizer, markers) for key, part in data.items()}
-        else:
-            masked = None if data is None else _mask_dataset(data, mask_batch, tokenizer, markers)
-        setattr(trainer, name, masked)
+            return {key: masked(part) for key, part in data.items()}
+        return None if data is None else _mask_dataset(data, mask_batch, tokenizer, markers)
+
+    replaced = {name: masked(getattr(trainer, name, None)) for name in ("train_dataset", "eval_dataset")}
+    for name, data in replaced.items():
+        setattr(trainer, name, data)
     return trainer
 
 
@@ -289,11 +290,9 @@ def _mask_dataset(
 
     def explain(masked: datasets.Dataset) -> str:
         ids = dataset[0]["input_ids"]
-        cut = (
-            f" {earlier.truncated} rows were cut to max_length, perhaps before their answer."
-            if earlier
-            else ""
-        )
+        cut = ""
+        if earlier and earlier.truncated:
+            cut = f" {earlier.truncated} rows were cut to max_length={earlier.max_length}, perhaps before their answer."
         return (
             f"none of the {len(masked)} rows has an answer between {markers.response!r} and {markers.instruction!r}."
             f"{cut} Check both parts against the first row (or raise max_length):\n{tokenizer.decode(ids)[:2000]}"

@@ -218,7 +218,7 @@ def test_shuffle_dataset(byte_level, arguments, trl_trainer):
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
-@pytest.mark.parametrize("rows", [40, 2345])
+@pytest.mark.parametrize("rows", [40, 1345])
 def test_packing(strategy, rows, byte_level, arguments, trl_trainer):
     lengths = np.random.default_rng(rows).integers(1, 60, rows)
     data = [{"prompt": "1 " * 3, "completion": "2 " * int(length)} for length in lengths]

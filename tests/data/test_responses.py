@@ -227,11 +227,20 @@ def test_all_masked_says_why(byte_level, arguments):
     for said in (
         "none of the 3 rows",
         "'<|im_start|>assistant\\n'",
-        "3 rows were cut to max_length",
+        "3 rows were cut to max_length=8,",
         "What is",
     ):
         assert said in str(caught.value)
     assert len(trainer.train_dataset) == 3
+
+
+def test_a_useless_evaluation_set_leaves_the_trainer_as_it_was(byte_level, arguments):
+    tokenizer = get_chat_template(byte_level, "chatml")
+    trainer = make_trainer([conversation()], tokenizer, arguments, eval_rows=[conversation(TALK[:1])])
+    before = trainer.train_dataset
+    with pytest.raises(ValueError, match="none of the 1 rows"):
+        train_on_responses_only(trainer)
+    assert trainer.train_dataset is before
 
 
 @pytest.mark.parametrize("parts", [{"instruction_part": "a"}, {"response_part": "b"}])
