@@ -1,12 +1,12 @@
 """The shipped task: a sentence with an order in it becomes JSON.
 
-    "Could Maya get two large lemon muffins by 3:30 pm?"
-    {"item":"lemon muffin","count":2,"size":"large","name":"Maya","time":"15:30"}
+    "Could Maya get two large lemon cakes?"
+    {"item":"lemon cake","count":2,"size":"large","name":"Maya"}
 
-Keys that the sentence does not state are left out of the answer. To answer, a model has to undo plurals, read
-number words, turn 12-hour clocks into 24 hours, and copy names of things that it was not trained on: a variant
-and a noun ("lemon" + "muffin") that meet in a held-out row never meet in a training row, so rows learnt by heart
-do not pass. Rows are short (about 50 SmolLM2 tokens with the chat template) because the quickstart trains on a CPU.
+size is null where none is stated. To answer, a model has to keep to the format, undo plurals, read number words
+("half a dozen"), and copy names of things that it was not trained on: a variant and a noun ("lemon" + "cake") that
+meet in a held-out row never meet in a training row, so rows learnt by heart do not pass. Rows are short (about 47
+SmolLM2 tokens with the chat template) because the quickstart trains on a CPU.
 """
 
 import json
@@ -16,25 +16,25 @@ from typing import Any
 SYSTEM = "Order to JSON."
 NUM_TRAIN, NUM_HELD_OUT = 1000, 200
 SEED = 3407
-SHOWN = (0, 8)  # the held-out rows that are shown before and after training
+SHOWN = (18, 53)  # the held-out rows that are shown before and after training
 
 # Each shelf: variants that go before any of its nouns. Nouns take a regular plural (see _plural).
 SHELVES: dict[str, tuple[str, str]] = {
     "bakery": (
         "lemon apple cherry honey ginger walnut vanilla almond carrot banana",
-        "muffin cake tart cookie bun pie scone roll waffle",
+        "cake tart cookie bun pie roll bar slice loaf",
     ),
     "kitchen": (
         "tomato cheese chicken mushroom onion spinach tuna turkey bean potato",
-        "pizza salad soup sandwich wrap burger pasta omelet taco",
+        "pizza salad soup sandwich wrap pasta stew snack dip",
     ),
     "bar": (
-        "orange mint peach coconut berry mango pear ginger oat plum",
-        "juice tea soda shake latte smoothie cooler punch",
+        "orange mint peach coconut berry mango pear cream oat plum",
+        "juice tea soda shake drink beer cooler punch",
     ),
     "tailor": (
         "red blue green black white yellow purple grey striped brown",
-        "shirt jacket hat sweater coat dress belt skirt vest",
+        "shirt jacket hat coat dress belt skirt vest tie",
     ),
     "workshop": (
         "wooden steel plastic glass metal copper paper leather stone rubber",
@@ -42,7 +42,7 @@ SHELVES: dict[str, tuple[str, str]] = {
     ),
     "garden": (
         "wild winter summer desert water forest mountain dwarf rock silver",
-        "rose fern lily palm tulip ivy cactus grass orchid",
+        "rose fern palm grass bush vine plant tree flower",
     ),
 }
 SIZES = ("small", "medium", "large", "tiny", "huge")
@@ -52,45 +52,25 @@ NAMES = (
 ).split()
 NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
-# {order} is "two large lemon muffins"; {name} and {time} ("3:30 pm") stand where the row states them.
-TEMPLATES: dict[frozenset[str], tuple[str, ...]] = {
-    frozenset(): (
-        "I would like {order}.",
-        "Please send {order}.",
-        "Can I have {order}?",
-        "We need {order}, thanks.",
-        "{order}, please.",
-        "Hello, is it possible to get {order}?",
-        "Let me order {order}.",
-        "My order is {order}.",
-    ),
-    frozenset({"name"}): (
-        "{name} wants {order}.",
-        "Please keep {order} for {name}.",
-        "{order} for {name}, please.",
-        "Hi, this is {name}, I need {order}.",
-        "Can {name} have {order}?",
-        "I'm {name} and I'd like {order}.",
-        "Put {order} under {name}.",
-        "Order for {name}: {order}.",
-    ),
-    frozenset({"time"}): (
-        "I need {order} at {time}.",
-        "Please bring {order} by {time}.",
-        "At {time} we want {order}.",
-        "Can I pick up {order} at {time}?",
-        "{order} for {time}, please.",
-        "It's for {time}: {order}.",
-    ),
-    frozenset({"name", "time"}): (
-        "{name} needs {order} at {time}.",
-        "At {time}, {order} for {name}.",
-        "{order} for {name}, ready by {time}.",
-        "Could {name} get {order} by {time}?",
-    ),
-}
-STATED = (frozenset(), frozenset({"name"}), frozenset({"time"}), frozenset({"name", "time"}))
-STATED_WEIGHTS = (3, 4, 2, 1)
+# {order} is "two large lemon cakes".
+TEMPLATES = (
+    "{name} wants {order}.",
+    "Please keep {order} for {name}.",
+    "{order} for {name}, please.",
+    "Hi, this is {name}, I need {order}.",
+    "Can {name} have {order}?",
+    "I'm {name} and I'd like {order}.",
+    "Put {order} under {name}.",
+    "Order for {name}: {order}.",
+    "Could {name} get {order}?",
+    "{name} here, please send {order}.",
+    "Let {name} have {order}.",
+    "We need {order} for {name}.",
+    "For {name} it is {order}, thanks.",
+    "My name is {name}, can I get {order}?",
+    "{name} asked for {order}.",
+    "Is it possible to get {order} for {name}?",
+)
 
 
 def make_rows(num_rows: int, *, held_out: bool = False, seed: int = SEED) -> list[dict[str, Any]]:
@@ -144,24 +124,16 @@ def _items(held_out: bool) -> list[tuple[str, str]]:
 
 
 def _draw(rng: random.Random, items: list[tuple[str, str]]) -> tuple[str, dict[str, Any]]:
-    """One sentence and its answer; keys stand in the order item, count, size, name, time."""
+    """One sentence and its answer."""
     variant, noun = rng.choice(items)
-    count = rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 15, 20, 24, 30))
-    size = rng.choice(SIZES) if rng.random() < 0.5 else None
+    count = rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 15, 20, 30))
+    size = rng.choice(SIZES) if rng.random() < 0.75 else None
+    name = rng.choice(NAMES)
     words = [size] if size else []
     words += [variant, _plural(noun) if count > 1 else noun]
     order = " ".join([_count_in_words(rng, count, words[0]), *words])
-
-    answer: dict[str, Any] = {"item": f"{variant} {noun}", "count": count}
-    if size:
-        answer["size"] = size
-    stated = rng.choices(STATED, STATED_WEIGHTS)[0]
-    parts = {"order": order}
-    if "name" in stated:
-        parts["name"] = answer["name"] = rng.choice(NAMES)
-    if "time" in stated:
-        parts["time"], answer["time"] = _clock(rng)
-    sentence = rng.choice(TEMPLATES[stated]).format(**parts)
+    sentence = rng.choice(TEMPLATES).format(order=order, name=name)
+    answer = {"item": f"{variant} {noun}", "count": count, "size": size, "name": name}
     return sentence[0].upper() + sentence[1:], answer
 
 
@@ -172,27 +144,15 @@ def _count_in_words(rng: random.Random, count: int, next_word: str) -> str:
     ways = [str(count)]
     if count < len(NUMBER_WORDS):
         ways += [NUMBER_WORDS[count]] * 2
-    named = {2: "a couple of", 6: "half a dozen", 12: "a dozen", 24: "two dozen"}
+    named = {2: "a couple of", 6: "half a dozen", 12: "a dozen"}
     if count in named:
         ways.append(named[count])
     return rng.choice(ways)
 
 
-def _clock(rng: random.Random) -> tuple[str, str]:
-    """A time of day between 7 am and 9 pm as said ("3:30 pm", "noon") and as written in the answer ("15:30")."""
-    hour, minute = rng.randint(7, 20), rng.choice((0, 0, 15, 30, 45))
-    written = f"{hour:02d}:{minute:02d}"
-    if written == "12:00":
-        return "noon", written
-    said = str((hour - 1) % 12 + 1) + (f":{minute:02d}" if minute else "")
-    return f"{said} {'am' if hour < 12 else 'pm'}", written
-
-
 def _plural(noun: str) -> str:
     if noun.endswith(("ch", "sh", "s", "x")):
         return noun + "es"
-    if noun.endswith("y") and noun[-2] not in "aeiou":
-        return noun[:-1] + "ies"
-    if noun == "shelf":
-        return "shelves"
+    if noun in ("shelf", "loaf"):
+        return noun[:-1] + "ves"
     return noun + "s"
