@@ -133,7 +133,6 @@ def train(prepared: Prepared) -> None:
     prepared.trainer.train()
     after = look(prepared, "after training")
     adapter, merged = save(prepared)
-    console.print()
     if after.loss is not None:
         console.print(_comparison(before, after))
     if after.answers:
