@@ -148,7 +148,7 @@ def _from_command_line(arguments: Sequence[str], settings: dict[str, Any]) -> Jo
             parts[part] = cls(**own)
         except (TypeError, ValueError) as error:
             raise ConfigError(str(error)) from error
-    return tyro.cli(
+    job = tyro.cli(
         Job,
         prog="python -m jaxtune.train",
         description=DESCRIPTION,
@@ -157,6 +157,12 @@ def _from_command_line(arguments: Sequence[str], settings: dict[str, Any]) -> Jo
         use_underscores=True,
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    resume = job.training.resume_from_checkpoint
+    if isinstance(resume, str) and resume.lower() in ("true", "false"):
+        job = dataclasses.replace(
+            job, training=dataclasses.replace(job.training, resume_from_checkpoint=resume.lower() == "true")
+        )
+    return job
 
 
 class _Loader(yaml.SafeLoader):

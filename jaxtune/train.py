@@ -1,6 +1,7 @@
 """`python -m jaxtune.train`: fine-tune a model from a YAML file and the command line.
 
-Exit status: 0 done, 1 failed while training or saving, 2 a setting, model or dataset that cannot be used (one line).
+Exit status: 0 done, 1 failed while training or saving, 2 a setting, model or dataset that cannot be used (one line),
+130 interrupted.
 """
 
 import sys
@@ -35,7 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if job.traceback:
             raise
         return _fail(error)
-    jobs.train(prepared)
+    try:
+        jobs.train(prepared)
+    except KeyboardInterrupt:  # the trainer has finished its step and saved
+        print(f"stopped; the same command with --resume_from_checkpoint true goes on", file=sys.stderr)
+        return 130
     return 0
 
 

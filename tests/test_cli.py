@@ -45,6 +45,14 @@ def test_shipped_settings_only_without_a_dataset(tmp_path):
     assert parse(["--dataset=rows.jsonl", "--packing"]).training.packing
 
 
+def test_resuming_takes_a_folder_or_true():
+    assert parse(["--resume_from_checkpoint", "true"]).training.resume_from_checkpoint is True
+    assert (
+        parse(["--resume_from_checkpoint", "out/checkpoint-3"]).training.resume_from_checkpoint
+        == "out/checkpoint-3"
+    )
+
+
 def test_settings_can_be_read_back(tmp_path):
     job = parse(["--target_modules", "q_proj", "v_proj", "--seed", "7", "--token", "hf_secretsecret"])
     text = job.to_yaml()
