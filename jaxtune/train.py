@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         jobs.train(prepared)
     except KeyboardInterrupt:  # the trainer has finished its step and saved
-        print(f"stopped; the same command with --resume_from_checkpoint true goes on", file=sys.stderr)
+        print("stopped; the same command with --resume_from_checkpoint true goes on", file=sys.stderr)
         return 130
     return 0
 
