@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxtune.config import SFTConfig
     from jaxtune.data import get_chat_template, standardize_sharegpt, train_on_responses_only
+    from jaxtune.fast import FastLanguageModel, FastModel
     from jaxtune.generate import TextStreamer
     from jaxtune.lora import LoraConfig
-    from jaxtune.model import FastLanguageModel, FastModel, Model
+    from jaxtune.model import Model
     from jaxtune.step import make_eval_step, make_train_step
     from jaxtune.trainer import SFTTrainer
 
 _HOMES = {
-    "FastLanguageModel": "jaxtune.model",
-    "FastModel": "jaxtune.model",
+    "FastLanguageModel": "jaxtune.fast",
+    "FastModel": "jaxtune.fast",
     "LoraConfig": "jaxtune.lora",
     "Model": "jaxtune.model",
     "SFTConfig": "jaxtune.config",

@@ -25,9 +25,9 @@ from jaxtune.data import (
     token_statistics,
     train_on_responses_only,
 )
+from jaxtune.fast import as_dtype
 from jaxtune.job import load_rows, make_console, make_table, with_chat_template
 from jaxtune.lora import LoraConfig, attach, read_adapter, train_everything
-from jaxtune.model import as_dtype
 from jaxtune.models import build
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.names import leaf_shapes, trainable_paths

@@ -80,7 +80,11 @@ class LoraConfig:
             raise ValueError(
                 f"init_lora_weights must be True, False or 'gaussian', got {self.init_lora_weights!r}"
             )
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear" and self.layers_to_transform:
+        if (
+            isinstance(self.target_modules, str)
+            and self.target_modules != "all-linear"
+            and self.layers_to_transform
+        ):
             raise ValueError(
                 f"layers_to_transform needs target_modules by name, not the pattern {self.target_modules!r}; "
                 "put the layers into the pattern"

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import torch
 
-from jaxtune.model import FastLanguageModel
+from jaxtune.fast import FastLanguageModel
 
 
 @cache

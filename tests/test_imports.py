@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "jaxtune"
 # The order of the pipeline. A module may import from its own stage and from earlier ones.
 STAGES = [
-    {"config"},
+    {"config", "arguments"},
     {"hub", "formats"},
     {"quant"},
     {"kernels"},
@@ -25,6 +25,7 @@ STAGES = [
     {"generate"},
     {"export"},
     {"model"},
+    {"fast"},
     {"checkpoint", "metrics", "signals"},
     {"trainer"},
     {"tasks"},

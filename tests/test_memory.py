@@ -27,8 +27,11 @@ def compiled_memory(layers: int, remat: bool):
     trainable = {path: s for path, s in shapes.items() if path in trained}
     base = {path: s for path, s in shapes.items() if path not in trained}
     optimizer = optax.adamw(1e-4)
-    batch = {k: jax.ShapeDtypeStruct((2, 1, TOKENS), jnp.int32) for k in ("input_ids", "labels", "positions", "segment_ids")}
-    step = make_train_step(SimpleNamespace(graphdef=nnx.split(module)[0]), optimizer, remat=remat, loss_chunk=64)
+    columns = ("input_ids", "labels", "positions", "segment_ids")
+    batch = {column: jax.ShapeDtypeStruct((2, 1, TOKENS), jnp.int32) for column in columns}
+    step = make_train_step(
+        SimpleNamespace(graphdef=nnx.split(module)[0]), optimizer, remat=remat, loss_chunk=64
+    )
     arguments = (trainable, jax.eval_shape(optimizer.init, trainable), base, batch, jax.random.key(0))
     analysis = step.lower(*arguments).compile().memory_analysis()
     size = lambda leaves: sum(s.size * s.dtype.itemsize for s in leaves)  # noqa: E731
@@ -41,7 +44,11 @@ def test_temporary_memory_is_one_dense_layer(remat):
     analysis, packed, adapter = compiled_memory(layers=12, remat=remat)
     activations = 12 * TOKENS * (8 * WIDTH + 4 * FFN) * 4  # what differentiation may keep without remat
     assert packed < 0.27 * 12 * DENSE_LAYER
-    assert analysis.temp_size_in_bytes < 4 * DENSE_LAYER + 2 * adapter + activations < 8 * DENSE_LAYER + activations
+    assert (
+        analysis.temp_size_in_bytes
+        < 4 * DENSE_LAYER + 2 * adapter + activations
+        < 8 * DENSE_LAYER + activations
+    )
     assert analysis.argument_size_in_bytes > packed  # the base is an argument, not a constant of the program
     assert analysis.alias_size_in_bytes >= 3 * adapter  # adapter and both moments are updated in place
 

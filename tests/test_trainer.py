@@ -15,8 +15,8 @@ import pytest
 
 from jaxtune import checkpoint
 from jaxtune.config import SFTConfig
+from jaxtune.fast import FastLanguageModel
 from jaxtune.metrics import read_history
-from jaxtune.model import FastLanguageModel
 from jaxtune.trainer import SFTTrainer, TrainOutput
 
 CLOCK = {"tokens_per_second", "peak_memory_gib", "eval_runtime"}

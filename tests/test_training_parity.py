@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from jaxtune import lora
 from jaxtune.config import SFTConfig
-from jaxtune.model import FastLanguageModel
+from jaxtune.fast import FastLanguageModel
 from jaxtune.optim import make_optimizer
 from jaxtune.step import make_train_step
 
@@ -48,7 +48,8 @@ def torch_run(judge, data, args):
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_epsilon,
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1, n / 4) * max(0, 1 - max(0, n - 4) / (STEPS - 4)))
+    rate = lambda n: min(1, n / 4) * max(0, 1 - max(0, n - 4) / (STEPS - 4))  # noqa: E731
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     losses, norms = [], []
     for ids, labels in data:
         logits = judge(torch.tensor(ids).long()).logits[:, :-1].flatten(0, 1)
@@ -89,7 +90,11 @@ CASES = {
     "qwen2, rslora": ({"target_modules": ["q_proj", "v_proj"], "use_rslora": True}, "qwen2", 1),
     "one layer": ({"target_modules": TARGETS, "layers_to_transform": [1]}, "qwen3", 1),
     "dora": ({"target_modules": ["q_proj", "down_proj"], "use_dora": True}, "llama", 1),
-    "embedding and head": ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}, "llama", 1),
+    "embedding and head": (
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+        "llama",
+        1,
+    ),
 }
 
 
@@ -98,7 +103,9 @@ def test_twenty_steps(case, tiny_model_dir):
     options, family, accumulation = CASES[case]
     folder = tiny_model_dir(family)
     judge = judge_model(folder, **options)
-    model, _ = FastLanguageModel.from_pretrained(folder, load_in_4bit=False, dtype="float32", max_seq_length=None)
+    model, _ = FastLanguageModel.from_pretrained(
+        folder, load_in_4bit=False, dtype="float32", max_seq_length=None
+    )
     model = FastLanguageModel.get_peft_model(model, r=8, lora_alpha=16, **options)
     model.trainable = lora.adapter_leaves(model, peft_tensors(judge))
     args = SFTConfig(learning_rate=2e-3, weight_decay=0.01, warmup_steps=4, max_grad_norm=0.5)

@@ -51,19 +51,29 @@ def prepare(args) -> None:
     model.save_pretrained(args.out / "first_adapter")
     for task, shape in TASKS.items():
         arrays = {}
-        for name, rows in zip(("train", "eval"), task_rows(task, args.gsm8k, tokenizer, args.steps, args.held_out)):
+        for name, rows in zip(
+            ("train", "eval"), task_rows(task, args.gsm8k, tokenizer, args.steps, args.held_out)
+        ):
             config = SFTConfig(max_length=shape["length"])
             dataset = prepare_dataset(datasets.Dataset.from_list(rows), tokenizer, config)
             if "messages" in rows[0]:
-                holder = SimpleNamespace(train_dataset=dataset, eval_dataset=None, processing_class=tokenizer, args=config)
+                holder = SimpleNamespace(
+                    train_dataset=dataset, eval_dataset=None, processing_class=tokenizer, args=config
+                )
                 dataset = train_on_responses_only(holder, tokenizer=tokenizer).train_dataset
             batches = Batches(
                 dataset, batch_size=shape["rows"], max_length=shape["length"], packed=False, seed=0,
                 pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=shape["length"],
             )  # fmt: skip
-            chosen = [batches.step(n) for n in range(args.steps)] if name == "train" else list(batches.eval_batches())
+            chosen = (
+                [batches.step(n) for n in range(args.steps)]
+                if name == "train"
+                else list(batches.eval_batches())
+            )
             for key in chosen[0]:
-                arrays[f"{name}/{key}"] = np.stack([b[key].reshape(-1, shape["length"])[-shape["rows"] :] for b in chosen])
+                arrays[f"{name}/{key}"] = np.stack(
+                    [b[key].reshape(-1, shape["length"])[-shape["rows"] :] for b in chosen]
+                )
         np.savez(args.out / f"{task}.npz", **arrays)
 
 
@@ -74,12 +84,13 @@ def batches_of(args, task: str, split: str):
         yield {key: value[i] for key, value in columns.items()}
 
 
-def save(args, library: str, task: str, result: dict) -> None:
-    (args.out / f"{library}-{task}.json").write_text(json.dumps(result))
-    print(library, task, {k: v for k, v in result.items() if k not in ("loss", "seconds")}, flush=True)
+def save(args, library: str, task: str, loss, seconds, eval_before, eval_after, peak_bytes) -> None:
+    figures = {"eval_before": eval_before, "eval_after": eval_after, "peak_gb": peak_bytes / 1e9}
+    print(library, task, figures, flush=True)
+    (args.out / f"{library}-{task}.json").write_text(json.dumps(figures | {"loss": loss, "seconds": seconds}))
 
 
-def run_jaxtune(args) -> None:
+def run_jaxtune(args, task: str) -> None:
     import jax
 
     from jaxtune import FastLanguageModel, SFTConfig
@@ -87,31 +98,28 @@ def run_jaxtune(args) -> None:
     from jaxtune.step import make_eval_step, make_train_step
 
     config = SFTConfig(learning_rate=LEARNING_RATE, warmup_steps=WARMUP)
-    for task in TASKS:
-        model, _ = FastLanguageModel.from_pretrained(args.out / "first_adapter", max_seq_length=512, load_in_4bit=True)
-        optimizer = make_optimizer(config, args.steps, model.trainable)
-        step = make_train_step(model, optimizer, remat=False)
-        evaluate = make_eval_step(model)
+    model, _ = FastLanguageModel.from_pretrained(args.out / "first_adapter", max_seq_length=512)
+    optimizer = make_optimizer(config, args.steps, model.trainable)
+    step = make_train_step(model, optimizer, remat=False)
+    evaluate = make_eval_step(model)
 
-        def held_out():
-            sums = [evaluate(trainable, model.base, batch) for batch in batches_of(args, task, "eval")]
-            return float(sum(s["loss_sum"] for s in sums) / sum(s["num_items"] for s in sums))
+    def held_out() -> float:
+        sums = [evaluate(trainable, model.base, batch) for batch in batches_of(args, task, "eval")]
+        return float(sum(s["loss_sum"] for s in sums) / sum(s["num_items"] for s in sums))
 
-        trainable, state = model.trainable, optimizer.init(model.trainable)
-        before, losses, seconds = held_out(), [], []
-        for batch in batches_of(args, task, "train"):
-            start = time.perf_counter()
-            batch = {key: value[None] for key, value in batch.items()}
-            trainable, state, metrics = step(trainable, state, model.base, batch, jax.random.key(0))
-            losses.append(float(metrics["loss"]))
-            seconds.append(time.perf_counter() - start)
-        stats = jax.devices()[0].memory_stats() or {}
-        peak = stats.get("peak_bytes_in_use", 0) / 1e9
-        result = {"loss": losses, "seconds": seconds, "eval_before": before, "eval_after": held_out(), "peak_gb": peak}
-        save(args, "jaxtune", task, result)
+    trainable, state = model.trainable, optimizer.init(model.trainable)
+    before, losses, seconds = held_out(), [], []
+    for batch in batches_of(args, task, "train"):
+        start = time.perf_counter()
+        batch = {key: value[None] for key, value in batch.items()}
+        trainable, state, metrics = step(trainable, state, model.base, batch, jax.random.key(0))
+        losses.append(float(metrics["loss"]))
+        seconds.append(time.perf_counter() - start)
+    stats = jax.devices()[0].memory_stats() or {}
+    save(args, "jaxtune", task, losses, seconds, before, held_out(), stats.get("peak_bytes_in_use", 0))
 
 
-def run_peft(args) -> None:
+def run_peft(args, task: str) -> None:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -119,49 +127,50 @@ def run_peft(args) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
     )
-    for task in TASKS:
-        base = AutoModelForCausalLM.from_pretrained(
-            args.model, quantization_config=quantization, dtype=dtype, device_map={"": device}
-        )
-        model = PeftModel.from_pretrained(base, args.out / "first_adapter", is_trainable=True)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], LEARNING_RATE, weight_decay=0.0)
-        rate = lambda n: n / WARMUP if n < WARMUP else (args.steps - n) / (args.steps - WARMUP)  # noqa: E731
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    base = AutoModelForCausalLM.from_pretrained(
+        args.model, quantization_config=quantization, dtype=dtype, device_map={"": device}
+    )
+    model = PeftModel.from_pretrained(base, args.out / "first_adapter", is_trainable=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+    optimizer = torch.optim.AdamW(trained, LEARNING_RATE, weight_decay=0.0)
+    rate = lambda n: n / WARMUP if n < WARMUP else (args.steps - n) / (args.steps - WARMUP)  # noqa: E731
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
 
-        def loss_of(batch):
-            ids, labels, mask = (torch.tensor(batch[k], device=device).long() for k in ("input_ids", "labels", "segment_ids"))
-            with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-                logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].flatten(0, 1).float()
-            labels = labels[:, 1:].flatten()
-            return torch.nn.functional.cross_entropy(logits, labels, reduction="sum"), (labels != -100).sum()
+    def loss_of(batch):
+        columns = (batch[name] for name in ("input_ids", "labels", "segment_ids"))
+        ids, labels, mask = (torch.tensor(column, device=device).long() for column in columns)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+            logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].flatten(0, 1).float()
+        labels = labels[:, 1:].flatten()
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="sum"), (labels != -100).sum()
 
-        @torch.no_grad()
-        def held_out():
-            sums = [loss_of(batch) for batch in batches_of(args, task, "eval")]
-            return float(sum(s[0] for s in sums) / sum(s[1] for s in sums))
-
+    @torch.no_grad()
+    def held_out() -> float:
         model.eval()
-        before = held_out()
+        sums = [loss_of(batch) for batch in batches_of(args, task, "eval")]
         model.train()
-        losses, seconds = [], []
-        for batch in batches_of(args, task, "train"):
-            start = time.perf_counter()
-            total, items = loss_of(batch)
-            (total / items).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            losses.append(float(total / items))
-            seconds.append(time.perf_counter() - start)
-        model.eval()
-        peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0
-        result = {"loss": losses, "seconds": seconds, "eval_before": before, "eval_after": held_out(), "peak_gb": peak}
-        save(args, "peft", task, result)
+        return float(sum(s[0] for s in sums) / sum(s[1] for s in sums))
+
+    before, losses, seconds = held_out(), [], []
+    for batch in batches_of(args, task, "train"):
+        start = time.perf_counter()
+        total, items = loss_of(batch)
+        (total / items).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(float(total / items))
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    save(args, "peft", task, losses, seconds, before, held_out(), peak)
 
 
 def report(args) -> None:
@@ -187,7 +196,9 @@ def report(args) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=["prepare", "jaxtune", "peft", "report"])
     parser.add_argument("--model", type=Path, help="folder of SmolLM2-135M-Instruct")
     parser.add_argument("--gsm8k", type=Path, help="folder with GSM8K's train.jsonl and test.jsonl")
@@ -196,7 +207,10 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=200, help="rows of evaluation")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    {"prepare": prepare, "jaxtune": run_jaxtune, "peft": run_peft, "report": report}[args.command](args)
+    if args.command in ("prepare", "report"):
+        {"prepare": prepare, "report": report}[args.command](args)
+    for task in TASKS if args.command in ("jaxtune", "peft") else ():
+        {"jaxtune": run_jaxtune, "peft": run_peft}[args.command](args, task)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from export_judges import random_adapter
 from hub_stub import StubHub
 
 from jaxtune.export.upload import push_to_hub, push_to_hub_merged
+from jaxtune.fast import FastLanguageModel
 from jaxtune.hub import HubError, resolve
-from jaxtune.model import FastLanguageModel
 
 TOKEN = "hf_stubstubstubstubstub"
 

@@ -13,9 +13,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from jaxtune.fast import FastLanguageModel
 from jaxtune.generate import Sampling, TextStreamer
 from jaxtune.generate.sampling import filter_logits, penalise, sample
-from jaxtune.model import FastLanguageModel
+from jaxtune.model import _logits
 
 FILTERS = {
     "temperature": ({"temperature": 0.7}, [TemperatureLogitsWarper(0.7)]),
@@ -71,15 +72,16 @@ def test_rows_do_not_depend_on_their_batch(model):
     mask = np.array([[0] * (width - len(r)) + [1] * len(r) for r in rows])
     together = model.generate(ids, mask, max_new_tokens=20, eos_token_id=[])[:, width:]
     for row, answer in zip(rows, together, strict=True):
-        alone = model.generate(np.array([row]), max_new_tokens=20, eos_token_id=[], attention_mask=np.ones((1, len(row))))
+        alone = model.generate(np.array([row]), np.ones((1, len(row))), max_new_tokens=20, eos_token_id=[])
         np.testing.assert_array_equal(alone[0, len(row) :], answer)
 
 
 def test_a_row_ends_at_its_stop_token(model):
     ids = np.array([[5, 6, 7, 8], [50, 60, 70, 80]])
-    free = model.generate(ids, max_new_tokens=30, eos_token_id=[], attention_mask=np.ones_like(ids))[:, 4:]
+    options = {"attention_mask": np.ones_like(ids), "max_new_tokens": 30, "pad_token_id": 1}
+    free = model.generate(ids, eos_token_id=[], **options)[:, 4:]
     stop = int(free[0, 9])
-    got = model.generate(ids, max_new_tokens=30, eos_token_id=stop, pad_token_id=1, attention_mask=np.ones_like(ids))[:, 4:]
+    got = model.generate(ids, eos_token_id=stop, **options)[:, 4:]
     for row, whole in zip(got, free, strict=True):
         at = np.flatnonzero(whole == stop)
         end = at[0] + 1 if at.size else len(whole)
@@ -89,21 +91,22 @@ def test_a_row_ends_at_its_stop_token(model):
 
 def test_the_dense_copy_gives_the_same_tokens(model):
     ids = np.array([[5, 6, 7, 8]])
-    graphdef, base = model._weights()
+    _, base = model._weights()
     assert any(path.endswith(".codes") for path in base)
     quantised = model.logits(ids)
     dense_graph, dense = model.for_inference()._weights()
     assert not any(path.endswith(".codes") for path in dense)
-    from jaxtune.model import _logits
-
     positions, segments = jnp.arange(4)[None], jnp.ones((1, 4), jnp.int32)
-    np.testing.assert_array_equal(quantised, _logits(dense_graph, model.trainable, dense, jnp.asarray(ids), positions, segments))
+    got = _logits(dense_graph, model.trainable, dense, jnp.asarray(ids), positions, segments)
+    np.testing.assert_array_equal(quantised, got)
     model.for_training()
 
 
 def test_sampling_is_repeatable_by_seed(model):
     def run(seed):
-        return model.generate("abc", do_sample=True, temperature=2.0, max_new_tokens=12, seed=seed, eos_token_id=[])
+        return model.generate(
+            "abc", do_sample=True, temperature=2.0, max_new_tokens=12, seed=seed, eos_token_id=[]
+        )
 
     np.testing.assert_array_equal(run(1), run(1))
     assert (run(1) != run(2)).any()

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from jaxtune import quant
 from jaxtune.config import SFTConfig
-from jaxtune.model import FastLanguageModel
+from jaxtune.fast import FastLanguageModel
 from jaxtune.optim import make_optimizer
 from jaxtune.step import make_train_step
 
@@ -49,7 +49,9 @@ def test_smollm2_logits_and_greedy_generation(smollm2_dir):
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert relative_error(model.logits(ids), judge(ids.to(DEVICE)).logits) <= GPU_LOGITS
-        want = judge.generate(ids.to(DEVICE), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
+        want = judge.generate(
+            ids.to(DEVICE), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
     np.testing.assert_array_equal(model.generate(ids, max_new_tokens=64, eos_token_id=[]), want.cpu().numpy())
 
 

@@ -40,7 +40,9 @@ def test_equals_the_plain_loss(chunk, softcap, logit_scale):
     data = inputs()
 
     def loss(function):
-        return jax.value_and_grad(lambda h, w: 3 * function(h, w, data[2], options)[0], argnums=(0, 1))(*data[:2])
+        return jax.value_and_grad(lambda h, w: 3 * function(h, w, data[2], options)[0], argnums=(0, 1))(
+            *data[:2]
+        )
 
     (got, (d_hidden, d_head)), (want, (want_hidden, want_head)) = loss(fused_cross_entropy), loss(reference)
     assert_close(got, want)

@@ -7,15 +7,19 @@ import torch
 from tolerances import LOGITS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from jaxtune.model import FastLanguageModel
+from jaxtune.fast import FastLanguageModel
 
 FAMILIES = list(tiny_models.FAMILIES)
 ROPES = list(tiny_models.ROPES)
 
 
-def load_both(folder, **options):
-    model, _ = FastLanguageModel.from_pretrained(folder, load_in_4bit=False, dtype="float32", max_seq_length=None, **options)
-    judge = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+def load_both(folder):
+    model, _ = FastLanguageModel.from_pretrained(
+        folder, load_in_4bit=False, dtype="float32", max_seq_length=None
+    )
+    judge = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     return model, judge
 
 
@@ -88,16 +92,22 @@ def test_layers_of_mixed_kinds_are_stacked_in_segments(tiny_model_dir):
 def test_longer_than_the_model_scales_rope_linearly(tiny_model_dir):
     folder = tiny_model_dir("llama")
     with pytest.warns(UserWarning, match="scaled linearly by 2"):
-        model, _ = FastLanguageModel.from_pretrained(folder, load_in_4bit=False, dtype="float32", max_seq_length=512)
+        model, _ = FastLanguageModel.from_pretrained(
+            folder, load_in_4bit=False, dtype="float32", max_seq_length=512
+        )
     judge = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+        folder,
+        dtype=torch.float32,
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
     ).eval()
     check_logits(model, judge, 300)
 
 
 def test_native_scaling_is_kept_when_longer(tiny_model_dir, recwarn):
     folder = tiny_model_dir("llama", "llama3")
-    model, _ = FastLanguageModel.from_pretrained(folder, load_in_4bit=False, dtype="float32", max_seq_length=512)
+    model, _ = FastLanguageModel.from_pretrained(
+        folder, load_in_4bit=False, dtype="float32", max_seq_length=512
+    )
     assert not [w for w in recwarn if "scaled" in str(w.message)]
     _, judge = load_both(folder)
     check_logits(model, judge, 300)
@@ -117,12 +127,18 @@ def test_smollm2(smollm2_dir):
     np.testing.assert_array_equal(got, want.numpy())
 
 
+ROPE = {"rope_theta": 1e4}
+LONG = {"long_factor": [1.0] * 16, "short_factor": [1.0] * 16}
 UNSUPPORTED = [
     ("llama", {"hidden_act": "tanh"}, "hidden_act='tanh'"),
     ("llama", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
     ("mistral", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
-    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary"),
-    ("llama", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "long_factor": [1.0] * 16, "short_factor": [1.0] * 16}}, "rope_type='longrope'"),
+    (
+        "llama",
+        {"rope_parameters": {**ROPE, "rope_type": "default", "partial_rotary_factor": 0.5}},
+        "partial_rotary",
+    ),
+    ("llama", {"rope_parameters": {**ROPE, "rope_type": "longrope", **LONG}}, "rope_type='longrope'"),
 ]
 
 
@@ -145,5 +161,5 @@ def test_unknown_family_raises(tmp_path, tiny_model_dir):
     folder = shutil.copytree(tiny_model_dir("llama"), tmp_path / "model")
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(fields | {"model_type": "gpt2"}))
-    with pytest.raises(ValueError, match="model_type='gpt2'.*llama, mistral, qwen2, qwen3"):
+    with pytest.raises(ValueError, match=r"model_type='gpt2'.*llama, mistral, qwen2, qwen3"):
         FastLanguageModel.from_pretrained(folder)

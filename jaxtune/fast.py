@@ -1,0 +1,248 @@
+"""The familiar face: `FastLanguageModel` and `FastModel`, with Unsloth's names and defaults."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune import hub, lora, models
+from jaxtune.arguments import sort_out
+from jaxtune.config import LORA_TARGETS
+from jaxtune.load import load_weights
+from jaxtune.lora import LoraConfig
+from jaxtune.model import Model
+
+DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
+# Arguments of Unsloth that have no meaning here, with the values that ask for nothing.
+_IGNORED = """device_map fix_tokenizer use_exact_model_name offload_embedding float32_mixed_precision
+    gpu_memory_utilization float8_kv_cache max_lora_rank disable_log_stats unsloth_tiled_mlp random_state text_only
+    return_logits fullgraph auto_model unsloth_force_compile attn_implementation force_download""".split()
+_REFUSED = {
+    "load_in_8bit": False,
+    "load_in_fp8": False,
+    "fast_inference": False,
+    "trust_remote_code": False,
+    "qat_scheme": None,
+    "resize_model_vocab": None,
+    "quantization_config": None,
+}
+_PEFT_IGNORED = """max_seq_length temporary_location use_gradient_checkpointing task_type inference_mode
+    ensure_weight_tying finetune_language_layers finetune_attention_modules finetune_mlp_modules""".split()
+_PEFT_REFUSED = {
+    "bias": "none",
+    "layers_pattern": None,
+    "loftq_config": {},
+    "qat_scheme": None,
+    "target_parameters": None,
+    "finetune_last_n_layers": None,
+    "finetune_vision_layers": False,
+    "finetune_audio_layers": False,
+}
+
+
+def as_dtype(dtype) -> Any:
+    """None (bfloat16 on an accelerator, float32 on a CPU), a name, or a numpy, JAX or torch dtype -> JAX dtype."""
+    if dtype is None:
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    name = str(getattr(dtype, "__name__", dtype)).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)} or None, got {dtype!r}")
+    return DTYPES[name]
+
+
+def _stretch(config, max_seq_length: int) -> None:
+    """Makes room for `max_seq_length` tokens: linear RoPE scaling, or the native scaling's window widened."""
+    config.standardize_rope_params()
+    native = config.max_position_embeddings
+    if max_seq_length <= native:
+        return
+    parameters = config.rope_parameters
+    if parameters["rope_type"] == "default":
+        parameters.update(rope_type="linear", factor=max_seq_length / native)
+        warnings.warn(
+            f"max_seq_length={max_seq_length} is longer than the model's {native} tokens: RoPE is scaled linearly by "
+            f"{max_seq_length / native:g}",
+            stacklevel=4,
+        )
+    elif parameters["rope_type"] in ("llama3", "yarn"):
+        config.max_position_embeddings = max_seq_length  # the native scaling is kept, its window widened
+
+
+def _plain_modules(checkpoint) -> frozenset[str]:
+    """Linear modules that a bitsandbytes checkpoint left in 16 bits."""
+    if checkpoint.kind != "bnb-4bit":
+        return frozenset()
+    weights = (n for n in checkpoint.names() if n.endswith(".weight"))
+    return frozenset(n.removesuffix(".weight") for n in weights if checkpoint.info(n).dtype != np.uint8)
+
+
+class FastLanguageModel:
+    """Loads a language model and puts an adapter on it, with Unsloth's names."""
+
+    @staticmethod
+    def from_pretrained(
+        model_name: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
+        max_seq_length: int | None = 2048,
+        dtype=None,
+        load_in_4bit: bool | None = None,
+        load_in_16bit: bool = False,
+        full_finetuning: bool = False,
+        token: str | None = None,
+        rope_scaling: dict | None = None,
+        revision: str | None = None,
+        use_gradient_checkpointing: bool | str = "unsloth",
+        local_files_only: bool = False,
+        cache_dir: str | None = None,
+        gguf_file: str | None = None,
+        **kwargs,
+    ) -> tuple[Model, Any]:
+        """Loads a checkpoint, its linear layers into NF4 unless told otherwise.
+
+        Args:
+          model_name: hub id, folder, bitsandbytes-4bit folder, .gguf file, or PEFT adapter (training goes on).
+          max_seq_length: tokens; beyond the model's own, RoPE is scaled linearly (llama3 and yarn keep theirs). None:
+            the model's own.
+          dtype: compute dtype; None is bfloat16 on an accelerator and float32 on a CPU.
+          load_in_4bit, load_in_16bit, full_finetuning: NF4 (the default), 16-bit LoRA, or every weight trained.
+          rope_scaling: replaces the config's.
+          use_gradient_checkpointing: False keeps every activation; else the trainer recomputes layers.
+          kwargs: Unsloth's others; those without meaning here warn, those that would change the result raise.
+
+        Returns:
+          (model, tokenizer).
+        """
+        sort_out("from_pretrained", kwargs, _IGNORED, _REFUSED)
+        modes = {
+            "load_in_4bit": load_in_4bit,
+            "load_in_16bit": load_in_16bit,
+            "full_finetuning": full_finetuning,
+        }
+        chosen = [name for name, value in modes.items() if value]
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen)} exclude each other; set one")
+        nf4 = load_in_4bit is not False and chosen in ([], ["load_in_4bit"])
+        checkpoint = hub.resolve(
+            model_name, revision=revision, token=token, local_files_only=local_files_only, cache_dir=cache_dir,
+            gguf_file=gguf_file,
+        )  # fmt: skip
+        config = checkpoint.config
+        if rope_scaling is not None:
+            config.standardize_rope_params()
+            scaling = dict(rope_scaling)
+            config.rope_parameters |= {
+                "rope_type": scaling.pop("rope_type", scaling.pop("type", "default")),
+                **scaling,
+            }
+        if max_seq_length is None:
+            max_seq_length = config.max_position_embeddings
+        models.family(config)
+        _stretch(config, max_seq_length)
+        nested = getattr(config, "quantization_config", None) or {"bnb_4bit_use_double_quant": True}
+        double_quant = bool(nested.get("bnb_4bit_use_double_quant", False))
+        dense = _plain_modules(checkpoint)
+
+        def recipe(nf4: bool):
+            return models.build(config, as_dtype(dtype), nf4=nf4, double_quant=double_quant, dense=dense)
+
+        module = recipe(nf4)
+        leaves = load_weights(checkpoint, module)
+        tokenizer = checkpoint.tokenizer()
+        model = Model(
+            module,
+            {},
+            leaves,
+            checkpoint=checkpoint,
+            tokenizer=tokenizer,
+            max_seq_length=max_seq_length,
+            recipe=recipe,
+        )
+        model.gradient_checkpointing = bool(use_gradient_checkpointing)
+        if full_finetuning:
+            lora.train_everything(module)
+            model.trainable = {path: leaf.astype(jnp.float32) for path, leaf in leaves.items()}
+            model.base, model.full_finetuning = {}, True
+            model.resplit()
+        if checkpoint.adapter is not None:
+            adapter, tensors = lora.read_adapter(checkpoint.adapter)
+            model = _with_adapter(model, adapter)
+            model.trainable = lora.adapter_leaves(model, tensors)
+        return model, tokenizer
+
+    @staticmethod
+    def get_peft_model(
+        model: Model,
+        r: int = 16,
+        target_modules: Sequence[str] | str = LORA_TARGETS,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        layers_to_transform: Sequence[int] | int | None = None,
+        random_state: int = 3407,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        modules_to_save: Sequence[str] | None = None,
+        init_lora_weights: bool | str = True,
+        **kwargs,
+    ) -> Model:
+        """Puts a LoRA adapter on a model; see `lora.LoraConfig` for the arguments.
+
+        embed_tokens and lm_head among the target_modules are trained whole, as modules_to_save. A model that has the
+        same adapter already is returned with a warning; one with another adapter raises TypeError.
+        """
+        if "use_gradient_checkpointing" in kwargs:
+            model.gradient_checkpointing = bool(kwargs.pop("use_gradient_checkpointing"))
+        sort_out("get_peft_model", kwargs, _PEFT_IGNORED, _PEFT_REFUSED)
+        if model.full_finetuning:
+            warnings.warn("full_finetuning trains every weight; get_peft_model does nothing", stacklevel=2)
+            return model
+        targets, saved = target_modules, list(modules_to_save or ())
+        if not isinstance(targets, str):
+            saved += [t for t in targets if t in lora.SAVABLE and t not in saved]
+            targets = tuple(t for t in targets if t not in lora.SAVABLE)
+        layers = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
+        config = LoraConfig(
+            r, lora_alpha, targets, lora_dropout, use_rslora, use_dora, init_lora_weights,
+            None if layers is None else tuple(layers), tuple(saved), random_state,
+        )  # fmt: skip
+        if model.lora is not None:
+            same = replace(model.lora, random_state=random_state, init_lora_weights=init_lora_weights)
+            config = lora.named(model.module, config)
+            if set(same.target_modules) == set(config.target_modules):
+                same = replace(same, target_modules=config.target_modules)
+            if same != config:
+                raise TypeError(f"the model already has another adapter: {model.lora}; load the base again")
+            warnings.warn("the model already has this adapter; it is kept", stacklevel=2)
+            return model
+        return _with_adapter(model, config)
+
+    @staticmethod
+    def for_inference(model: Model) -> Model:
+        """See Model.for_inference."""
+        return model.for_inference()
+
+    @staticmethod
+    def for_training(model: Model, use_gradient_checkpointing: bool | str = True) -> Model:
+        """See Model.for_training."""
+        model.gradient_checkpointing = bool(use_gradient_checkpointing)
+        return model.for_training()
+
+
+def _with_adapter(model: Model, config: LoraConfig) -> Model:
+    """A new handle with an adapter on the same base leaves."""
+    module = model._recipe(nf4=model._quantised())
+    config = lora.named(module, config)
+    names = lora.attach(module, config)
+    trainable, base = lora.initialise(module, model.base, config, names)
+    adapted = Model(
+        module, trainable, base, checkpoint=model.checkpoint, tokenizer=model.tokenizer,
+        max_seq_length=model.max_seq_length, recipe=model._recipe,
+    )  # fmt: skip
+    adapted.lora, adapted.gradient_checkpointing = config, model.gradient_checkpointing
+    return adapted
+
+
+class FastModel(FastLanguageModel):
+    """Loads text or vision models by their config.json; text families so far, others raise naming what exists."""
