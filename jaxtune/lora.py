@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from jaxtune.kernels.linear import dense
 from jaxtune.models.decoder import CausalLM
-from jaxtune.models.layers import Linear
+from jaxtune.models.layers import Embedding, Linear
 from jaxtune.models.names import (
     Leaves,
     Slot,
@@ -148,14 +148,19 @@ def attach(model: CausalLM, config: LoraConfig) -> set[str]:
     names = target_names(model, config)
     for path in {slots[n].path for n in names}:
         module_at(model, path).add_lora(path, config.r, config.lora_dropout, config.use_dora)
-    for name in config.saved():
-        if name == "lm_head" and model.lm_head is None:  # tied: the head becomes a weight of its own
+    if "embed_tokens" in config.saved():
+        _train_whole(model.model.embed_tokens)
+    if "lm_head" in config.saved():
+        if model.lm_head is None:  # tied: the head becomes a weight of its own
             model.lm_head = Linear(
                 model.config.hidden_size, model.config.vocab_size, bias=False, dtype=model.dtype
             )
-        module = model.lm_head if name == "lm_head" else model.model.embed_tokens
-        module.weight = nnx.Param(jax.ShapeDtypeStruct(module.weight.get_value().shape, jnp.float32))
+        _train_whole(model.lm_head)
     return names
+
+
+def _train_whole(module: Linear | Embedding) -> None:
+    module.weight = nnx.Param(jax.ShapeDtypeStruct(module.weight.get_value().shape, jnp.float32))
 
 
 def train_everything(model: CausalLM) -> None:
@@ -279,8 +284,8 @@ def merged_weight(model, name: str, weight: np.ndarray) -> np.ndarray:
     Returns:
       float32 [out, in]; `weight` itself where the module has no adapter.
     """
-    slot = _adapted(model).get(name) if model.lora is not None else None
-    if slot is None:
+    slot = None if model.lora is None else _adapted(model).get(name)
+    if slot is None or model.lora is None:
         return weight
     a, b = (np.asarray(slot.take(model.trainable, leaf)) for leaf in ("lora_A", "lora_B"))
     merged = weight + np.float32(model.lora.scaling) * (a @ b).T

@@ -39,7 +39,7 @@ def _dense_stack(stored: NF4, dtype) -> jax.Array:
 
 def dense_base(base: Leaves, dtype) -> Leaves:
     """A base whose NF4 weights are dequantised: four times the memory, for generation with many steps."""
-    out = {}
+    out: Leaves = {}
     for path, leaf in base.items():
         owner, field = path.rsplit(".", 1)
         if field == "codes":
@@ -178,8 +178,10 @@ class Model:
             streamer.put(ids)
             on_tokens = lambda tokens: [streamer.put(column) for column in tokens.T]  # noqa: E731
         self._warn_of_length(ids.shape[1] + max_new_tokens)
-        temporary = self._dense is None and self._dense_fits()
-        graphdef, base = self.for_inference()._dense if temporary and self._quantised() else self._weights()
+        keep = self._dense is not None
+        if self._dense_fits():
+            self.for_inference()
+        graphdef, base = self._weights()
         try:
             new = generate(
                 graphdef,
@@ -195,7 +197,7 @@ class Model:
                 on_tokens=on_tokens,
             )
         finally:
-            if temporary:
+            if not keep:
                 self._dense = None
         if streamer is not None:
             streamer.end()

@@ -145,7 +145,9 @@ def make_train_step(
     return jax.jit(step, donate_argnums=(0, 1))
 
 
-def make_eval_step(model: Trainable, *, loss_chunk: int | None = None) -> Callable[[Leaves, Leaves, Batch], Metrics]:
+def make_eval_step(
+    model: Trainable, *, loss_chunk: int | None = None
+) -> Callable[[Leaves, Leaves, Batch], Metrics]:
     """The jitted evaluation of a batch [B, T]: float32 scalars loss_sum, num_items, correct."""
     graphdef = model.graphdef
 

@@ -193,9 +193,8 @@ def detect_markers(tokenizer: PreTrainedTokenizerBase) -> Markers:
 
 def _pieces(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """`text` split into added tokens, tag-like words and single characters, none of which may be cut."""
-    added = sorted(
-        (token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True
-    )
+    added: list[str] = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    added.sort(key=len, reverse=True)
     names = [re.escape(token) for token in added if token.strip()]
     return re.findall("|".join([*names, r"<[^<>\s]*>|\[[^\[\]\s]*\]|\w+|[\s\S]"]), text)
 

@@ -78,18 +78,18 @@ def hf_config(
         **_rope(own, arch, rope_factors),
         **_token_ids(metadata),
     }
+    return config | _family_fields(model_type, window, shapes)
+
+
+def _family_fields(model_type: str, window: int | None, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """What only some families have: sliding window and biases, the latter known by their tensors."""
+    biases = {"attention_bias": "blk.0.attn_q.bias" in shapes}
     if model_type == "mistral":
-        config["sliding_window"] = window
-    elif window:
-        config |= {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0}
+        return {"sliding_window": window}
     if model_type == "llama":
-        config |= {
-            "attention_bias": "blk.0.attn_q.bias" in shapes,
-            "mlp_bias": "blk.0.ffn_down.bias" in shapes,
-        }
-    elif model_type == "qwen3":
-        config["attention_bias"] = "blk.0.attn_q.bias" in shapes
-    return config
+        return biases | {"mlp_bias": "blk.0.ffn_down.bias" in shapes}
+    fields = {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0} if window else {}
+    return fields | (biases if model_type == "qwen3" else {})
 
 
 def generation_config(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -118,7 +118,7 @@ class Attention(nnx.Module):
             proj(x, ctx.key).reshape(*x.shape[:2], -1, self.head_dim)  # [B, T, heads, h]
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, ctx.cos, ctx.sin), rotate(k, ctx.cos, ctx.sin)
         kv_positions, kv_segments = ctx.positions, ctx.segment_ids
