@@ -3,9 +3,9 @@
     "Could Maya get two large lemon cakes?"
     {"item":"lemon cake","count":2,"size":"large","name":"Maya"}
 
-size is null where none is stated. To answer, a model has to keep to the format, undo plurals, read number words
+Where no size is stated it is "regular". To answer, a model has to keep to the format, undo plurals, read number words
 ("half a dozen"), and copy names of things that it was not trained on: a variant and a noun ("lemon" + "cake") that
-meet in a held-out row never meet in a training row, so rows learnt by heart do not pass. Rows are short (about 47
+meet in a held-out row never meet in a training row, so rows learnt by heart do not pass. Rows are short (about 50
 SmolLM2 tokens with the chat template) because the quickstart trains on a CPU.
 """
 
@@ -46,6 +46,7 @@ SHELVES: dict[str, tuple[str, str]] = {
     ),
 }
 SIZES = ("small", "medium", "large", "tiny", "huge")
+NO_SIZE = "regular"
 NAMES = (
     "Maya Tom Anna Ben Clara Omar Lucy Sam Nina Paul Emma Leo Sarah Max Julia Adam Rose Daniel Alice Mark "
     "Laura Peter Sophie James Helen David Kate Luis Maria John Ella Victor Grace Ivan Ruth Carlos"
@@ -127,9 +128,9 @@ def _draw(rng: random.Random, items: list[tuple[str, str]]) -> tuple[str, dict[s
     """One sentence and its answer."""
     variant, noun = rng.choice(items)
     count = rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 15, 20, 30))
-    size = rng.choice(SIZES) if rng.random() < 0.75 else None
+    size = rng.choice(SIZES) if rng.random() < 0.75 else NO_SIZE
     name = rng.choice(NAMES)
-    words = [size] if size else []
+    words = [] if size == NO_SIZE else [size]
     words += [variant, _plural(noun) if count > 1 else noun]
     order = " ".join([_count_in_words(rng, count, words[0]), *words])
     sentence = rng.choice(TEMPLATES).format(order=order, name=name)

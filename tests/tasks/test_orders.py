@@ -25,7 +25,8 @@ def test_rows_are_distinct_and_named_values_stand_in_the_sentence():
         answer = _answer(row)
         assert answer["item"].split()[0] in _sentence(row).lower()
         assert answer["name"] in _sentence(row)
-        assert (answer["size"] or "") in _sentence(row).lower()
+        said = [size for size in orders.SIZES if f" {size} " in f" {_sentence(row).lower()}"]
+        assert [answer["size"]] == (said or [orders.NO_SIZE])
         assert list(answer) == ["item", "count", "size", "name"]
 
 
@@ -55,5 +56,5 @@ def test_exact_match():
     answer = '{"item":"lemon muffin","count":2}'
     assert orders.exact_match('{"count": 2, "item": "lemon muffin"}', answer)
     assert not orders.exact_match('{"item":"lemon muffin","count":"2"}', answer)
-    assert not orders.exact_match('{"item":"lemon muffin","count":2,"size":null}', answer)
+    assert not orders.exact_match('{"item":"lemon muffin","count":2,"size":"regular"}', answer)
     assert not orders.exact_match("Sure! Here is the order.", answer)
