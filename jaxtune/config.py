@@ -69,7 +69,7 @@ class SFTConfig:
     completion_only_loss: bool | None = None
     """Train on the completion only. None = yes for prompt-completion data, no for other data."""
     assistant_only_loss: bool = False
-    """Train on the assistant's turns only (the chat template must mark them with {% generation %})."""
+    """Train on the assistant's turns only, found through the chat template."""
     dataset_text_field: str = "text"
     """Column that holds the text."""
     dataset_num_proc: int | None = None
@@ -240,7 +240,7 @@ class LoadArguments:
     max_seq_length: int = 2048
     """Longest sequence in tokens; beyond the model's own length RoPE is stretched, with a warning."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Dtype of the computation. None = bfloat16."""
+    """Dtype of the computation. None = bfloat16 on an accelerator, float32 on a CPU."""
     load_in_4bit: bool = True
     """Keep the frozen weights in NF4 (QLoRA)."""
     load_in_16bit: bool = False

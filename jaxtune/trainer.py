@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxtune import checkpoint
 from jaxtune.config import Event, SFTConfig
-from jaxtune.data import Batches, load_dataset, pack, prepare_dataset
+from jaxtune.data import Batches, pack, prepare_dataset
 from jaxtune.metrics import History, Progress, Record, Speed, TrainerState, peak_memory_gib, plot_losses
 from jaxtune.model import Model
 from jaxtune.optim import make_optimizer, make_schedule
@@ -118,8 +118,6 @@ class SFTTrainer:
             raise ValueError(f"eval_strategy={self.args.eval_strategy!r} needs an eval_dataset; got None")
 
         def prepare(data: Any, args: SFTConfig) -> Dataset:
-            if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-                return load_dataset(data)
             return prepare_dataset(data, self.processing_class, args, formatting_func)
 
         self.train_dataset = None if train_dataset is None else prepare(train_dataset, self.args)

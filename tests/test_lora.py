@@ -128,6 +128,7 @@ def test_dropout_is_on_with_a_key_only(base):
     assert (hidden(jax.random.key(0)) == hidden(jax.random.key(0))).all()
     assert (hidden(jax.random.key(0)) != hidden(jax.random.key(1))).any()
 
+
 def test_dropout_keeps_the_mean():
     """Kept inputs are scaled up, so that over many keys a layer's output is the one without dropout."""
     rng = np.random.default_rng(0)

@@ -1,0 +1,107 @@
+"""The parts of the step that the runs against PEFT do not show: document borders, noise, clipping, accumulation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tolerances import LOSS
+
+from jaxtune.config import SFTConfig
+from jaxtune.fast import FastLanguageModel
+from jaxtune.optim import make_optimizer
+from jaxtune.step import clip, make_eval_step, make_train_step, neftune, targets
+
+
+def test_no_token_predicts_the_next_document():
+    labels = jnp.array([[10, 11, 12, 20, 21, -100, 0, 0]])
+    segments = jnp.array([[1, 1, 1, 2, 2, 2, 0, 0]])
+    want = [[11, 12, -100, 21, -100, -100, 0, -100]]
+    np.testing.assert_array_equal(targets(labels, segments), want)
+
+
+def test_noise_is_bounded_as_in_neftune():
+    x = jnp.zeros((2, 50, 40))
+    noise = neftune(x, 5.0, jax.random.key(0))
+    bound = 5.0 / np.sqrt(50 * 40)
+    assert np.abs(noise).max() <= bound and abs(np.asarray(noise).std() - bound / np.sqrt(3)) < 0.02 * bound
+
+
+def test_clipping_is_torchs():
+    import torch
+
+    grads = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([12.0])}
+    clipped, norm = clip(grads, 1.0)
+    judge = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))]
+    judge[0].grad, judge[1].grad = torch.tensor([3.0, 4.0]), torch.tensor([12.0])
+    assert float(torch.nn.utils.clip_grad_norm_(judge, 1.0)) == float(norm) == 13
+    np.testing.assert_allclose(clipped["a"], judge[0].grad, rtol=1e-6)
+    assert clip(grads, 0)[0] is grads
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir):
+    base, _ = FastLanguageModel.from_pretrained(tiny_model_dir("llama"), dtype="float32", max_seq_length=None)
+    return FastLanguageModel.get_peft_model(base, r=4, init_lora_weights=False)
+
+
+def batch_of(lengths, width):
+    """One row of documents of the given lengths, then padding."""
+    rng = np.random.default_rng(0)
+    ids, labels, positions, segments = (np.zeros((1, 1, width), np.int32) for _ in range(4))
+    labels[:] = -100
+    at = 0
+    for number, length in enumerate(lengths, 1):
+        where = np.s_[0, 0, at : at + length]
+        ids[where] = labels[where] = rng.integers(3, 320, length)
+        positions[where], segments[where] = np.arange(length), number
+        at += length
+    return {"input_ids": ids, "labels": labels, "positions": positions, "segment_ids": segments}
+
+
+def test_packed_documents_are_those_alone(model):
+    """A packed row's loss is the sum of its documents' own: attention and positions stay apart, padding is nothing."""
+    evaluate = make_eval_step(model)
+    packed = {k: v[0] for k, v in batch_of([9, 14, 5], 32).items()}
+    together = evaluate(model.trainable, model.base, packed)
+    total, at = 0.0, 0
+    for length in (9, 14, 5):
+        alone = {k: np.zeros((1, 32), np.int32) for k in packed}
+        alone["labels"][:] = -100
+        for key in packed:
+            alone[key][0, :length] = packed[key][0, at : at + length]
+        alone["segment_ids"][0, :length] = 1
+        total += float(evaluate(model.trainable, model.base, alone)["loss_sum"])
+        at += length
+    np.testing.assert_allclose(together["loss_sum"], total, rtol=LOSS)
+    assert together["num_items"] == 9 + 14 + 5 - 3
+
+
+@pytest.mark.parametrize("remat", [True, False])
+def test_accumulation_weighs_tokens_not_rows(model, remat):
+    """Two micro-batches with few and many labels equal one batch of both; recomputation changes nothing."""
+    few, many = batch_of([5], 32), batch_of([30], 32)
+    optimizer = make_optimizer(SFTConfig(learning_rate=1e-3), 10, model.trainable)
+    step = make_train_step(model, optimizer, remat=remat)
+
+    def run(batch):
+        trainable = jax.tree.map(jnp.copy, model.trainable)
+        return step(trainable, optimizer.init(trainable), model.base, batch, jax.random.key(0))
+
+    split, _, split_metrics = run({k: np.concatenate([few[k], many[k]], 0) for k in few})
+    whole, _, whole_metrics = run({k: np.concatenate([few[k], many[k]], 1) for k in few})
+    np.testing.assert_allclose(split_metrics["loss"], whole_metrics["loss"], rtol=LOSS)
+    np.testing.assert_allclose(split_metrics["grad_norm"], whole_metrics["grad_norm"], rtol=10 * LOSS)
+    assert split_metrics["num_items"] == 4 + 29 and split_metrics["num_tokens"] == 35
+    for path in split:
+        np.testing.assert_allclose(split[path], whole[path], atol=1e-5)
+
+
+def test_a_batch_without_labels_moves_nothing_but_decay(model):
+    batch = batch_of([8], 16)
+    batch["labels"][:] = -100
+    optimizer = make_optimizer(SFTConfig(learning_rate=1e-3), 10, model.trainable)
+    trainable = jax.tree.map(jnp.copy, model.trainable)
+    step = make_train_step(model, optimizer)
+    after, _, metrics = step(trainable, optimizer.init(trainable), model.base, batch, jax.random.key(0))
+    assert metrics["loss"] == 0 and metrics["num_items"] == 0
+    assert all((after[path] == model.trainable[path]).all() for path in after)
