@@ -46,6 +46,7 @@ _UNSUPPORTED = {
     "use_qalora": (False, None),
     "alora_invocation_tokens": (None,),
     "layers_pattern": (None, [], "layers"),
+    "ensure_weight_tying": (False, None),
 }
 
 
@@ -74,6 +75,8 @@ class LoraConfig:
     def __post_init__(self):
         if not isinstance(self.r, int) or self.r <= 0:
             raise ValueError(f"r, the rank of the adapter, must be an integer above 0, got {self.r!r}")
+        if not self.lora_alpha > 0:
+            raise ValueError(f"lora_alpha must be above 0, got {self.lora_alpha!r}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
         if self.init_lora_weights not in (True, False, "gaussian"):
@@ -148,13 +151,11 @@ def attach(model: CausalLM, config: LoraConfig) -> set[str]:
     names = target_names(model, config)
     for path in {slots[n].path for n in names}:
         module_at(model, path).add_lora(path, config.r, config.lora_dropout, config.use_dora)
+    if config.saved() and model.lm_head is None:  # tied: as in PEFT, the head becomes a weight of its own
+        model.lm_head = Linear(model.config.hidden_size, model.config.vocab_size, bias=False, dtype=model.dtype)
     if "embed_tokens" in config.saved():
         _train_whole(model.model.embed_tokens)
-    if "lm_head" in config.saved():
-        if model.lm_head is None:  # tied: the head becomes a weight of its own
-            model.lm_head = Linear(
-                model.config.hidden_size, model.config.vocab_size, bias=False, dtype=model.dtype
-            )
+    if "lm_head" in config.saved() and model.lm_head is not None:
         _train_whole(model.lm_head)
     return names
 
@@ -200,6 +201,8 @@ def initialise(model: CausalLM, base: Leaves, config: LoraConfig, names: set[str
       (trainable: lora_A, lora_B, lora_magnitude and full weights, float32; base with lora_scaling added).
     """
     shapes, base = leaf_shapes(model), dict(base)
+    if model.lm_head is not None and "lm_head.weight" not in base:  # untied by `attach`: it starts as the embedding
+        base["lm_head.weight"] = base["model.embed_tokens.weight"]
     trainable: Leaves = {}
     for path in sorted(trainable_paths(model)):
         module_path, leaf = path.rsplit(".", 1)
@@ -207,9 +210,8 @@ def initialise(model: CausalLM, base: Leaves, config: LoraConfig, names: set[str
             trainable[path] = _initial(path, shapes[path].shape, config)
         elif leaf == "lora_magnitude":
             trainable[path] = _magnitudes(model, base, module_path, shapes[path].shape)
-        else:  # lm_head of a tied model starts as the embedding
-            source = path if path in base else "model.embed_tokens.weight"
-            trainable[path] = jnp.asarray(base[source], jnp.float32)
+        else:
+            trainable[path] = jnp.asarray(base[path], jnp.float32)
     base = {path: leaf for path, leaf in base.items() if path not in trainable}
     scaling = {p: np.zeros(shapes[p].shape, np.float32) for p in shapes if p.endswith(".lora_scaling")}
     for name, slot in linear_slots(model).items():
@@ -220,9 +222,12 @@ def initialise(model: CausalLM, base: Leaves, config: LoraConfig, names: set[str
 
 def _adapted(model) -> dict[str, Slot]:
     """Name -> slot of the modules whose adapter is in use."""
-    slots = linear_slots(model.module)
-    names = target_names(model.module, model.lora)
-    return {n: s for n, s in slots.items() if n in names}
+    scaling = {path: np.asarray(leaf) for path, leaf in model.base.items() if path.endswith(".lora_scaling")}
+    return {
+        name: slot
+        for name, slot in model.slots.items()
+        if f"{slot.path}.lora_scaling" in scaling and slot.take(scaling, "lora_scaling") != 0
+    }
 
 
 def _peft_leaf(leaf: str) -> str:

@@ -51,6 +51,7 @@ def test_a_target_that_matches_nothing_lists_what_exists():
     "change, message",
     [
         ({"r": 0}, "r, the rank"),
+        ({"lora_alpha": 0}, "lora_alpha must be above 0"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
         ({"target_modules": ".*q_proj", "layers_to_transform": (0,)}, "needs target_modules by name"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights"),

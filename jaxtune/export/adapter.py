@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ import numpy as np
 from jaxtune.export.folder import staged_folder
 from jaxtune.formats.safetensors_writer import ShardWriter
 from jaxtune.hub import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from jaxtune.lora import PEFT_PREFIX, adapter_tensors, config_to_peft
+from jaxtune.lora import adapter_tensors, config_to_peft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,11 +36,6 @@ def save_adapter(
     if model.lora is None:
         raise ValueError("the model has no adapter; call FastLanguageModel.get_peft_model first")
     tensors, lora = adapter_tensors(model), model.lora
-    if model.module.lm_head is None and "embed_tokens" in lora.saved():
-        # Here a trained embedding is the head too. PEFT would leave the head of a tied model as it was: name
-        # both.
-        tensors[f"{PEFT_PREFIX}lm_head.weight"] = tensors[f"{PEFT_PREFIX}model.embed_tokens.weight"]
-        lora = replace(lora, modules_to_save=(*lora.modules_to_save, "lm_head"))
     for name, value in tensors.items():
         check_finite(name, value)
     config = config_to_peft(lora, model.name_or_path, model.checkpoint.revision)

@@ -58,9 +58,6 @@ def test_saved_modules_of_a_tied_model(tiny_model_dir, tmp_path, ids, saved):
     assert relative_error(peft_logits(base, tmp_path / "adapter", ids), model.logits(ids)) <= LOGITS
 
 
-@pytest.mark.xfail(
-    strict=True, reason="lora.attach ties the head to a trained embedding, PEFT leaves it as it was"
-)
 def test_reading_an_adapter_that_trains_the_embedding_of_a_tied_model(tiny_model_dir, tmp_path, ids):
     base = transformers.AutoModelForCausalLM.from_pretrained(
         tiny_model_dir("llama_tied"), dtype=torch.float32
