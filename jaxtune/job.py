@@ -169,7 +169,7 @@ def save(prepared: Prepared) -> tuple[Path, Path | None]:
         prepared.trainer.save_model(str(output / "model"))
         return output / "model", None
     prepared.trainer.save_model(str(output / "adapter"))
-    model.save_pretrained_merged(str(output / "merged"), tokenizer, save_method="merged_16bit")
+    model.save_pretrained_merged(str(output / "merged"), tokenizer, progress=sys.stderr.isatty())
     return output / "adapter", output / "merged"
 
 
