@@ -180,6 +180,12 @@ def _summary(prepared: Prepared) -> Table:
     table.add_row("parameters", f"{model.num_parameters():,}, of which trained {model.num_trainable():,}")
     table.add_row("model in memory", f"{model.memory_bytes() / 2**20:,.0f} MiB")
     table.add_row("training data", f"{len(lengths):,} rows, {sum(lengths):,} tokens")
+    if training.max_steps > 0:
+        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        kind = "packed rows" if training.packing else "rows"
+        table.add_row(
+            "steps", f"{training.max_steps:,}, each {rows} {kind} of at most {training.max_length} tokens"
+        )
     if trainer.eval_dataset is not None:
         table.add_row("held-out data", f"{len(trainer.eval_dataset):,} rows")
     table.add_row("settings", str(Path(training.output_dir) / SETTINGS_FILE))

@@ -16,7 +16,7 @@ from typing import Any
 SYSTEM = "Order to JSON."
 NUM_TRAIN, NUM_HELD_OUT = 1000, 200
 SEED = 3407
-SHOWN = (18, 53)  # the held-out rows that are shown before and after training
+SHOWN = (31, 53)  # the held-out rows that are shown before and after training
 
 # Each shelf: variants that go before any of its nouns. Nouns take a regular plural (see _plural).
 SHELVES: dict[str, tuple[str, str]] = {
@@ -147,7 +147,7 @@ def _count_in_words(rng: random.Random, count: int, next_word: str) -> str:
         ways += [NUMBER_WORDS[count]] * 2
     named = {2: "a couple of", 6: "half a dozen", 12: "a dozen"}
     if count in named:
-        ways.append(named[count])
+        ways += [named[count]] * 2
     return rng.choice(ways)
 
 
