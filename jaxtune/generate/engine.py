@@ -18,7 +18,7 @@ from jaxtune.models.decoder import Cache, CausalLM
 from jaxtune.models.names import Leaves, join
 
 SEGMENT = 16
-PROMPT_BUCKET = 32
+PROMPT_BUCKET = 16
 
 
 class State(NamedTuple):

@@ -121,12 +121,11 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, ctx.cos, ctx.sin), rotate(k, ctx.cos, ctx.sin)
-        kv_positions, kv_segments = ctx.positions, ctx.segment_ids
+        new, kv_positions, kv_segments = (k, v), ctx.positions, ctx.segment_ids
         if kv is not None:
             at = (0, ctx.index, 0, 0)
-            k = jax.lax.dynamic_update_slice(kv[0], k.astype(kv[0].dtype), at)
-            v = jax.lax.dynamic_update_slice(kv[1], v.astype(kv[1].dtype), at)
-            kv, kv_positions, kv_segments = (k, v), ctx.kv_positions, ctx.kv_segments
+            k, v = (jax.lax.dynamic_update_slice(old, x.astype(old.dtype), at) for old, x in zip(kv, new))
+            kv_positions, kv_segments = ctx.kv_positions, ctx.kv_segments
         out = attention(
             q,
             k.astype(q.dtype),
@@ -137,7 +136,7 @@ class Attention(nnx.Module):
             kv_segments=kv_segments,
             window=self.window,
         )
-        return self.o_proj(out.reshape(*x.shape[:2], -1), ctx.key), kv
+        return self.o_proj(out.reshape(*x.shape[:2], -1), ctx.key), new
 
 
 class MLP(nnx.Module):
@@ -161,15 +160,23 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(config, dtype)
 
     def __call__(self, x: jax.Array, ctx: Context, kv=None):
-        out, kv = self.self_attn(self.input_layernorm(x), ctx, kv)
+        out, new = self.self_attn(self.input_layernorm(x), ctx, kv)
         x = x + out
-        return x + self.mlp(self.post_attention_layernorm(x), ctx.key), kv
+        return x + self.mlp(self.post_attention_layernorm(x), ctx.key), new
+
+
+def _append(cache: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
+    """Writes new columns [L, B, T, K, h] into a cache [L, B, S, K, h]."""
+    return jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), (0, 0, index, 0, 0))
 
 
 def run_segment(layers: nnx.List, x: jax.Array, ctx: Context, caches, remat: bool):
     """Scans one segment: `layers` is a period of modules whose leaves carry a leading axis of repeats.
 
     caches: per layer of the period (k, v) [repeats, B, S, K, h], or None.
+
+    Returns:
+      (x, per layer the new (k, v) [repeats, B, T, K, h], or None without caches).
     """
     graph, state = nnx.split(layers)
     repeats = jax.tree.leaves(state)[0].shape[0]
@@ -255,7 +262,8 @@ class CausalLM(nnx.Module):
         for i, segment in enumerate(self.model.layers):
             inner = ctx if key is None else ctx._replace(key=jax.random.fold_in(key, i))
             x, new = run_segment(segment, x, inner, None if cache is None else cache.layers[i], remat)
-            kept.append(new)
+            if cache is not None:  # one write for all layers: the scan only reads the cache
+                kept.append(jax.tree.map(partial(_append, index=cache.index), cache.layers[i], new))
         if cache is not None:
             cache = cache._replace(layers=kept, index=cache.index + x.shape[1])
         return self.model.norm(x), cache
