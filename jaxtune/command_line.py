@@ -27,7 +27,7 @@ SHIPPED_TASK = {
     "packing": True,
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 4,
-    "max_steps": 70,
+    "max_steps": 60,
     "gradient_checkpointing": False,
     "learning_rate": 1e-3,
     "lr_scheduler_type": "linear",
