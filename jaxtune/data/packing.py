@@ -40,7 +40,8 @@ def pack(dataset: datasets.Dataset, max_length: int, strategy: str = "bfd") -> d
         raise ValueError(f"max_length must be at least 1 token to pack rows; came {max_length}")
     ids, labels = ragged_column(dataset, "input_ids"), ragged_column(dataset, "labels")
     parts = []
-    for first in tqdm(range(0, len(dataset), ROWS_AT_ONCE), desc="Packing", unit="k rows", leave=False):
+    chunks = range(0, len(dataset), ROWS_AT_ONCE)
+    for first in tqdm(chunks, desc="Packing", unit="k rows", disable=None, leave=False):
         rows = slice(first, first + ROWS_AT_ONCE)
         parts.append(_plan(ids.starts[rows], ids.lengths[rows], max_length, strategy))
     starts, lengths, per_row = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
