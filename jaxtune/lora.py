@@ -152,7 +152,9 @@ def attach(model: CausalLM, config: LoraConfig) -> set[str]:
     for path in {slots[n].path for n in names}:
         module_at(model, path).add_lora(path, config.r, config.lora_dropout, config.use_dora)
     if config.saved() and model.lm_head is None:  # tied: as in PEFT, the head becomes a weight of its own
-        model.lm_head = Linear(model.config.hidden_size, model.config.vocab_size, bias=False, dtype=model.dtype)
+        model.lm_head = Linear(
+            model.config.hidden_size, model.config.vocab_size, bias=False, dtype=model.dtype
+        )
     if "embed_tokens" in config.saved():
         _train_whole(model.model.embed_tokens)
     if "lm_head" in config.saved() and model.lm_head is not None:
@@ -201,7 +203,8 @@ def initialise(model: CausalLM, base: Leaves, config: LoraConfig, names: set[str
       (trainable: lora_A, lora_B, lora_magnitude and full weights, float32; base with lora_scaling added).
     """
     shapes, base = leaf_shapes(model), dict(base)
-    if model.lm_head is not None and "lm_head.weight" not in base:  # untied by `attach`: it starts as the embedding
+    # A head that `attach` untied starts as the embedding.
+    if model.lm_head is not None and "lm_head.weight" not in base:
         base["lm_head.weight"] = base["model.embed_tokens.weight"]
     trainable: Leaves = {}
     for path in sorted(trainable_paths(model)):
