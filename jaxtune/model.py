@@ -17,6 +17,9 @@ from flax import nnx
 
 from jaxtune import lora
 from jaxtune.arguments import sort_out
+from jaxtune.export import upload
+from jaxtune.export.adapter import save_adapter
+from jaxtune.export.merged import save_merged
 from jaxtune.generate import Sampling, generate
 from jaxtune.lora import LoraConfig
 from jaxtune.models.names import Leaves, Slot, join, module_slots
@@ -289,9 +292,6 @@ class Model:
 
     def save_pretrained(self, directory: str | Path, **_) -> None:
         """Writes the adapter in PEFT's format, with the tokenizer; a fully fine-tuned model as 16-bit weights."""
-        from jaxtune.export.adapter import save_adapter
-        from jaxtune.export.merged import save_merged
-
         save = save_merged if self.full_finetuning else save_adapter
         save(self, directory)
 
@@ -299,23 +299,17 @@ class Model:
         self, directory: str | Path, tokenizer=None, save_method: str = "merged_16bit", **options
     ) -> None:
         """Writes adapter ("lora") or merged model ("merged_16bit", "merged_4bit"); see export.merged.save_merged."""
-        from jaxtune.export.merged import save_merged
-
         save_merged(self, directory, tokenizer or self.tokenizer, save_method=save_method, **options)
 
     def push_to_hub(self, repo_id: str, **options) -> str:
         """Uploads the adapter; see export.upload.push_to_hub."""
-        from jaxtune.export.upload import push_to_hub
-
-        return push_to_hub(self, repo_id, **options)
+        return upload.push_to_hub(self, repo_id, **options)
 
     def push_to_hub_merged(
         self, repo_id: str, tokenizer=None, save_method: str = "merged_16bit", **options
     ) -> str:
         """Uploads a merged model; see export.upload.push_to_hub_merged."""
-        from jaxtune.export.upload import push_to_hub_merged
-
-        return push_to_hub_merged(
+        return upload.push_to_hub_merged(
             self, repo_id, tokenizer or self.tokenizer, save_method=save_method, **options
         )
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtune.kernels.attention import attention
+from jaxtune.models import rope
 from jaxtune.models.layers import Embedding, Linear, RMSNorm
 from jaxtune.models.rope import Rope, rotate, tables
 
@@ -54,6 +55,31 @@ class DecoderConfig:
             raise ValueError(
                 f"num_attention_heads={self.num_heads} is no multiple of {self.num_kv_heads} kv heads"
             )
+
+
+# The config.json fields that `read_config` honours for every family.
+COMMON_FIELDS = frozenset(
+    """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads rms_norm_eps
+    tie_word_embeddings rope_parameters max_position_embeddings hidden_act""".split()
+)
+
+
+def read_config(hf, *, windows: Sequence[int | None], **differences) -> DecoderConfig:
+    """A transformers config -> DecoderConfig; `differences` are the fields that not every family has."""
+    return DecoderConfig(
+        vocab_size=hf.vocab_size,
+        hidden_size=hf.hidden_size,
+        intermediate_size=hf.intermediate_size,
+        num_heads=hf.num_attention_heads,
+        num_kv_heads=hf.num_key_value_heads,
+        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        rms_norm_eps=hf.rms_norm_eps,
+        tie_word_embeddings=hf.tie_word_embeddings,
+        rope=rope.from_config(hf),
+        hidden_act=hf.hidden_act,
+        windows=tuple(windows),
+        **differences,
+    )
 
 
 class Segment(NamedTuple):
