@@ -4,6 +4,7 @@ Exit status: 0 done, 1 failed while training or saving, 2 a setting, model or da
 130 interrupted.
 """
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from jaxtune.command_line import ConfigError, parse
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one job; returns the exit status."""
     warnings.showwarning = _one_line
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that there is no PyTorch
     try:
         job = parse(sys.argv[1:] if arguments is None else arguments)
     except ConfigError as error:
