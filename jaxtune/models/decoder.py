@@ -116,7 +116,10 @@ class Cache(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What every layer needs beside x: rope tables, who sees whom, the dropout key, the cache's columns."""
+    """What every layer needs beside x: rope tables, who sees whom, the dropout key, the cache's columns.
+
+    recompute_attention: the backward pass takes the [T, T] probabilities again from q and k instead of keeping them.
+    """
 
     cos: jax.Array
     sin: jax.Array
@@ -126,6 +129,7 @@ class Context(NamedTuple):
     kv_positions: jax.Array | None = None
     kv_segments: jax.Array | None = None
     index: jax.Array | None = None
+    recompute_attention: bool = False
 
 
 class Attention(nnx.Module):
@@ -152,16 +156,16 @@ class Attention(nnx.Module):
             at = (0, ctx.index, 0, 0)
             k, v = (jax.lax.dynamic_update_slice(old, x.astype(old.dtype), at) for old, x in zip(kv, new))
             kv_positions, kv_segments = ctx.kv_positions, ctx.kv_segments
-        out = attention(
-            q,
-            k.astype(q.dtype),
-            v.astype(q.dtype),
+        attend = partial(
+            attention,
             q_positions=ctx.positions,
             kv_positions=kv_positions,
             q_segments=ctx.segment_ids,
             kv_segments=kv_segments,
             window=self.window,
         )
+        attend = jax.checkpoint(attend, prevent_cse=False) if ctx.recompute_attention else attend
+        out = attend(q, k.astype(q.dtype), v.astype(q.dtype))
         return self.o_proj(out.reshape(*x.shape[:2], -1), ctx.key), new
 
 
@@ -281,7 +285,7 @@ class CausalLM(nnx.Module):
           cache: when given, T new columns are written at `cache.index` and attention spans the cache.
         """
         cos, sin = tables(self.config.rope, positions, self.dtype)
-        ctx = Context(cos, sin, positions, segment_ids, key)
+        ctx = Context(cos, sin, positions, segment_ids, key, recompute_attention=not remat)
         if cache is not None:
             ctx = ctx._replace(kv_positions=cache.positions, kv_segments=cache.segment_ids, index=cache.index)
         kept = []
