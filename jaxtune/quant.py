@@ -10,7 +10,7 @@ map, in groups of 256 over the flattened tensor, plus one float32 offset for the
 
 import json
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, reduce
 from typing import NamedTuple
 
 import jax
@@ -108,13 +108,38 @@ def _quantize_blocks(w: jax.Array) -> tuple[jax.Array, jax.Array]:
     return packed.reshape(out, width // 2), absmax
 
 
-def _quantize_absmax(absmax: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.float32]:
-    """float32 [out, in/64] -> (codes uint8 same shape, scales float32 [n/256], offset float32).
+def _in_order(rows: np.ndarray) -> np.ndarray:
+    """Float32 sum over the first axis, one row after the other."""
+    return reduce(np.add, rows, np.zeros(rows.shape[1:], np.float32))
 
-    The offset is the mean, rounded once from float64. torch's own mean depends on its thread count and may differ in
-    the last bit.
+
+def _cascade(rows: np.ndarray) -> np.ndarray:
+    """Float32 sum over the first axis in four levels: groups of rows, groups of groups, and so on."""
+    step = 1 << max(4, (len(rows) - 1).bit_length() // 4)
+    parts = []
+    for _ in range(3):
+        whole = len(rows) // step * step
+        parts.append(_in_order(rows[whole:]))
+        rows = _in_order(rows[:whole].reshape(-1, step, *rows.shape[1:]).swapaxes(0, 1))
+    return _in_order(np.stack([*parts, _in_order(rows)]))
+
+
+def _mean(x: np.ndarray) -> np.float32:
+    """The mean of float32 [n] to the last bit of torch's on one CPU thread, so that the offset is bitsandbytes' own.
+
+    torch adds eight lanes at a time, in four interleaved cascades.
     """
-    offset = np.float32(absmax.mean(dtype=np.float64))
+    vectors = x[: x.size // 8 * 8].reshape(-1, 8)
+    fours = vectors[: len(vectors) // 4 * 4].reshape(-1, 4, 8)
+    lanes = _cascade(fours) if len(fours) else np.zeros((4, 8), np.float32)
+    lane = _in_order(np.concatenate([lanes[:1], vectors[len(fours) * 4 :], lanes[1:]]))
+    total = np.float32(_in_order(np.concatenate([x[vectors.size :], lane])))
+    return np.float32(total / np.float32(x.size))
+
+
+def _quantize_absmax(absmax: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.float32]:
+    """float32 [out, in/64] -> (codes uint8 same shape, scales float32 [n/256], offset float32)."""
+    offset = _mean(absmax.reshape(-1))
     flat = (absmax - offset).reshape(-1)
     padded = np.pad(flat, (0, -flat.size % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
     scale = np.abs(padded).max(1)
