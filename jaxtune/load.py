@@ -56,10 +56,6 @@ def _convert(value: np.ndarray | BnbTensor, target, dtype, name: str) -> dict[st
     return {"": dequantize_nf4(stored, dtype)}
 
 
-def _shape(value: np.ndarray | BnbTensor) -> tuple[int, ...]:
-    return tuple(value.shape)
-
-
 def load_weights(checkpoint: Checkpoint, model: CausalLM, *, progress: bool = True) -> Leaves:
     """Fills the leaves of a model of shapes (before any adapter is attached) from a checkpoint.
 
@@ -83,9 +79,9 @@ def load_weights(checkpoint: Checkpoint, model: CausalLM, *, progress: bool = Tr
         target = getattr(module_at(model, slot.path), leaf)
         value = checkpoint.read(name)
         shapes = leaf_shapes_of(target)
-        if _shape(value) != shapes:
+        if tuple(value.shape) != shapes:
             raise ValueError(
-                f"{name}: config.json asks for shape {list(shapes)}, the checkpoint has {list(_shape(value))}"
+                f"{name}: config.json asks for shape {list(shapes)}, the checkpoint has {list(tuple(value.shape))}"
             )
         for field, array in _convert(value, target, model.dtype, name).items():
             path = f"{slot.path}.{leaf}{field}"
