@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxtune import hub, lora, models
 from jaxtune.arguments import sort_out
+from jaxtune.compile_cache import enable_compile_cache
 from jaxtune.config import LORA_TARGETS
 from jaxtune.load import load_weights
 from jaxtune.lora import LoraConfig
@@ -109,13 +110,14 @@ class FastLanguageModel:
           dtype: compute dtype; None is bfloat16 on an accelerator and float32 on a CPU.
           load_in_4bit, load_in_16bit, full_finetuning: NF4 (the default), 16-bit LoRA, or every weight trained.
           rope_scaling: replaces the config's.
-          use_gradient_checkpointing: False keeps every activation; else the trainer recomputes layers.
+          use_gradient_checkpointing: False keeps every activation; else SFTConfig.remat says what is kept.
           kwargs: Unsloth's others; those without meaning here warn, those that would change the result raise.
 
         Returns:
           (model, tokenizer).
         """
         sort_out("from_pretrained", kwargs, _IGNORED, _REFUSED)
+        enable_compile_cache()
         modes = {
             "load_in_4bit": load_in_4bit,
             "load_in_16bit": load_in_16bit,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test talks to a hub; before transformers is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("JAXTUNE_COMPILE_CACHE", "0")  # a test finds nothing that an earlier run left
 
 import pytest
 
