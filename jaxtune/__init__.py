@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from jaxtune.generate import TextStreamer
     from jaxtune.lora import LoraConfig
     from jaxtune.model import Model
+    from jaxtune.models.remat import Remat
     from jaxtune.step import make_eval_step, make_train_step
     from jaxtune.trainer import SFTTrainer
 
@@ -18,6 +19,7 @@ _HOMES = {
     "FastModel": "jaxtune.fast",
     "LoraConfig": "jaxtune.lora",
     "Model": "jaxtune.model",
+    "Remat": "jaxtune.models.remat",
     "SFTConfig": "jaxtune.config",
     "SFTTrainer": "jaxtune.trainer",
     "TextStreamer": "jaxtune.generate",

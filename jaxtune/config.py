@@ -49,6 +49,29 @@ def _tolerant[T](cls: type[T]) -> type[T]:
     return cls
 
 
+# What a layer can keep for the backward pass, by name (see models.remat).
+KEEPABLE = ("attention", "qkv", "residual", "gate_up")
+
+
+def remat_parts(text: str) -> tuple[frozenset[str], bool]:
+    """ "attention+gate_up+offload" -> (the names to keep, whether layer inputs go to the host).
+
+    Raises:
+      ValueError: an unknown name, or one to keep beside "all".
+    """
+    parts = [part.strip() for part in text.split("+")]
+    for part in parts:
+        if part not in (*KEEPABLE, "all", "none", "offload"):
+            raise ValueError(
+                f"remat={text!r}: {part!r} is unknown; expected 'auto', 'all' (recompute everything), 'none' (keep "
+                f"everything), or names to keep joined by '+': {', '.join(KEEPABLE)}, offload"
+            )
+    names = KEEPABLE if "none" in parts else tuple(part for part in parts if part in KEEPABLE)
+    if "all" in parts and names:
+        raise ValueError(f"remat={text!r}: 'all' recomputes everything, so nothing can be kept beside it")
+    return frozenset(names), "offload" in parts
+
+
 @_tolerant
 @dataclasses.dataclass(frozen=True)
 class SFTConfig:
@@ -125,7 +148,13 @@ class SFTConfig:
     loss_type: Literal["nll"] = "nll"
     """Negative log-likelihood; the logits are never materialised."""
     gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: slower, much less memory ("unsloth" is the same here)."""
+    """Recompute activations in the backward pass where memory asks for it (see remat; "unsloth" is the same here);
+    False: never."""
+    remat: str = "auto"
+    """What the backward pass keeps: auto (the fastest that fits), all (recompute everything), none (keep everything),
+    or names to keep joined by +: attention, qkv, residual, gate_up; +offload puts layer inputs into host memory."""
+    memory_budget_gb: float | None = None
+    """Device memory that remat=auto stays under. None = what is free."""
     seed: int = 42
     """Seed of dropout and noise."""
     data_seed: int | None = None
@@ -170,6 +199,8 @@ class SFTConfig:
     def __post_init__(self) -> None:
         self._normalise()
         _check_types(self)
+        if self.remat != "auto":
+            remat_parts(self.remat)
         _check_at_least(self, 1, _POSITIVE)
         _check_at_least(self, 0, _NOT_NEGATIVE)
         if self.optim not in OPTIMIZERS:

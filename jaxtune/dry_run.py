@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxtune import hub
+from jaxtune.budget import PlannedStep
 from jaxtune.command_line import Job
 from jaxtune.data import (
     prepare_dataset,
@@ -98,19 +99,26 @@ def predict_memory(module: CausalLM, job: Job) -> Memory:
     base = {path: shape for path, shape in shapes.items() if path not in paths}
     optimizer = make_optimizer(args, 100, trainable)
     opt_state = jax.eval_shape(optimizer.init, trainable)
-    step: Any = make_train_step(
-        types.SimpleNamespace(graphdef=nnx.graphdef(module)),
-        optimizer,
-        max_grad_norm=args.max_grad_norm,
-        neftune_alpha=args.neftune_noise_alpha,
-        remat=args.gradient_checkpointing,
-    )
     length = args.max_length or job.model.max_seq_length
     shape = (args.gradient_accumulation_steps, args.per_device_train_batch_size, length)
     names = ("input_ids", "labels", "positions", "segment_ids")
     batch = dict.fromkeys(names, jax.ShapeDtypeStruct(shape, jnp.int32))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    needs = step.lower(trainable, opt_state, base, batch, key).compile().memory_analysis()
+    arguments = (trainable, opt_state, base, batch, key)
+    model = types.SimpleNamespace(graphdef=nnx.graphdef(module), module=module, dtype=module.dtype)
+    step = PlannedStep(
+        lambda remat: make_train_step(
+            model,
+            optimizer,
+            max_grad_norm=args.max_grad_norm,
+            neftune_alpha=args.neftune_noise_alpha,
+            remat=remat,
+        ),
+        model,
+        args.remat if args.gradient_checkpointing else "none",
+        args.memory_budget_gb,
+    )
+    needs = step.compile(arguments).memory_analysis()
     return Memory(_bytes(base), _bytes(trainable), _bytes(opt_state), needs.temp_size_in_bytes)
 
 

@@ -14,12 +14,16 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from jaxtune.kernels import target
 from jaxtune.kernels.cross_entropy import IGNORE, Options, fused_cross_entropy
 from jaxtune.models.names import Leaves, join
+from jaxtune.models.remat import Remat
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[Leaves, Any, Leaves, Batch, jax.Array], tuple[Leaves, Any, Metrics]]
+
+RECOMPUTE_ALL = Remat()
 
 
 class Trainable(Protocol):
@@ -39,7 +43,7 @@ def targets(labels: jax.Array, segment_ids: jax.Array) -> jax.Array:
 def default_chunk() -> int:
     """Tokens a chunk of the loss: enough to keep a GPU's matrix units busy, few on a CPU, where the last, partly
     filled chunk costs real time."""
-    return 256 if jax.default_backend() == "cpu" else 1024
+    return 256 if target.capability() is None and jax.default_backend() == "cpu" else 1024
 
 
 def neftune(x: jax.Array, alpha: float, key: jax.Array) -> jax.Array:
@@ -56,7 +60,7 @@ def loss_sum(
     *,
     key: jax.Array | None = None,
     neftune_alpha: float | None = None,
-    remat: bool = False,
+    remat: Remat | None = None,
     loss_chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(sum of the label tokens' negative log-likelihood, how many were ranked first) of one batch [B, T]."""
@@ -65,7 +69,9 @@ def loss_sum(
     if key is not None and neftune_alpha is not None:
         x = neftune(x, neftune_alpha, jax.random.fold_in(key, 0))
     dropout = None if key is None else jax.random.fold_in(key, 1)
-    hidden, _ = module.hidden(x, batch["positions"], batch["segment_ids"], key=dropout, remat=remat)
+    hidden, _ = module.hidden(
+        x, batch["positions"], batch["segment_ids"], starts=batch.get("starts"), key=dropout, remat=remat
+    )
     want = targets(batch["labels"], batch["segment_ids"]).reshape(-1)
     options = Options(chunk=loss_chunk or default_chunk(), train_head=module.trains_head())
     return fused_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), module.head(), want, options)
@@ -80,13 +86,24 @@ def clip(grads: Leaves, max_norm: float | None) -> tuple[Leaves, jax.Array]:
     return jax.tree.map(lambda g: g * factor, grads), norm
 
 
+def compiler_options(remat: Remat) -> dict[str, bool] | None:
+    """XLA's options for a step on a GPU; see docs/benchmarks.md for what each was worth."""
+    if target.capability() is None:
+        return None
+    # This pass runs a product a second time to write what is kept straight into the stacked buffer.
+    options = {"xla_gpu_enable_dynamic_slice_fusion": False}
+    if remat.offload:  # copies to and from the host run beside the products
+        options["xla_gpu_enable_latency_hiding_scheduler"] = True
+    return options
+
+
 def make_train_step(
     model: Trainable,
     optimizer: optax.GradientTransformation,
     *,
     max_grad_norm: float | None = 1.0,
     neftune_alpha: float | None = None,
-    remat: bool = True,
+    remat: Remat = RECOMPUTE_ALL,
     loss_chunk: int | None = None,
 ) -> TrainStep:
     """The jitted training step of a model; compiled once for each batch shape.
@@ -96,7 +113,7 @@ def make_train_step(
       optimizer: acts on the flat trainable leaves.
       max_grad_norm: clip to this global norm.
       neftune_alpha: strength of embedding noise, None for none.
-      remat: recompute each layer in the backward pass.
+      remat: what each layer keeps for the backward pass; by default its input alone.
       loss_chunk: tokens whose logits exist at a time; None chooses for the machine.
 
     Returns:
@@ -142,7 +159,7 @@ def make_train_step(
         }
         return optax.apply_updates(trainable, updates), opt_state, metrics
 
-    return jax.jit(step, donate_argnums=(0, 1))
+    return jax.jit(step, donate_argnums=(0, 1), compiler_options=compiler_options(remat))
 
 
 def make_eval_step(

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune import checkpoint
+from jaxtune.budget import PlannedStep
 from jaxtune.config import Event, SFTConfig
 from jaxtune.data import Batches, pack, prepare_dataset
 from jaxtune.metrics import History, Progress, Record, Speed, TrainerState, peak_memory_gib, plot_losses
@@ -140,7 +141,7 @@ class SFTTrainer:
     @property
     def compilations(self) -> int:
         """How often the training step was compiled: once for each shape of batch."""
-        return 0 if self._train_step is None else self._train_step._cache_size()
+        return 0 if self._train_step is None else self._train_step.compilations
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
         """Train for args.max_steps, or args.num_train_epochs, optimizer steps.
@@ -216,12 +217,14 @@ class SFTTrainer:
         schedule = make_schedule(args.lr_scheduler_type, args.learning_rate, num_steps, warmup)
         optimizer = make_optimizer(args, num_steps, model.trainable)
         self.opt_state = optimizer.init(model.trainable)
-        self._train_step = make_train_step(
+        norm, noise = args.max_grad_norm, args.neftune_noise_alpha
+        self._train_step = PlannedStep(
+            lambda remat: make_train_step(
+                model, optimizer, max_grad_norm=norm, neftune_alpha=noise, remat=remat
+            ),
             model,
-            optimizer,
-            max_grad_norm=args.max_grad_norm,
-            neftune_alpha=args.neftune_noise_alpha,
-            remat=args.gradient_checkpointing and model.gradient_checkpointing,
+            args.remat if args.gradient_checkpointing and model.gradient_checkpointing else "none",
+            args.memory_budget_gb,
         )
         fingerprint = checkpoint.fingerprint(args, num_steps, model, dataset)
         self.state = TrainerState(max_steps=num_steps)

@@ -25,7 +25,9 @@ def test_defaults_are_trls():
             "embedding_learning_rate",
             "warmup_ratio",
             "logging_dir",
-        ):  # Unsloth, transformers 4
+            "remat",
+            "memory_budget_gb",
+        ):  # Unsloth, transformers 4, jaxtune
             assert field.default == theirs[field.name], field.name
 
 

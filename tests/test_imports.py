@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "jaxtune"
 # The order of the pipeline. A module may import from its own stage and from earlier ones.
 STAGES = [
-    {"config", "arguments"},
+    {"config", "arguments", "compile_cache"},
     {"hub", "formats"},
     {"quant"},
     {"kernels"},
@@ -27,6 +27,7 @@ STAGES = [
     {"model"},
     {"fast"},
     {"checkpoint", "metrics", "signals"},
+    {"budget"},
     {"trainer"},
     {"tasks"},
     {"command_line"},

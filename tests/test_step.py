@@ -8,6 +8,7 @@ from tolerances import LOSS
 
 from jaxtune.config import SFTConfig
 from jaxtune.fast import FastLanguageModel
+from jaxtune.models.remat import Remat
 from jaxtune.optim import make_optimizer
 from jaxtune.step import clip, make_eval_step, make_train_step, neftune, targets
 
@@ -76,12 +77,12 @@ def test_packed_documents_are_those_alone(model):
     assert together["num_items"] == 9 + 14 + 5 - 3
 
 
-@pytest.mark.parametrize("remat", [True, False])
+@pytest.mark.parametrize("remat", ["all", "attention+gate_up", "none"])
 def test_accumulation_weighs_tokens_not_rows(model, remat):
     """Two micro-batches with few and many labels equal one batch of both; recomputation changes nothing."""
     few, many = batch_of([5], 32), batch_of([30], 32)
     optimizer = make_optimizer(SFTConfig(learning_rate=1e-3), 10, model.trainable)
-    step = make_train_step(model, optimizer, remat=remat)
+    step = make_train_step(model, optimizer, remat=Remat.parse(remat))
 
     def run(batch):
         trainable = jax.tree.map(jnp.copy, model.trainable)

@@ -115,8 +115,9 @@ class Batches:
 
         Returns:
             int32 arrays [G, B, T]: input_ids, labels (-100 = not trained), positions (from 0 in each
-            document) and segment_ids (documents 1, 2, … of a row; 0 = padding). A short last step is filled
-            with empty rows.
+            document) and segment_ids (documents 1, 2, … of a row; 0 = padding); and starts [G, B, M], the first
+            token of each document and of the padding behind the last, -1 in unused places, M the same in every
+            step (1 if rows are not packed: a row is one document). A short last step is filled with empty rows.
         """
         batch = self._collate(self.rows(number), self.rows_per_step)
         return {name: array.reshape(self.accumulation, self.batch_size, -1) for name, array in batch.items()}
@@ -150,6 +151,7 @@ class Batches:
             "labels": np.full(shape, IGNORE, np.int32),
             "positions": np.zeros(shape, np.int32),
             "segment_ids": np.zeros(shape, np.int32),
+            "starts": self._empty_starts(height),
         }
         for place, row in enumerate(rows):
             ids = self._ids.row(row)
@@ -157,9 +159,20 @@ class Batches:
             batch["input_ids"][filled] = ids
             batch["labels"][filled] = self._labels.row(row)
             batch["positions"][filled], batch["segment_ids"][filled] = self._places(row, len(ids))
-            if self._documents is not None:  # the first token of a document has nothing to be predicted from
+            if self._documents is not None:
+                starts = np.concatenate([[0], np.cumsum(self._documents.row(row))])
+                starts = starts[starts < shape[1]]  # a full row has no padding
+                batch["starts"][place, : len(starts)] = starts
+                # the first token of a document has nothing to be predicted from
                 batch["labels"][filled][batch["positions"][filled] == 0] = IGNORE
         return batch
+
+    def _empty_starts(self, height: int) -> np.ndarray:
+        """int32 [height, M]: rows of one document each, which is what an empty row is."""
+        width = 1 if self._documents is None else max(2, int(self._documents.lengths.max()) + 1)
+        starts = np.full((height, width), -1, np.int32)
+        starts[:, 0] = 0
+        return starts
 
     def _places(self, row: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions and segment ids of one row, int [length] each."""

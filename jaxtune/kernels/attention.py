@@ -1,6 +1,16 @@
-"""Causal attention over packed rows: a token sees its own document, up to itself, within its window."""
+"""Causal attention over packed rows: a token sees its own document, up to itself, within its window.
+
+On an NVIDIA GPU training goes through cuDNN, which skips what is masked and keeps one number a row for the backward
+pass. Elsewhere, with a cache, or in float32, XLA takes a mask. `attention` chooses.
+"""
+
+from functools import partial
 
 import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxtune.kernels import target
 
 
 def attention_mask(
@@ -18,7 +28,7 @@ def attention_mask(
     return allowed[:, None]
 
 
-def attention(
+def masked_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -29,7 +39,7 @@ def attention(
     kv_segments: jax.Array,
     window: int | None,
 ) -> jax.Array:
-    """Scaled dot-product attention with grouped key/value heads; softmax in float32.
+    """Scaled dot-product attention with grouped key/value heads; softmax in float32. The reference.
 
     Args:
       q: [B, T, H, h]. k, v: [B, S, K, h], H a multiple of K.
@@ -42,3 +52,96 @@ def attention(
     """
     mask = attention_mask(q_positions, kv_positions, q_segments, kv_segments, window)
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+
+
+def supports_cudnn(q: jax.Array, packed: bool) -> bool:
+    """Whether cuDNN takes these queries on the GPU that the program is traced for (its own documented limits)."""
+    gpu = target.capability()
+    if gpu is None or q.dtype not in (jnp.bfloat16, jnp.float16):
+        return False
+    hopper = gpu >= (9, 0)
+    return (
+        gpu >= (8, 0)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= (256 if hopper else 128)
+        and (hopper or not packed)
+    )
+
+
+def packed_layout(starts: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array]:
+    """What jax's cuDNN call wants of packed rows.
+
+    It lines up, over all rows of the batch, the i-th length that is not -1 with the i-th offset that is not -1. So an
+    offset is a document's first token and nothing else: the row's end must not stand among them (it would pair the
+    next row's documents with the wrong lengths, silently), and an unused slot is -1 in both.
+
+    Args:
+      starts: int32 [B, M], first token of each document in order, -1 in unused slots. Every token belongs to one.
+      tokens: T.
+
+    Returns:
+      lengths int32 [B, M] and offsets int32 [B, M + 1] (its last column unused).
+    """
+    following = jnp.pad(starts[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+    ends = jnp.where(following >= 0, following, tokens)
+    lengths = jnp.where(starts >= 0, ends - starts, -1)
+    return lengths, jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
+
+
+def _cudnn_arguments(q, k, v, starts, window):
+    """(operands, parameters) of jax's cuDNN primitives; they are private, the constraints file pins the version."""
+    from jax._src.cudnn.fused_attention_stablehlo import AttentionLayout, MaskType
+
+    none = jnp.zeros(0, q.dtype)
+    lengths, offsets, mask = none, none, MaskType.CAUSAL
+    if starts is not None:
+        lengths, offsets = packed_layout(starts, q.shape[1])
+        mask = MaskType.PADDING_CAUSAL
+    parameters = {
+        "scale": q.shape[-1] ** -0.5,
+        "seed": 42,
+        "dropout_rate": 0.0,
+        "variadic_args": (False, False),
+        "mask_type": mask,
+        "layout": AttentionLayout.BTNH.value,
+        "sliding_window_length": window,
+    }
+    return (q, k, v, none, lengths, lengths, offsets, offsets, none, none), parameters
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array | None, window: int | None):
+    """`masked_attention` of a row with itself, through cuDNN.
+
+    Args:
+      q: bfloat16 or float16 [B, T, H, h]. k, v: [B, T, K, h].
+      starts: int32 [B, M], M >= 2: see `packed_layout`. None: every row is one document from its first token (what
+        pads its end is attended to by nothing before it).
+      window: as above.
+    """
+    return _cudnn_forward(q, k, v, starts, window, is_training=False)[0]
+
+
+def _cudnn_forward(q, k, v, starts, window, is_training):
+    from jax._src.cudnn.fused_attention_stablehlo import _dot_product_attention_fwd_p_wrapper
+
+    operands, parameters = _cudnn_arguments(q, k, v, starts, window)
+    return _dot_product_attention_fwd_p_wrapper.bind(*operands, **parameters, is_training=is_training)
+
+
+def _forward(q, k, v, starts, window):
+    out, statistics = _cudnn_forward(q, k, v, starts, window, is_training=True)
+    out, statistics = checkpoint_name(out, "attention"), checkpoint_name(statistics, "attention")
+    return out, (q, k, v, starts, statistics, out)
+
+
+def _backward(window, residuals, d_out):
+    from jax._src.cudnn.fused_attention_stablehlo import _dot_product_attention_bwd_p_wrapper
+
+    q, k, v, starts, statistics, out = residuals
+    operands, parameters = _cudnn_arguments(q, k, v, starts, window)
+    grads = _dot_product_attention_bwd_p_wrapper.bind(*operands, statistics, out, d_out, **parameters)
+    return *grads, None
+
+
+cudnn_attention.defvjp(_forward, _backward)

@@ -1,8 +1,26 @@
-"""The matrix product with a frozen weight: saves the stored form for the backward pass, never a dequantised copy."""
+"""Products with frozen weights and their LoRA adapters: they save the stored form, never a dequantised copy.
+
+y_i = x W_iᵀ + (x A_i) B_i for several layers of one input, such as q, k and v. `reference` says it in two products a
+layer. On a GPU that second, skinny one costs a quarter of the first, because y is read and written again; there one
+product over K = in + ranks does it all: [x | x A] [W | Bᵀ]ᵀ, and backwards [dx | d(xA)] = dy [W | Bᵀ].
+"""
+
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+from jaxtune.kernels import target
 from jaxtune.quant import NF4, dequantize_nf4
+
+TAIL = 64  # columns that hold the ranks are a multiple of this: whole tiles for the matrix units
+
+
+class Adapter(NamedTuple):
+    """LoRA of one layer: a [in, R], b [R, out] with the scaling in it."""
+
+    a: jax.Array
+    b: jax.Array
 
 
 def dense(weight: NF4 | jax.Array, dtype) -> jax.Array:
@@ -16,14 +34,123 @@ def frozen_linear(x: jax.Array, weight: NF4 | jax.Array) -> jax.Array:
     return x @ dense(weight, x.dtype).T
 
 
-def _forward(x, weight):
+def _frozen_forward(x, weight):
     return frozen_linear(x, weight), weight
 
 
-def _backward(weight, dy):
+def _frozen_backward(weight, dy):
     # Without the barrier XLA may keep the forward pass's dequantised copy alive until here.
     weight, dy = jax.lax.optimization_barrier((weight, dy))
     return dy @ dense(weight, dy.dtype), None
 
 
-frozen_linear.defvjp(_forward, _backward)
+frozen_linear.defvjp(_frozen_forward, _frozen_backward)
+
+
+def reference(x: jax.Array, weights: tuple, adapters: tuple) -> jax.Array:
+    """`adapted_linear` in two products a layer."""
+    products = (frozen_linear(x, weight) for weight in weights)
+    parts = [y if ad is None else y + (x @ ad.a) @ ad.b for y, ad in zip(products, adapters, strict=True)]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def adapted_linear(x: jax.Array, weights: tuple, adapters: tuple) -> jax.Array:
+    """x W_iᵀ + (x A_i) B_i of layers that share x, side by side.
+
+    Args:
+      x: [..., in].
+      weights: frozen, NF4 or arrays [out_i, in]; they get no gradient.
+      adapters: an Adapter in x's dtype for each weight, or None.
+
+    Returns:
+      [..., sum of out_i] in x's dtype.
+    """
+    if target.capability() is None or all(adapter is None for adapter in adapters):
+        return reference(x, weights, adapters)
+    return _joined(x.reshape(-1, x.shape[-1]), weights, adapters).reshape(*x.shape[:-1], -1)
+
+
+def rows(weight: NF4 | jax.Array) -> int:
+    """out of a stored weight [out, in]."""
+    return (weight.codes if isinstance(weight, NF4) else weight).shape[0]
+
+
+def _joined_a(adapters: tuple) -> jax.Array:
+    """The A of all layers side by side, [in, R]."""
+    return jnp.concatenate([adapter.a for adapter in adapters if adapter is not None], axis=1)
+
+
+def _joined_b(weights: tuple, adapters: tuple) -> jax.Array:
+    """Their B on the diagonal of blocks, [R, sum(out)]."""
+    blocks, before, after = [], 0, sum(map(rows, weights))
+    for weight, adapter in zip(weights, adapters, strict=True):
+        after -= rows(weight)
+        if adapter is not None:
+            blocks.append(jnp.pad(adapter.b, ((0, 0), (before, after))))
+        before += rows(weight)
+    return jnp.concatenate(blocks)
+
+
+def _stacked(weights: tuple, dtype) -> jax.Array:
+    """The dequantised weights, [sum(out), in]."""
+    return jnp.concatenate([dense(weight, dtype) for weight in weights])
+
+
+def _tail(rank: int) -> int:
+    return -(-rank // TAIL) * TAIL
+
+
+def _widen(x: jax.Array, through: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x [N, K] and through [K, R] -> ([x | x·through | 0], x·through).
+
+    x is made in the wider buffer and the product is put beside it, so that nothing is copied where x is computed by
+    a fusion.
+    """
+    rank, tail = through.shape[1], _tail(through.shape[1])
+    wide = jnp.pad(x, ((0, 0), (0, tail)))
+    product = wide @ jnp.pad(through, ((0, tail), (0, 0)))
+    return jax.lax.dynamic_update_slice(wide, product, (0, x.shape[1])), product[:, :rank]
+
+
+@jax.custom_vjp
+def _joined(x: jax.Array, weights: tuple, adapters: tuple) -> jax.Array:
+    """[N, in] -> [N, sum(out)]."""
+    return _joined_forward(x, weights, adapters)[0]
+
+
+def _joined_forward(x, weights, adapters):
+    wide, _ = _widen(x, _joined_a(adapters))
+    b = _joined_b(weights, adapters).T
+    b = jnp.pad(b, ((0, 0), (0, wide.shape[1] - x.shape[1] - b.shape[1])))
+    return wide @ jnp.concatenate([_stacked(weights, x.dtype), b], axis=1).T, (x, weights, adapters)
+
+
+def _joined_backward(residuals, dy):
+    x, weights, adapters = residuals
+    weights, dy = jax.lax.optimization_barrier((weights, dy))
+    a, b = _joined_a(adapters), _joined_b(weights, adapters)
+    w = _stacked(weights, dy.dtype)
+    if w.shape[0] < 3 * w.shape[1]:
+        wide, dxa = _widen(dy, b.T)
+        below = jnp.pad(a.T, ((0, wide.shape[1] - w.shape[0] - a.shape[1]), (0, 0)))
+        dx = wide @ jnp.concatenate([w, below])
+    else:  # dy is the widest array: read it once and make two passes over dx
+        both = dy @ jnp.concatenate([w, jnp.pad(b.T, ((0, 0), (0, _tail(len(b)) - len(b))))], axis=1)
+        dxa = both[:, w.shape[1] : w.shape[1] + len(b)]
+        # without the barrier XLA copies the slice to add to it inside the skinny product
+        dx = both[:, : w.shape[1]] + jax.lax.optimization_barrier(dxa @ a.T)
+    da = jnp.dot(x.T, dxa, preferred_element_type=jnp.float32)
+    db = jnp.dot((x @ a).T, dy, preferred_element_type=jnp.float32)  # [R, sum(out)]
+    grads, rank, row = [], 0, 0
+    for weight, adapter in zip(weights, adapters, strict=True):
+        grad = None
+        if adapter is not None:
+            ranks, columns = slice(rank, rank + len(adapter.b)), slice(row, row + rows(weight))
+            grad = Adapter(da[:, ranks].astype(adapter.a.dtype), db[ranks, columns].astype(adapter.b.dtype))
+            rank = ranks.stop
+        row += rows(weight)
+        grads.append(grad)
+    return dx, None, tuple(grads)
+
+
+_joined.defvjp(_joined_forward, _joined_backward)

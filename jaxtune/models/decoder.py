@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxtune.kernels.attention import attention
+from jaxtune.kernels.attention import cudnn_attention, masked_attention, supports_cudnn
 from jaxtune.models import rope
-from jaxtune.models.layers import Embedding, Linear, RMSNorm
+from jaxtune.models.layers import Embedding, Linear, RMSNorm, apply_together
+from jaxtune.models.remat import Remat, keep
 from jaxtune.models.rope import Rope, rotate, tables
 
 ACTIVATIONS = {
@@ -118,18 +119,19 @@ class Cache(NamedTuple):
 class Context(NamedTuple):
     """What every layer needs beside x: rope tables, who sees whom, the dropout key, the cache's columns.
 
-    recompute_attention: the backward pass takes the [T, T] probabilities again from q and k instead of keeping them.
+    starts: int32 [B, M], the first token of each document of a row (kernels.attention.packed_layout), M = 1 where a
+    row is one document; None where that is not known, and masks say who sees whom.
     """
 
     cos: jax.Array
     sin: jax.Array
     positions: jax.Array
     segment_ids: jax.Array
+    starts: jax.Array | None = None
     key: jax.Array | None = None
     kv_positions: jax.Array | None = None
     kv_segments: jax.Array | None = None
     index: jax.Array | None = None
-    recompute_attention: bool = False
 
 
 class Attention(nnx.Module):
@@ -144,29 +146,34 @@ class Attention(nnx.Module):
         self.head_dim, self.window = h, window
 
     def __call__(self, x: jax.Array, ctx: Context, kv=None):
-        q, k, v = (
-            proj(x, ctx.key).reshape(*x.shape[:2], -1, self.head_dim)  # [B, T, heads, h]
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projections = apply_together([self.q_proj, self.k_proj, self.v_proj], x, ctx.key, "qkv")
+        q, k, v = (y.reshape(*x.shape[:2], -1, self.head_dim) for y in projections)  # [B, T, heads, h]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, ctx.cos, ctx.sin), rotate(k, ctx.cos, ctx.sin)
-        new, kv_positions, kv_segments = (k, v), ctx.positions, ctx.segment_ids
+        out = self._attend(q, k, v, ctx, kv)
+        return self.o_proj(out.reshape(*x.shape[:2], -1), ctx.key), (k, v)
+
+    def _attend(self, q, k, v, ctx: Context, kv):
+        if kv is None and ctx.starts is not None and supports_cudnn(q, packed=ctx.starts.shape[1] > 1):
+            starts = ctx.starts if ctx.starts.shape[1] > 1 else None
+            return cudnn_attention(q, k, v, starts, self.window)
+        kv_positions, kv_segments = ctx.positions, ctx.segment_ids
         if kv is not None:
             at = (0, ctx.index, 0, 0)
-            k, v = (jax.lax.dynamic_update_slice(old, x.astype(old.dtype), at) for old, x in zip(kv, new))
+            k, v = (jax.lax.dynamic_update_slice(old, x.astype(old.dtype), at) for old, x in zip(kv, (k, v)))
             kv_positions, kv_segments = ctx.kv_positions, ctx.kv_segments
-        attend = partial(
-            attention,
+        out = masked_attention(
+            q,
+            k.astype(q.dtype),
+            v.astype(q.dtype),
             q_positions=ctx.positions,
             kv_positions=kv_positions,
             q_segments=ctx.segment_ids,
             kv_segments=kv_segments,
             window=self.window,
         )
-        attend = jax.checkpoint(attend, prevent_cse=False) if ctx.recompute_attention else attend
-        out = attend(q, k.astype(q.dtype), v.astype(q.dtype))
-        return self.o_proj(out.reshape(*x.shape[:2], -1), ctx.key), new
+        return keep(out, "attention")
 
 
 class MLP(nnx.Module):
@@ -178,8 +185,8 @@ class MLP(nnx.Module):
         self.activation = config.hidden_act
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        gate = ACTIVATIONS[self.activation](self.gate_proj(x, key))
-        return self.down_proj(gate * self.up_proj(x, key), key)
+        gate, up = apply_together([self.gate_proj, self.up_proj], x, key, "gate_up")
+        return self.down_proj(ACTIVATIONS[self.activation](gate) * up, key)
 
 
 class DecoderLayer(nnx.Module):
@@ -190,8 +197,9 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(config, dtype)
 
     def __call__(self, x: jax.Array, ctx: Context, kv=None):
+        x = keep(x, "block_input")
         out, new = self.self_attn(self.input_layernorm(x), ctx, kv)
-        x = x + out
+        x = keep(x + out, "residual")
         return x + self.mlp(self.post_attention_layernorm(x), ctx.key), new
 
 
@@ -200,7 +208,7 @@ def _append(cache: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), (0, 0, index, 0, 0))
 
 
-def run_segment(layers: nnx.List, x: jax.Array, ctx: Context, caches, remat: bool):
+def run_segment(layers: nnx.List, x: jax.Array, ctx: Context, caches, remat: Remat | None):
     """Scans one segment: `layers` is a period of modules whose leaves carry a leading axis of repeats.
 
     caches: per layer of the period (k, v) [repeats, B, S, K, h], or None.
@@ -221,7 +229,8 @@ def run_segment(layers: nnx.List, x: jax.Array, ctx: Context, caches, remat: boo
             new.append(kv)
         return x, (None if caches is None else new)
 
-    body = jax.checkpoint(body, prevent_cse=False) if remat else body
+    if remat is not None:
+        body = jax.checkpoint(body, prevent_cse=False, policy=remat.policy())
     return jax.lax.scan(body, x, (state, keys, caches))
 
 
@@ -272,20 +281,22 @@ class CausalLM(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array,
         *,
+        starts: jax.Array | None = None,
         key: jax.Array | None = None,
-        remat: bool = False,
+        remat: Remat | None = None,
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states [B, T, D] of embedded tokens x [B, T, D].
 
         Args:
           positions, segment_ids: int32 [B, T].
+          starts: int32 [B, M], see Context.
           key: dropout key; None at evaluation.
-          remat: recompute each layer in the backward pass instead of keeping its activations.
+          remat: what to keep for the backward pass; None where there is none.
           cache: when given, T new columns are written at `cache.index` and attention spans the cache.
         """
         cos, sin = tables(self.config.rope, positions, self.dtype)
-        ctx = Context(cos, sin, positions, segment_ids, key, recompute_attention=not remat)
+        ctx = Context(cos, sin, positions, segment_ids, starts, key)
         if cache is not None:
             ctx = ctx._replace(kv_positions=cache.positions, kv_segments=cache.segment_ids, index=cache.index)
         kept = []

@@ -7,9 +7,11 @@ import zlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from jaxtune.kernels.linear import dense, frozen_linear
+from jaxtune.kernels.linear import Adapter, adapted_linear, dense, frozen_linear
+from jaxtune.models.remat import keep
 from jaxtune.quant import BLOCK, NESTED_BLOCK, NF4
 
 Shape = jax.ShapeDtypeStruct
@@ -72,21 +74,36 @@ class Linear(nnx.Module):
         return self.weight.nf4() if isinstance(self.weight, NF4Weight) else self.weight[...]
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        return apply_together([self], x, key)[0]
+
+    def is_plain(self, key: jax.Array | None) -> bool:
+        """Whether this is x Wᵀ + (x A) B with W frozen: what can be one product with other layers of the same x."""
+        dropping = self.lora_A is not None and key is not None and self.dropout > 0
+        return not (isinstance(self.weight, nnx.Param) or dropping or self.lora_magnitude is not None)
+
+    def adapter(self, dtype) -> Adapter | None:
+        """A and scaling · B in `dtype`."""
+        if self.lora_A is None:
+            return None
+        b = self.lora_B[...] * self.lora_scaling[...]
+        return Adapter(self.lora_A[...].astype(dtype), b.astype(dtype))
+
+    def apply_alone(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """The layer without its bias where it is not plain: trained weight, dropout, DoRA."""
         if isinstance(self.weight, nnx.Param):  # full fine-tuning: a float32 master weight
             y = x @ self.weight[...].astype(x.dtype).T
         else:
             y = frozen_linear(x, self._stored())
-        if self.lora_A is not None:
-            y = self._adapt(x, y, key)
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        return y if self.lora_A is None else self._adapt(x, y, key)
 
     def _adapt(self, x: jax.Array, y: jax.Array, key: jax.Array | None) -> jax.Array:
         dropped = x
         if key is not None and self.dropout > 0:
             keep = jax.random.bernoulli(jax.random.fold_in(key, self.dropout_salt), 1 - self.dropout, x.shape)
             dropped = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
-        a, b = self.lora_A[...].astype(x.dtype), self.lora_B[...].astype(x.dtype)
-        update = (dropped @ a) @ b * self.lora_scaling[...].astype(x.dtype)
+        adapter = self.adapter(x.dtype)
+        assert adapter is not None
+        update = (dropped @ adapter.a) @ adapter.b
         if self.lora_magnitude is None:
             return y + update
         base = y if dropped is x else frozen_linear(dropped, self._stored())
@@ -99,6 +116,26 @@ class Linear(nnx.Module):
         """‖W + s·(A B)ᵀ‖ of each row, float32 [out]; constant for the gradient (DoRA, arXiv 2402.09353, §4.3)."""
         delta = (self.lora_A[...] @ self.lora_B[...]).T * self.lora_scaling[...]
         return jax.lax.stop_gradient(jnp.linalg.norm(dense(self._stored(), jnp.float32) + delta, axis=1))
+
+
+def apply_together(
+    linears: list[Linear], x: jax.Array, key: jax.Array | None, name: str | None = None
+) -> list[jax.Array]:
+    """The outputs of layers that share x [..., in], in one product where they can share it.
+
+    name: what `Remat` calls the outputs, None for what is never kept.
+    """
+    if all(linear.is_plain(key) for linear in linears):
+        weights = tuple(linear._stored() for linear in linears)
+        y = adapted_linear(x, weights, tuple(linear.adapter(x.dtype) for linear in linears))
+    else:
+        y = jnp.concatenate([linear.apply_alone(x, key) for linear in linears], axis=-1)
+    y = y if name is None else keep(y, name)
+    ends = np.cumsum([linear.out_features for linear in linears])[:-1]
+    return [
+        part if linear.bias is None else part + linear.bias[...].astype(part.dtype)
+        for part, linear in zip(jnp.split(y, ends, axis=-1), linears, strict=True)
+    ]
 
 
 class Embedding(nnx.Module):

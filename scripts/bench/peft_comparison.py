@@ -94,13 +94,14 @@ def run_jaxtune(args, task: str) -> None:
     import jax
 
     from jaxtune import FastLanguageModel, SFTConfig
+    from jaxtune.models.remat import Remat
     from jaxtune.optim import make_optimizer
     from jaxtune.step import make_eval_step, make_train_step
 
     config = SFTConfig(learning_rate=LEARNING_RATE, warmup_steps=WARMUP)
     model, _ = FastLanguageModel.from_pretrained(args.out / "first_adapter", max_seq_length=512)
     optimizer = make_optimizer(config, args.steps, model.trainable)
-    step = make_train_step(model, optimizer, remat=False)
+    step = make_train_step(model, optimizer, remat=Remat.parse("none"))
     evaluate = make_eval_step(model)
 
     def held_out() -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtune import FastLanguageModel, SFTConfig, make_eval_step, make_train_step
+from jaxtune import FastLanguageModel, Remat, SFTConfig, make_eval_step, make_train_step
 from jaxtune.lora import adapter_tensors
 from jaxtune.optim import make_optimizer
 
@@ -50,7 +50,7 @@ def make_batch(texts: list[str]) -> dict[str, Any]:
 
 # Any optax optimizer will do; this one is AdamW with the schedule of the config.
 optimizer = make_optimizer(SFTConfig(learning_rate=2e-3, warmup_steps=2), STEPS, trainable)
-step = make_train_step(model, optimizer, remat=False)
+step = make_train_step(model, optimizer, remat=Remat.parse("none"))
 evaluate = make_eval_step(model)
 
 batch, key = make_batch(SENTENCES), jax.random.key(0)

@@ -105,6 +105,7 @@ def test_every_row_once_an_epoch():
         for number in range(3 * epoch, 3 * epoch + 3):
             batch = batches.step(number)
             assert {name: array.dtype for name, array in batch.items()} == dict.fromkeys(batch, np.int32)
+            np.testing.assert_array_equal(batch.pop("starts"), np.zeros((3, 2, 1)))
             assert {array.shape for array in batch.values()} == {(3, 2, batches.step_length(number))}
             rows = batch["input_ids"].reshape(6, -1)
             segments = batch["segment_ids"].reshape(6, -1)
@@ -112,6 +113,19 @@ def test_every_row_once_an_epoch():
         assert sorted(seen) == list(range(17))
         orders.append(seen)
     assert orders[0] != orders[1] and orders[0] != sorted(orders[0])
+
+
+def test_starts_are_where_documents_and_padding_begin():
+    """Packed: the first token of every document, then of the padding; as many places in every step."""
+    packed = pack(make_dataset([5, 9, 3, 3, 3, 12, 16]), 16)
+    batches = Batches(packed, batch_size=2, max_length=16, packed=True, shuffle=False)
+    width = max(map(len, packed["seq_lengths"])) + 1
+    for number in range(batches.steps_per_epoch):
+        batch = {name: array[0] for name, array in batches.step(number).items()}
+        assert batch["starts"].shape == (2, width)
+        for starts, segments in zip(batch["starts"], batch["segment_ids"], strict=True):
+            changes = [0, *(np.flatnonzero(np.diff(segments)) + 1)]
+            np.testing.assert_array_equal(starts, changes + [-1] * (width - len(changes)))
 
 
 def test_steps_do_not_depend_on_what_was_asked_before():

@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from tolerances import GRADIENT
 
-from jaxtune.kernels.linear import dense, frozen_linear
+from jaxtune.kernels import target
+from jaxtune.kernels.linear import Adapter, adapted_linear, dense, frozen_linear, reference
 from jaxtune.quant import quantize_nf4
 
 
@@ -31,3 +33,58 @@ def test_residuals_are_the_codes():
     _, vjp = jax.vjp(lambda x: frozen_linear(x, weight), x)
     kept = sum(leaf.nbytes for leaf in jax.tree.leaves(vjp))
     assert kept <= sum(leaf.nbytes for leaf in weight if leaf is not None)
+
+
+def layers(width, outs, ranks, seed=0):
+    """(weights, adapters) of layers that share an input: NF4 but the last, an adapter where a rank is given."""
+    rng = np.random.default_rng(seed)
+    weights = [(0.1 * rng.normal(size=(out, width))).astype(np.float32) for out in outs]
+    stored = [*(quantize_nf4(w) for w in weights[:-1]), jnp.asarray(weights[-1])]
+    adapters = [
+        None
+        if rank is None
+        else Adapter(
+            *(jnp.asarray(0.1 * rng.normal(size=s), jnp.float32) for s in ((width, rank), (rank, out)))
+        )
+        for out, rank in zip(outs, ranks, strict=True)
+    ]
+    return tuple(stored), tuple(adapters)
+
+
+@pytest.mark.parametrize(
+    "width, outs, ranks",
+    [
+        (128, (128, 64, 64), (8, 8, 8)),  # like q, k, v
+        (128, (256, 256), (16, 4)),  # like gate and up: the way back goes over the narrow side
+        (256, (128,), (8,)),  # like down
+        (128, (128, 64, 64), (8, None, 4)),
+        (64, (64, 64), (None, 80)),  # more ranks than one tile of columns
+    ],
+)
+def test_the_joined_product_is_the_reference(width, outs, ranks):
+    """Value and all gradients of the one product that a GPU gets, computed here."""
+    weights, adapters = layers(width, outs, ranks)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 9, width)), jnp.float32)
+
+    dy = jnp.asarray(np.random.default_rng(2).normal(size=(2, 9, sum(outs))), jnp.float32)
+
+    def probe(product):
+        y, vjp = jax.vjp(lambda x, a: product(x, weights, a), x, adapters)
+        return jax.tree.leaves((y, vjp(dy)))
+
+    want = probe(reference)
+    with target.tracing_for((9, 0)):
+        got = probe(adapted_linear)
+    for ours, theirs in zip(got, want, strict=True):
+        assert np.abs(ours - theirs).max() <= GRADIENT * np.abs(theirs).max()
+
+
+def test_the_joined_product_reads_each_weight_once():
+    """One product of all layers forward, over the codes: no second pass over the output."""
+    weights, adapters = layers(128, (256, 256), (16, 16))
+    with target.tracing_for((9, 0)):
+        program = jax.jit(lambda x: adapted_linear(x, weights, adapters)).lower(jnp.ones((32, 128))).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    assert len(products) == 2
+    assert sum("tensor<32x192xf32>, tensor<192x512xf32>" in line for line in products) == 1
+    assert sum("-> tensor<32x32xf32>" in line for line in products) == 1

@@ -1,0 +1,230 @@
+"""`remat="auto"`: the fastest choice of what to keep whose compiled step fits the memory.
+
+A compiled step says what it needs. One compilation is usually enough: the bytes that another choice would keep are
+known from shapes, so its need follows from the first's. The answer is kept in the user's cache folder.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from tqdm.auto import tqdm
+
+from jaxtune.compile_cache import cache_folder
+from jaxtune.models.decoder import DecoderConfig
+from jaxtune.models.remat import Remat
+
+# Fastest first. Each recomputes more than the one before it and keeps less.
+CHOICES = tuple(
+    map(
+        Remat.parse,
+        ("none", "attention+qkv+gate_up", "attention+gate_up", "attention+qkv", "attention", "all"),
+    )
+)
+SMALLEST = Remat.parse("all+offload")  # only where the host's memory is another one
+HEADROOM = 0.96  # of free memory: cuDNN's workspaces and fragmentation are in no forecast
+
+
+class Choice(NamedTuple):
+    """What was chosen, its step compiled (None: the need was remembered), and the bytes that each choice needs."""
+
+    remat: Remat
+    compiled: Any
+    needs: dict[str, int]
+    budget: int
+
+    def __str__(self) -> str:
+        """One line: what was taken and what its neighbours would cost."""
+        names = list(self.needs)
+        at = names.index(str(self.remat))
+        line = f"remat={self.remat}: {self.needs[names[at]] / 1e9:.1f} GB of {self.budget / 1e9:.1f} GB"
+        others = [
+            f"{names[i]} {self.needs[names[i]] / 1e9:.1f} GB" for i in (at - 1, at + 1) if 0 <= i < len(names)
+        ]
+        return line + (f" (others: {', '.join(others)})" if others else "")
+
+
+def kept_bytes(remat: Remat, config: DecoderConfig, tokens: int, itemsize: int) -> int:
+    """Bytes on the device that a choice keeps for the backward pass, layer inputs included."""
+    heads, kv, h = config.num_heads, config.num_kv_heads, config.head_dim
+    elements = {
+        "attention": heads * h + heads * 4 // itemsize,  # its softmax statistics are float32
+        "qkv": (heads + 2 * kv) * h,
+        "residual": config.hidden_size,
+        "gate_up": 2 * config.intermediate_size,
+    }
+    total = sum(elements[name] for name in remat.keep) + (0 if remat.offload else config.hidden_size)
+    return tokens * len(config.windows) * itemsize * total
+
+
+def peak_bytes(compiled) -> int:
+    """Device memory of a compiled program: arguments, temporaries, and outputs that reuse no argument."""
+    needs = compiled.memory_analysis()
+    fresh = needs.output_size_in_bytes - needs.alias_size_in_bytes
+    return needs.argument_size_in_bytes + needs.temp_size_in_bytes + fresh
+
+
+def free_bytes(arguments: Any) -> int:
+    """Memory of the first device that a step may fill, its arguments (which are there already) included."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
+        pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return int(HEADROOM * (pages + _size(arguments)))
+    others = max(stats["bytes_in_use"] - _size(arguments), 0)
+    return int(HEADROOM * (stats["bytes_limit"] - others))
+
+
+class PlannedStep:
+    """A training step that is compiled once for each shape of batch, keeping for the backward pass what fits.
+
+    Call it as the step itself.
+
+    Args:
+      make_step: Remat -> the jitted step.
+      model: gives its config and the dtype of activations.
+      remat: "auto" or what Remat.parse takes.
+      budget_gb: device memory to stay under, in GB; None: what is free.
+      announce: gets one line for each shape that "auto" decides about.
+    """
+
+    def __init__(
+        self,
+        make_step: Callable[[Remat], Any],
+        model: Any,
+        remat: str = "auto",
+        budget_gb: float | None = None,
+        announce: Callable[[str], None] = tqdm.write,
+    ):
+        self._make_step, self._config = make_step, model.module.config
+        self._itemsize = jnp.dtype(model.dtype).itemsize
+        self._fixed = None if remat == "auto" else Remat.parse(remat)
+        self._budget_gb, self._announce = budget_gb, announce
+        self._compiled: dict[tuple[int, ...], Any] = {}
+
+    def __call__(self, trainable, opt_state, base, batch, key):
+        arguments = (trainable, opt_state, base, batch, key)
+        shape = tuple(batch["input_ids"].shape)
+        if shape not in self._compiled:
+            self._compiled[shape] = self.compile(arguments)
+        return self._compiled[shape](*arguments)
+
+    @property
+    def compilations(self) -> int:
+        """Shapes of batch that came."""
+        return len(self._compiled)
+
+    def compile(self, arguments: tuple):
+        """The compiled step for arguments of these shapes."""
+        if self._fixed is not None:
+            return self._lowered(self._fixed, arguments)
+        choice = choose(
+            lambda remat: self._lowered(remat, arguments),
+            self._config,
+            arguments,
+            itemsize=self._itemsize,
+            budget=free_bytes(arguments) if self._budget_gb is None else int(self._budget_gb * 1e9),
+            offload=jax.default_backend() == "gpu",
+        )
+        _, rows, length = arguments[3]["input_ids"].shape
+        self._announce(f"{rows} x {length} tokens: {choice}")
+        return choice.compiled or self._lowered(choice.remat, arguments)
+
+    def _lowered(self, remat: Remat, arguments: tuple):
+        return self._make_step(remat).lower(*arguments).compile()
+
+
+def choose(
+    compile_step: Callable[[Remat], Any],
+    config: DecoderConfig,
+    arguments: tuple,
+    *,
+    itemsize: int,
+    budget: int,
+    offload: bool,
+) -> Choice:
+    """The first of CHOICES whose compiled step needs at most `budget` bytes.
+
+    Args:
+      compile_step: remat -> the compiled step for `arguments`.
+      config: the model's.
+      arguments: of the step, arrays or shapes; their shapes are what is remembered.
+      itemsize: bytes of an activation.
+      budget: bytes.
+      offload: whether SMALLEST may be tried.
+
+    Raises:
+      MemoryError: none fits; says what the smallest needs.
+    """
+    choices = [*CHOICES, SMALLEST] if offload else list(CHOICES)
+    _, rows, length = arguments[3]["input_ids"].shape
+    keeps = {remat: kept_bytes(remat, config, rows * length, itemsize) for remat in choices}
+    memory, base = _remembered(arguments), _size(arguments)
+    measured = {remat: memory[str(remat)] for remat in choices if str(remat) in memory}
+    for remat in choices:
+        compiled = None
+        if remat not in measured:
+            if remat != choices[-1] and _forecast(remat, measured, keeps, base) > budget:
+                continue
+            compiled = compile_step(remat)
+            measured[remat] = peak_bytes(compiled)
+            _remember(arguments, {str(r): n for r, n in measured.items()})
+        if measured[remat] <= budget:
+            needs = {str(r): _forecast(r, measured, keeps, base) for r in choices}
+            return Choice(remat, compiled, needs, budget)
+    least = min(_forecast(remat, measured, keeps, base) for remat in choices)
+    raise MemoryError(
+        f"the training step needs at least {least / 1e9:.2f} GB and {budget / 1e9:.2f} GB are free. Make "
+        "per_device_train_batch_size or max_length smaller (gradient_accumulation_steps makes up for it), use "
+        "optim='adamw_8bit', or load the model in 4 bits"
+    )
+
+
+def _forecast(remat: Remat, measured: dict[Remat, int], keeps: dict[Remat, int], base: int) -> int:
+    """Bytes that a choice needs: measured, or the nearest measured one with other bytes kept."""
+    if remat in measured:
+        return measured[remat]
+    if not measured:
+        return base + keeps[remat]
+    nearest = min(measured, key=lambda known: abs(keeps[known] - keeps[remat]))
+    return measured[nearest] - keeps[nearest] + keeps[remat]
+
+
+def _size(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
+
+
+def _place(arguments: tuple) -> Path | None:
+    """The file that remembers what these shapes need on this device with these versions."""
+    folder = cache_folder()
+    if folder is None:
+        return None
+    shapes = [(jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype)) for path, leaf in
+              jax.tree_util.tree_leaves_with_path(arguments)]  # fmt: skip
+    key = repr((shapes, jax.__version__, jax.devices()[0].device_kind))
+    return folder / "memory" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+
+def _remembered(arguments: tuple) -> dict[str, int]:
+    place = _place(arguments)
+    try:
+        return {} if place is None else json.loads(place.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _remember(arguments: tuple, needs: dict[str, int]) -> None:
+    place = _place(arguments)
+    if place is None:
+        return
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part = place.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(needs))
+        part.replace(place)
+    except OSError:  # a read-only home costs a compilation next time, nothing else
+        pass

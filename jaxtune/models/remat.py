@@ -1,0 +1,57 @@
+"""What a layer keeps for the backward pass, by name; the rest is computed again from the layer's input.
+
+Every name but `attention` costs a matrix product of K = D to compute again, so a byte kept saves about the same time
+whichever it is; attention saves more than that as rows get longer.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxtune.config import KEEPABLE, remat_parts
+
+_BLOCK_INPUT = "block_input"
+
+
+def keep(x: Any, name: str) -> Any:
+    """Marks the arrays of a pytree as what `Remat.keep` means by `name`."""
+    return jax.tree.map(lambda leaf: checkpoint_name(leaf, name), x)
+
+
+@dataclass(frozen=True)
+class Remat:
+    """A choice of what to keep on the device beside each layer's input, and whether that input goes to the host.
+
+    keep, per token and layer, elements: attention (its output, D, and softmax statistics), qkv (D + 2·K·h), residual
+    (x + attention, D), gate_up (2·F). offload: layer inputs wait in pinned host memory.
+    """
+
+    keep: frozenset[str] = frozenset()
+    offload: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> "Remat":
+        """ "all" (recompute everything), "none" (keep everything), or names joined by "+"; see config.remat_parts."""
+        return cls(*remat_parts(text))
+
+    def __str__(self) -> str:
+        words = (
+            ["none"]
+            if self.keep == frozenset(KEEPABLE)
+            else [n for n in KEEPABLE if n in self.keep] or ["all"]
+        )
+        return "+".join(words + ["offload"] * self.offload)
+
+    def policy(self):
+        """For jax.checkpoint."""
+        names = sorted(self.keep)
+        if not self.offload:
+            return jax.checkpoint_policies.save_only_these_names(*names)
+        return jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=names,
+            names_which_can_be_offloaded=[_BLOCK_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )

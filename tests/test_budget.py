@@ -1,0 +1,104 @@
+"""remat="auto": the fastest choice that fits, one compilation where one is enough, and an answer that is kept."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny_models
+
+from jaxtune import models
+from jaxtune.budget import CHOICES, PlannedStep, choose, kept_bytes
+
+CONFIG = models.build(tiny_models.make_config("llama"), jnp.bfloat16).config
+BATCH = {"input_ids": jax.ShapeDtypeStruct((1, 4, 512), jnp.int32)}
+ARGUMENTS = ({}, {}, {"w": jax.ShapeDtypeStruct((1000, 1000), jnp.uint8)}, BATCH, None)
+WORK = 50_000_000  # what every choice needs beside what it keeps
+
+
+def compiled(remat):
+    """A program of the size that the forecast would have, but for some work space."""
+    temp = WORK + kept_bytes(remat, CONFIG, 4 * 512, 2)
+    needs = SimpleNamespace(
+        argument_size_in_bytes=1_008_192,
+        temp_size_in_bytes=temp,
+        output_size_in_bytes=0,
+        alias_size_in_bytes=0,
+    )
+    return SimpleNamespace(memory_analysis=lambda: needs, remat=remat)
+
+
+def need(text):
+    remat = next(r for r in CHOICES if str(r) == text)
+    return 1_008_192 + WORK + kept_bytes(remat, CONFIG, 4 * 512, 2)
+
+
+@pytest.fixture
+def tried(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAXTUNE_COMPILE_CACHE", str(tmp_path))
+    return []
+
+
+def plan(tried, budget, offload=False):
+    def compile_step(remat):
+        tried.append(str(remat))
+        return compiled(remat)
+
+    return choose(compile_step, CONFIG, ARGUMENTS, itemsize=2, budget=budget, offload=offload)
+
+
+def test_with_room_nothing_is_recomputed_and_one_step_is_compiled(tried):
+    choice = plan(tried, 10**12)
+    assert str(choice.remat) == "none" and tried == ["none"] and choice.compiled.remat == choice.remat
+
+
+@pytest.mark.parametrize("wanted", [str(remat) for remat in CHOICES])
+def test_the_fastest_that_fits_is_taken(tried, wanted):
+    choice = plan(tried, need(wanted))
+    assert str(choice.remat) == wanted
+    assert len(tried) <= 3  # the forecast skips the rest
+    assert choice.needs[wanted] == need(wanted) <= choice.budget
+
+
+def test_the_line_names_the_neighbours(tried):
+    line = str(plan(tried, need("attention+gate_up")))
+    assert line.startswith("remat=attention+gate_up: ")
+    assert "attention+qkv+gate_up " in line and "attention+qkv 0" in line
+
+
+def test_the_answer_is_kept(tried):
+    plan(tried, need("attention"))
+    before = list(tried)
+    again = plan(tried, need("attention"))
+    assert str(again.remat) == "attention" and again.compiled is None and tried == before
+
+
+def test_layer_inputs_go_to_the_host_when_nothing_else_fits(tried):
+    assert str(plan(tried, need("all") - 1, offload=True).remat) == "all+offload"
+
+
+def test_too_little_memory_says_how_much_is_needed(tried):
+    with pytest.raises(
+        MemoryError, match=r"at least 0\.05 GB and 0\.00 GB are free.*per_device_train_batch_size"
+    ):
+        plan(tried, 1000)
+
+
+def test_a_step_is_compiled_once_for_each_shape():
+    made, lines = [], []
+
+    def make_step(remat):
+        made.append(str(remat))
+        return jax.jit(
+            lambda trainable, state, base, batch, key: (trainable, state, {"loss": batch["input_ids"].sum()})
+        )
+
+    model = SimpleNamespace(module=SimpleNamespace(config=CONFIG), dtype=jnp.float32)
+    step = PlannedStep(make_step, model, "auto", budget_gb=1.0, announce=lines.append)
+    for length in (8, 8, 16):
+        _, _, metrics = step(
+            {}, {}, {}, {"input_ids": jnp.ones((1, 2, length), jnp.int32)}, jax.random.key(0)
+        )
+        assert metrics["loss"] == 2 * length
+    assert step.compilations == 2 and made == ["none", "none"]
+    assert lines[0].startswith("2 x 8 tokens: remat=none: ") and len(lines) == 2
