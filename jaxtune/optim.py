@@ -59,7 +59,7 @@ def _compress(x: jax.Array, signed: bool) -> Moment:
     scaled = blocks * jnp.where(absmax > 0, 1 / absmax, 0)[:, None]
     code = dynamic_map(signed)
     bounds = jnp.asarray((code[:-1] + code[1:]) / 2)
-    return Moment(jnp.searchsorted(bounds, scaled, method="sort").astype(jnp.uint8), absmax)
+    return Moment(jnp.searchsorted(bounds, scaled, method="scan_unrolled").astype(jnp.uint8), absmax)
 
 
 def _expand(moment: Moment | jax.Array, like: jax.Array, signed: bool) -> jax.Array:
