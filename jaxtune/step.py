@@ -74,7 +74,8 @@ def loss_sum(
     )
     want = targets(batch["labels"], batch["segment_ids"]).reshape(-1)
     options = Options(chunk=loss_chunk or default_chunk(), train_head=module.trains_head())
-    return fused_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), module.head(), want, options)
+    with jax.named_scope("loss"):
+        return fused_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), module.head(), want, options)
 
 
 def clip(grads: Leaves, max_norm: float | None) -> tuple[Leaves, jax.Array]:
@@ -149,7 +150,8 @@ def make_train_step(
         keys = jax.random.split(key, batch["labels"].shape[0])
         (grads, loss, correct), _ = jax.lax.scan(accumulate, start, (batch, keys))
         grads, norm = clip(grads, max_grad_norm)
-        updates, opt_state = optimizer.update(grads, opt_state, trainable)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, opt_state, trainable)
         metrics = {
             "loss": loss,
             "grad_norm": norm,

@@ -100,6 +100,21 @@ def _tail(rank: int) -> int:
     return -(-rank // TAIL) * TAIL
 
 
+def _beside(weights: tuple, adapters: tuple, dtype) -> jax.Array:
+    """[W | Bᵀ | 0], [sum(out), in + tail]."""
+    with jax.named_scope("dequantise"):
+        b = _joined_b(weights, adapters).T
+        b = jnp.pad(b, ((0, 0), (0, _tail(b.shape[1]) - b.shape[1])))
+        return jnp.concatenate([_stacked(weights, dtype), b], axis=1)
+
+
+def _below(weights: tuple, adapters: tuple, dtype) -> jax.Array:
+    """[W; Aᵀ; 0], [sum(out) + tail, in]."""
+    with jax.named_scope("dequantise"):
+        a = _joined_a(adapters).T
+        return jnp.concatenate([_stacked(weights, dtype), jnp.pad(a, ((0, _tail(len(a)) - len(a)), (0, 0)))])
+
+
 def _widen(x: jax.Array, through: jax.Array) -> tuple[jax.Array, jax.Array]:
     """x [N, K] and through [K, R] -> ([x | x·through | 0], x·through).
 
@@ -108,7 +123,8 @@ def _widen(x: jax.Array, through: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     rank, tail = through.shape[1], _tail(through.shape[1])
     wide = jnp.pad(x, ((0, 0), (0, tail)))
-    product = wide @ jnp.pad(through, ((0, tail), (0, 0)))
+    with jax.named_scope("lora"):
+        product = wide @ jnp.pad(through, ((0, tail), (0, 0)))
     return jax.lax.dynamic_update_slice(wide, product, (0, x.shape[1])), product[:, :rank]
 
 
@@ -120,27 +136,25 @@ def _joined(x: jax.Array, weights: tuple, adapters: tuple) -> jax.Array:
 
 def _joined_forward(x, weights, adapters):
     wide, _ = _widen(x, _joined_a(adapters))
-    b = _joined_b(weights, adapters).T
-    b = jnp.pad(b, ((0, 0), (0, wide.shape[1] - x.shape[1] - b.shape[1])))
-    return wide @ jnp.concatenate([_stacked(weights, x.dtype), b], axis=1).T, (x, weights, adapters)
+    return wide @ _beside(weights, adapters, x.dtype).T, (x, weights, adapters)
 
 
 def _joined_backward(residuals, dy):
     x, weights, adapters = residuals
     weights, dy = jax.lax.optimization_barrier((weights, dy))
-    a, b = _joined_a(adapters), _joined_b(weights, adapters)
-    w = _stacked(weights, dy.dtype)
-    if w.shape[0] < 3 * w.shape[1]:
-        wide, dxa = _widen(dy, b.T)
-        below = jnp.pad(a.T, ((0, wide.shape[1] - w.shape[0] - a.shape[1]), (0, 0)))
-        dx = wide @ jnp.concatenate([w, below])
+    a, width = _joined_a(adapters), x.shape[1]
+    if dy.shape[1] < 3 * width:
+        wide, dxa = _widen(dy, _joined_b(weights, adapters).T)
+        dx = wide @ _below(weights, adapters, dy.dtype)
     else:  # dy is the widest array: read it once and make two passes over dx
-        both = dy @ jnp.concatenate([w, jnp.pad(b.T, ((0, 0), (0, _tail(len(b)) - len(b))))], axis=1)
-        dxa = both[:, w.shape[1] : w.shape[1] + len(b)]
-        # without the barrier XLA copies the slice to add to it inside the skinny product
-        dx = both[:, : w.shape[1]] + jax.lax.optimization_barrier(dxa @ a.T)
-    da = jnp.dot(x.T, dxa, preferred_element_type=jnp.float32)
-    db = jnp.dot((x @ a).T, dy, preferred_element_type=jnp.float32)  # [R, sum(out)]
+        both = dy @ _beside(weights, adapters, dy.dtype)
+        dxa = both[:, width : width + a.shape[1]]
+        with jax.named_scope("lora"):
+            # without the barrier XLA copies the slice to add to it inside the skinny product
+            dx = both[:, :width] + jax.lax.optimization_barrier(dxa @ a.T)
+    with jax.named_scope("lora"):
+        da = jnp.dot(x.T, dxa, preferred_element_type=jnp.float32)
+        db = jnp.dot((x @ a).T, dy, preferred_element_type=jnp.float32)  # [R, sum(out)]
     grads, rank, row = [], 0, 0
     for weight, adapter in zip(weights, adapters, strict=True):
         grad = None

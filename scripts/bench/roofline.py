@@ -1,0 +1,222 @@
+"""What a compiled GPU program must cost: each kernel's bytes and operations, and the time that they take at best.
+
+    python scripts/bench/roofline.py program.hlo.txt [rows]
+
+Reads the text of an optimised HLO module (`compiled.as_text()`), multiplies the bodies of loops by their trip counts
+and sums max(bytes / bandwidth, operations / rate) by kind. Loops whose count the compiler does not know (the chunks of
+the loss) count `unknown_trips` times. What it does not see: how near a kernel comes to its floor, launch gaps, and what
+runs at the same time (`kept` copies mostly do).
+"""
+
+import collections
+import re
+import sys
+from typing import NamedTuple
+
+BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8, "u8": 1, "s8": 1, "pred": 1,
+         "f8e4m3fn": 1, "f8e5m2": 1, "u4": 0.5, "s4": 0.5}  # fmt: skip
+SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+INSTRUCTION = re.compile(r"^(ROOT )?%?([\w.\-]+) = (\([^=]*?\)|\S+) ([\w\-]+)\((.*)$")
+FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "iota", "after-all", "partition-id"}
+SKINNY = 64  # a product with a side this short is an adapter's
+
+
+class Ceilings(NamedTuple):
+    """bytes/s of a copy (read + written), operations/s of bf16 products, of fp8 products, of attention."""
+
+    bandwidth: float = 4.3e12
+    bf16: float = 800e12
+    fp8: float = 1450e12
+    attention: float = 580e12
+
+
+H200 = Ceilings()  # as measured on one, see docs/benchmarks.md
+
+
+class Kernel(NamedTuple):
+    """One instruction: times run, kind, bytes moved and operations of one run, seconds of all at best."""
+
+    name: str
+    kind: str
+    times: int
+    bytes: float
+    flops: float
+    seconds: float
+    op_name: str
+
+
+class Instruction(NamedTuple):
+    name: str
+    type: str
+    op: str
+    operands: list[str]
+    text: str
+    root: bool
+
+
+def shapes(text: str) -> list[tuple[str, list[int]]]:
+    return [(d, [int(n) for n in dims.split(",") if n]) for d, dims in SHAPE.findall(text) if d in BYTES]
+
+
+def size(text: str) -> float:
+    """Bytes of a (tuple) type."""
+    total = 0.0
+    for dtype, dims in shapes(text):
+        count = 1
+        for n in dims:
+            count *= n
+        total += count * BYTES[dtype]
+    return total
+
+
+def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """HLO text -> computations, and the entry's name."""
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = "", None
+    for line in re.sub(r"/\*index=\d+\*/", "", text).splitlines():
+        header = re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$", line)
+        if header:
+            current = computations.setdefault(header[2], [])
+            entry = header[2] if header[1] else entry
+        elif line.startswith("}"):
+            current = None
+        elif current is not None and (found := INSTRUCTION.match(line.strip())):
+            root, name, kind, op, rest = found.groups()
+            arguments = rest.split("), ")[0] if op != "parameter" else ""
+            current.append(
+                Instruction(name, kind, op, re.findall(r"%([\w.\-]+)", arguments), line, bool(root))
+            )
+    return computations, entry
+
+
+def called(instruction: Instruction, key: str) -> str:
+    found = re.search(rf"{key}=%?([\w.\-]+)", instruction.text)
+    assert found, instruction.text
+    return found[1]
+
+
+def moved_by_fusion(body: list[Instruction]) -> float:
+    """Bytes that a fusion reads and writes: of what it only takes slices of, the slices; in place, the update."""
+    types = {i.name: i.type for i in body}
+    producers = {i.name: i for i in body}
+    users = collections.defaultdict(list)
+    for i in body:
+        for operand in i.operands:
+            users[operand].append(i)
+
+    def written(name: str) -> float:
+        i = producers[name]
+        if i.op == "dynamic-update-slice":
+            return size(types[i.operands[1]])
+        return sum(written(o) for o in i.operands) if i.op == "tuple" else size(i.type)
+
+    def read(i: Instruction) -> float:
+        uses = users[i.name]
+        if uses and all(u.op in ("dynamic-slice", "slice", "gather") for u in uses):
+            return min(size(i.type), sum(size(u.type) for u in uses))
+        if uses and all(u.op == "dynamic-update-slice" and u.operands[0] == i.name for u in uses):
+            return 0
+        return size(i.type)
+
+    return sum(read(i) for i in body if i.op == "parameter") + sum(written(i.name) for i in body if i.root)
+
+
+def product(i: Instruction, types: dict[str, str]) -> tuple[float, float, bool]:
+    """(bytes, operations, whether it is skinny) of a matrix product."""
+    lhs = shapes(types[i.operands[0]])[0][1]
+    found = re.search(r'lhs_contracting_dimensions":\[([^\]]*)\]', i.text)
+    assert found, i.text
+    inner = 1
+    for axis in re.findall(r"\d+", found[1]):
+        inner *= lhs[int(axis)]
+    result = SHAPE.search(i.type)
+    assert result
+    dims = shapes(result[0])[0][1]
+    count = 1
+    for n in dims:
+        count *= n
+    moved = size(result[0]) + sum(size(types[o]) for o in i.operands)
+    return moved, 2.0 * count * inner, min(inner, *dims[-2:]) <= SKINNY
+
+
+def attention(i: Instruction, types: dict[str, str]) -> float:
+    """Operations of causal attention over whole rows, forward or backward."""
+    batch, tokens, heads, h = shapes(types[i.operands[0]])[0][1]
+    return 2.0 * batch * heads * tokens * tokens * h * (2.5 if "Backward" in i.text else 1)
+
+
+def kind_of(i: Instruction, op_name: str, default: str) -> str:
+    for scope in ("loss", "optimizer", "lora", "dequantise"):
+        if re.search(rf"(?:^|[/(]){scope}(?:[/)]|$)", op_name):
+            return scope
+    if i.op == "fusion-start" or "dynamic_update_slice" in op_name or "dynamic_index_in_dim" in op_name:
+        return "kept"
+    return default
+
+
+def kernels(text: str, ceilings: Ceilings = H200, unknown_trips: int = 8) -> list[Kernel]:
+    """Every kernel of an optimised HLO module."""
+    computations, entry = parse(text)
+    found: list[Kernel] = []
+
+    def add(i: Instruction, types: dict[str, str], times: int) -> None:
+        op_name = re.search(r'op_name="([^"]*)"', i.text)
+        name = op_name[1] if op_name else ""
+        moved, flops, kind = (
+            size(i.type) + sum(size(types.get(o, "")) for o in i.operands),
+            0.0,
+            "element-wise",
+        )
+        rate = ceilings.bf16
+        if i.op in ("fusion", "fusion-start"):
+            moved = moved_by_fusion(computations[called(i, "calls")])
+        elif i.op == "custom-call" and "$fmha" in i.text:
+            kind, flops, rate = "attention", attention(i, types), ceilings.attention
+        elif (i.op == "custom-call" and "$matmul" in i.text) or "__cublas$gemm" in i.text:
+            moved, flops, skinny = product(i, types)
+            kind = "lora" if skinny else "products"
+            rate = ceilings.fp8 if "f8e" in types[i.operands[0]] else rate
+        elif i.op.startswith("copy"):
+            kind = "copies"
+        seconds = times * max(moved / ceilings.bandwidth, flops / rate)
+        kind = kind if kind in ("attention", "lora") else kind_of(i, name, kind)
+        found.append(Kernel(i.name, kind, times, moved, flops, seconds, name))
+
+    def walk(computation: str, times: int) -> None:
+        types = {i.name: i.type for i in computations[computation]}
+        for i in computations[computation]:
+            if i.op == "while":
+                trips = re.search(r'known_trip_count":\{"n":"(\d+)"', i.text)
+                walk(called(i, "body"), times * (int(trips[1]) if trips else unknown_trips))
+            elif i.op == "call":
+                walk(called(i, "to_apply"), times)
+            elif i.op not in FREE and i.op != "conditional" and not i.op.endswith("-done"):
+                add(i, types, times)
+
+    walk(entry, 1)
+    return found
+
+
+def by_kind(rows: list[Kernel]) -> dict[str, float]:
+    """Seconds at best of each kind, longest first."""
+    totals: collections.Counter[str] = collections.Counter()
+    for row in rows:
+        totals[row.kind] += row.seconds
+    return dict(totals.most_common())
+
+
+def main() -> None:
+    with open(sys.argv[1]) as file:
+        rows = kernels(file.read())
+    for kind, seconds in by_kind(rows).items():
+        print(f"{kind:14s} {seconds * 1e3:9.2f} ms")
+    print(f"{'all':14s} {sum(row.seconds for row in rows) * 1e3:9.2f} ms\n")
+    for row in sorted(rows, key=lambda row: -row.seconds)[: int(sys.argv[2]) if len(sys.argv) > 2 else 30]:
+        print(
+            f"{row.seconds * 1e3:8.2f} ms {row.times:4d} x {row.kind:13s} {row.bytes / 1e6:9.1f} MB "
+            f"{row.flops / 1e9:9.1f} GFLOP  {row.name[:36]:36s} {row.op_name[-70:]}"
+        )
+
+
+if __name__ == "__main__":
+    main()

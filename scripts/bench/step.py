@@ -1,0 +1,330 @@
+"""A QLoRA training step on random weights of a real shape: tokens a second, memory, and where the time goes.
+
+    python scripts/bench/step.py --batch 4x2048 1x8192 --remat auto all+offload
+    python scripts/bench/step.py --batch 4x2048 --remat none --profile
+    python scripts/bench/step.py --compile_for_h200        # no GPU needed, only jax[cuda13]: memory and the floor
+
+On a GPU, first the ceilings of that very machine (copy, bf16 product), then for each batch and each choice of `remat`:
+median and spread of the step, tokens/s, memory forecast and peak, and the floor: what each kind of kernel must cost at
+those ceilings (roofline.py). --profile adds what each kind took. Batches that do not fit are reported as such.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import roofline
+
+# hidden, ffn, layers, heads, kv heads, head_dim, vocabulary, tied
+MODELS = {
+    "llama-3.1-8b": (4096, 14336, 32, 32, 8, 128, 128256, False),
+    "llama-3.2-1b": (2048, 8192, 16, 32, 8, 64, 128256, True),
+    "smollm2-135m": (576, 1536, 30, 9, 3, 64, 49152, True),
+}
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 62914560
+  clock_rate_ghz: 1.98 device_memory_size: 150000000000 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 12 } runtime_version { major: 13 }
+device_description_str: "NVIDIA H200"
+"""
+
+
+@dataclasses.dataclass
+class Result:
+    """One batch shape with one choice of remat; times in milliseconds, memory in GB."""
+
+    batch: str
+    remat: str
+    compile_s: float
+    needs_gb: float
+    host_gb: float
+    floor_ms: dict[str, float]
+    median_ms: float | None = None
+    spread_ms: tuple[float, float] | None = None
+    tokens_per_second: float | None = None
+    peak_gb: float | None = None
+    loss: float | None = None
+    took_ms: dict[str, float] | None = None
+
+    def line(self) -> str:
+        floor = sum(self.floor_ms.values())
+        text = f"{self.batch:>9s} {self.remat:22s} needs {self.needs_gb:7.2f} GB  floor {floor:8.1f} ms"
+        if self.median_ms is None or self.spread_ms is None:
+            return text
+        low, high = self.spread_ms
+        return (
+            f"{text}  took {self.median_ms:8.1f} ms ({low:.1f} to {high:.1f})  {self.tokens_per_second:8.0f} tokens/s  "
+            f"peak {self.peak_gb:6.2f} GB"
+        )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=MODELS, default="llama-3.1-8b")
+    parser.add_argument("--batch", nargs="+", default=["4x2048"], help="rows x tokens")
+    parser.add_argument("--remat", nargs="+", default=["none", "all"], help="see SFTConfig.remat; auto too")
+    parser.add_argument("--documents", type=int, default=1, help="documents packed into a row")
+    parser.add_argument("--optim", default="adamw_8bit")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--compile_for_h200", action="store_true")
+    parser.add_argument("--out", default=".", help="folder for step.json and the programs' HLO")
+    return parser.parse_args()
+
+
+class Bench:
+    """Model, optimizer and the leaves (shapes, or random arrays on the device)."""
+
+    def __init__(self, args: argparse.Namespace):
+        import jax
+        import jax.numpy as jnp
+        from flax import nnx
+        from transformers import LlamaConfig
+
+        from jaxtune import lora, models
+        from jaxtune.config import SFTConfig
+        from jaxtune.models.names import leaf_shapes, trainable_paths
+        from jaxtune.optim import make_optimizer
+
+        hidden, ffn, layers, heads, kv, head_dim, vocab, tied = MODELS[args.model]
+        config = LlamaConfig(
+            hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=kv, head_dim=head_dim, vocab_size=vocab, tie_word_embeddings=tied,
+            max_position_embeddings=131072, rope_theta=500000.0,
+        )  # fmt: skip
+        self.args, self.module = args, models.build(config, jnp.bfloat16, nf4=True)
+        lora.attach(self.module, lora.LoraConfig(r=args.rank))
+        shapes, trained = leaf_shapes(self.module), trainable_paths(self.module)
+        self.trainable: Any = {path: s for path, s in shapes.items() if path in trained}
+        self.base: Any = {path: s for path, s in shapes.items() if path not in trained}
+        training = SFTConfig(optim=args.optim, learning_rate=2e-4)
+        self.optimizer = make_optimizer(training, 1000, self.trainable)
+        self.state: Any = jax.eval_shape(self.optimizer.init, self.trainable)
+        self.model = SimpleNamespace(
+            graphdef=nnx.graphdef(self.module), module=self.module, dtype=self.module.dtype
+        )
+
+    def fill(self) -> None:
+        """Random leaves on the device; the adapter's B is not zero, so that every gradient is one."""
+        import jax
+        import jax.numpy as jnp
+
+        def random(key, shape):
+            if shape.dtype == jnp.uint8:
+                return jax.random.bits(key, shape.shape, jnp.uint8)
+            return (0.02 * jax.random.normal(key, shape.shape, jnp.float32)).astype(shape.dtype)
+
+        make = jax.jit(random, static_argnums=1)
+        leaves = {}
+        for i, (path, shape) in enumerate((self.trainable | self.base).items()):
+            leaves[path] = make(jax.random.key(i), shape)
+        self.base = {path: leaves[path] for path in self.base}
+        self.trainable = {path: leaves[path] for path in self.trainable}
+        self.state = jax.jit(self.optimizer.init)(self.trainable)
+
+    def batch(self, rows: int, tokens: int) -> dict[str, Any]:
+        """Random ids, every token but each document's first a label."""
+        import numpy as np
+
+        documents = self.args.documents
+        length = -(-tokens // documents)
+        positions = np.broadcast_to(np.arange(tokens) % length, (1, rows, tokens)).astype(np.int32)
+        ids = np.random.default_rng(0).integers(4, 32000, positions.shape).astype(np.int32)
+        segments = np.broadcast_to(np.arange(tokens) // length + 1, positions.shape).astype(np.int32)
+        starts = np.broadcast_to(np.arange(documents) * length, (1, rows, documents)).astype(np.int32)
+        columns = {"input_ids": ids, "positions": positions, "segment_ids": segments, "starts": starts}
+        return columns | {"labels": np.where(positions == 0, -100, ids)}
+
+    def planned(self, remat: str):
+        from jaxtune.budget import PlannedStep
+        from jaxtune.step import make_train_step
+
+        make = lambda remat: make_train_step(self.model, self.optimizer, remat=remat)  # noqa: E731
+        return PlannedStep(make, self.model, remat)
+
+
+def measure(bench: Bench, name: str, remat: str, compiled, seconds: float, ceilings) -> Result:
+    """What the compiler says of a step: memory, and the time of its kernels at the ceilings."""
+    from jaxtune.budget import peak_bytes
+
+    out = Path(bench.args.out)
+    text = compiled.as_text()
+    (out / f"step_{name}_{remat.replace('+', '_')}.hlo.txt").write_text(text)
+    rows, tokens = map(int, name.split("x"))
+    floor = roofline.by_kind(roofline.kernels(text, ceilings, unknown_trips=-(-rows * tokens // 1024)))
+    host = compiled.memory_analysis().host_temp_size_in_bytes / 1e9
+    milliseconds = {kind: round(value * 1e3, 2) for kind, value in floor.items()}
+    return Result(name, remat, round(seconds, 1), peak_bytes(compiled) / 1e9, host, milliseconds)
+
+
+def run(bench: Bench, result: Result, compiled, batch) -> None:
+    """Two steps to warm up, then timed ones; fills in the result."""
+    import jax
+
+    key = jax.random.key(0)
+
+    def step():
+        bench.trainable, bench.state, metrics = compiled(bench.trainable, bench.state, bench.base, batch, key)
+        return float(metrics["loss"])
+
+    step(), step()
+    times = []
+    for _ in range(bench.args.steps):
+        began = time.perf_counter()
+        result.loss = step()
+        times.append((time.perf_counter() - began) * 1e3)
+    result.median_ms = statistics.median(times)
+    result.spread_ms = (min(times), max(times))
+    result.tokens_per_second = batch["input_ids"].size / result.median_ms * 1e3
+    result.peak_gb = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9
+    if bench.args.profile:
+        result.took_ms = profile(step, compiled.as_text())
+
+
+def profile(step, text: str) -> dict[str, float]:
+    """Milliseconds of each kind of kernel in one step, and `gaps`, when no kernel ran."""
+    import jax
+
+    kinds = {row.name: row.kind for row in roofline.kernels(text)}
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            step()
+        trace = jax.profiler.ProfileData.from_file(str(next(Path(folder).rglob("*.xplane.pb"))))
+    totals: dict[str, float] = {}
+    spans = []
+    for plane in trace.planes:
+        if "/device:GPU" not in plane.name:
+            continue
+        for line in plane.lines:
+            if not line.name.startswith("Stream"):
+                continue
+            for event in line.events:
+                operation = str(dict(event.stats).get("hlo_op", ""))
+                kind = kinds.get(operation, "other")
+                totals[kind] = totals.get(kind, 0.0) + event.duration_ns / 1e6
+                spans.append((event.start_ns, event.start_ns + event.duration_ns))
+    busy, end = 0.0, 0.0
+    for start, stop in sorted(spans):
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    if spans:
+        totals["gaps"] = (end - min(spans)[0] - busy) / 1e6
+    return {kind: round(value, 2) for kind, value in sorted(totals.items(), key=lambda item: -item[1])}
+
+
+def ceilings_here() -> roofline.Ceilings:
+    """Copy bandwidth and bf16 product rate of this GPU, on random data."""
+    import jax
+    import jax.numpy as jnp
+
+    def median(call, *args):
+        jax.block_until_ready(call(*args))
+        times = []
+        for _ in range(10):
+            began = time.perf_counter()
+            jax.block_until_ready(call(*args))
+            times.append(time.perf_counter() - began)
+        return statistics.median(times)
+
+    big = jax.random.normal(jax.random.key(0), (1 << 29,), jnp.bfloat16)
+    copied = 4 * big.size / median(jax.jit(lambda x: x + 1), big)
+    a, b = (
+        jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
+        for i, shape in ((1, (8192, 4096)), (2, (14336, 4096)))
+    )
+    rate = 2 * 8192 * 4096 * 14336 / median(jax.jit(lambda a, b: a @ b.T), a, b)
+    return roofline.Ceilings()._replace(bandwidth=copied, bf16=rate)
+
+
+def without_a_gpu(args: argparse.Namespace) -> list[Result]:
+    """The programs that an H200 would run, compiled for it on a machine without one."""
+    os.environ |= {
+        "CUDA_VISIBLE_DEVICES": "-1",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "JAXTUNE_COMPILE_CACHE": "0",
+    }
+    os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+    import jax
+    from jax.experimental import topologies
+
+    from jaxtune.kernels import target
+
+    device = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1").devices[0]
+    place = jax.sharding.SingleDeviceSharding(device)
+    bench, results = Bench(args), []
+    for name in args.batch:
+        rows, tokens = map(int, name.split("x"))
+        leaves = (bench.trainable, bench.state, bench.base, bench.batch(rows, tokens), jax.random.key(0))
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), leaves)
+        for remat in args.remat:
+            from jaxtune.models.remat import Remat
+            from jaxtune.step import make_train_step
+
+            began = time.perf_counter()
+            with target.tracing_for((9, 0)):
+                step = make_train_step(bench.model, bench.optimizer, remat=Remat.parse(remat))
+                compiled = step.trace(*shapes).lower(lowering_platforms=("cuda",)).compile()
+            results.append(
+                measure(bench, name, remat, compiled, time.perf_counter() - began, roofline.Ceilings())
+            )
+            print(results[-1].line(), flush=True)
+    return results
+
+
+def on_this_device(args: argparse.Namespace) -> list[Result]:
+    import jax
+
+    device = jax.devices()[0]
+    gpu = device.platform == "gpu"
+    ceilings = ceilings_here() if gpu else roofline.H200
+    measured = f"copy {ceilings.bandwidth / 1e12:.2f} TB/s, bf16 {ceilings.bf16 / 1e12:.0f} TFLOP/s"
+    print(f"{device.device_kind}, jax {jax.__version__}: {measured if gpu else 'floors below are an H200s'}")
+    bench, results = Bench(args), []
+    bench.fill()
+    for name in args.batch:
+        batch = bench.batch(*map(int, name.split("x")))
+        for remat in args.remat:
+            planned = bench.planned(remat)
+            call = (bench.trainable, bench.state, bench.base, batch, jax.random.key(0))
+            try:
+                began = time.perf_counter()
+                compiled = planned.compile(call)
+                result = measure(bench, name, remat, compiled, time.perf_counter() - began, ceilings)
+                run(bench, result, compiled, batch)
+            except (MemoryError, jax.errors.JaxRuntimeError) as error:
+                print(f"{name:>9s} {remat:22s} does not run: {str(error).splitlines()[0][:120]}", flush=True)
+                bench.fill()  # a failed step has taken the donated leaves with it
+                continue
+            results.append(result)
+            print(result.line(), flush=True)
+            if result.took_ms:
+                print("          took  ", result.took_ms, "\n          floor ", result.floor_ms, flush=True)
+    return results
+
+
+def main() -> None:
+    args = arguments()
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    results = without_a_gpu(args) if args.compile_for_h200 else on_this_device(args)
+    (Path(args.out) / "step.json").write_text(
+        json.dumps([dataclasses.asdict(result) for result in results], indent=1)
+    )
+
+
+if __name__ == "__main__":
+    main()
