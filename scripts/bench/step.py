@@ -277,7 +277,7 @@ def without_a_gpu(args: argparse.Namespace) -> list[Result]:
 
             began = time.perf_counter()
             with target.tracing_for((9, 0)):
-                step = make_train_step(bench.model, bench.optimizer, remat=Remat.parse(remat))
+                step: Any = make_train_step(bench.model, bench.optimizer, remat=Remat.parse(remat))
                 compiled = step.trace(*shapes).lower(lowering_platforms=("cuda",)).compile()
             results.append(
                 measure(bench, name, remat, compiled, time.perf_counter() - began, roofline.Ceilings())

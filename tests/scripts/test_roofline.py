@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """The floor of a compiled GPU program, counted by hand for a small one."""
 
 import importlib.util
