@@ -81,6 +81,19 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def llama_cpp():
+    """llama.cpp itself, for judging .gguf files (scripts/test.sh fetches its libraries)."""
+    import llamacpp
+
+    folder = Path(os.environ.get("JAXTUNE_LLAMA_CPP", CACHE / "llama_cpp"))
+    if not (folder / "libggml-base.so").is_file():
+        pytest.skip(
+            "no llama.cpp: run scripts/test.sh, or set JAXTUNE_LLAMA_CPP to the folder of its libraries"
+        )
+    return llamacpp.LlamaCpp(folder)
+
+
+@pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory):
     """`tiny_model_dir(family, rope="default", **config)` -> folder of a random tiny model; made once a session."""
     import tiny_models
