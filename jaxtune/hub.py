@@ -112,6 +112,11 @@ class Checkpoint:
         return tokenizer
 
     @property
+    def gguf(self) -> GgufModel | None:
+        """The .gguf file that the model came from, with its metadata; None for any other checkpoint."""
+        return self._reader if isinstance(self._reader, GgufModel) else None
+
+    @property
     def generation_config(self) -> dict[str, Any]:
         """generation_config.json (or a .gguf's token ids) as a dict; empty when the checkpoint has none."""
         if isinstance(self._reader, GgufModel):

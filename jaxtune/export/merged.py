@@ -89,7 +89,7 @@ def save_merged(
     quantised = _quantised(model) if method == "merged_4bit" else set()
     config = _config(model, kind, quantised)
     plan = expected_names(model.module)
-    nbytes = sum(_nbytes(_shape(model, *plan[name]), name, quantised, kind) for name in plan)
+    nbytes = sum(_nbytes(tensor_shape(model, *plan[name]), name, quantised, kind) for name in plan)
     names = [f"{name}{side}" for name in plan for side in ("", *(f".{side}" for side in _BNB_SIDES))]
     with staged_folder(directory, nbytes) as folder:
         bar = tqdm(plan, f"Saving {method}", unit="tensor", disable=not progress, leave=False)
@@ -107,13 +107,7 @@ def save_merged(
 def _check(model, directory, save_method, base, safe_serialization, maximum_memory_usage) -> str:
     if save_method not in METHODS:
         raise ValueError(f"save_method {save_method!r} is unknown; expected one of {', '.join(METHODS)}")
-    if base not in ("dequantised", "original"):
-        raise ValueError(f"base {base!r} is unknown; expected 'dequantised' or 'original'")
-    if base == "original" and model.checkpoint.kind == "bnb-4bit":
-        raise ValueError(
-            f"base='original': {model.name_or_path} is itself stored in 4 bits, so there are no 16-bit weights to "
-            "merge onto; use base='dequantised', or load the 16-bit repository"
-        )
+    check_base(model, base)
     if not safe_serialization:
         raise ValueError("safe_serialization=False (pickled .bin files) is not supported; leave it out")
     if maximum_memory_usage is not None:
@@ -121,6 +115,17 @@ def _check(model, directory, save_method, base, safe_serialization, maximum_memo
     if Path(directory).expanduser().resolve() == model.checkpoint.path.resolve():
         raise ValueError(f"{directory} holds the base model itself; save to another folder")
     return METHODS[save_method]
+
+
+def check_base(model: Model, base: str) -> None:
+    """Raises ValueError for a base that is unknown or that the model's checkpoint cannot give."""
+    if base not in ("dequantised", "original"):
+        raise ValueError(f"base {base!r} is unknown; expected 'dequantised' or 'original'")
+    if base == "original" and model.checkpoint.kind == "bnb-4bit":
+        raise ValueError(
+            f"base='original': {model.name_or_path} is itself stored in 4 bits, so there are no 16-bit weights to "
+            "merge onto; use base='dequantised', or load the 16-bit repository"
+        )
 
 
 def _dtype(model: Model, dtype: str | None) -> np.dtype:
@@ -138,7 +143,7 @@ def _quantised(model: Model) -> set[str]:
     stored = {name for name, slot in slots.items() if f"{slot.path}.weight.codes" in model.base}
     if stored:
         return stored
-    shapes = {name: _shape(model, slot, "weight") for name, slot in slots.items() if name != "lm_head"}
+    shapes = {name: tensor_shape(model, slot, "weight") for name, slot in slots.items() if name != "lm_head"}
     return {name for name, shape in shapes.items() if shape[1] % BLOCK == 0}
 
 
@@ -147,7 +152,7 @@ def _double(model: Model) -> bool:
     return not quantised or any(path.endswith(".absmax_scale") for path in model.base)
 
 
-def _shape(model: Model, slot: Slot, leaf: str) -> tuple[int, ...]:
+def tensor_shape(model: Model, slot: Slot, leaf: str) -> tuple[int, ...]:
     """Shape of a weight or bias in the checkpoint: [out, in], whatever it is stored as."""
     leaves = model.base | model.trainable
     path = f"{slot.path}.{leaf}"
@@ -172,12 +177,12 @@ def _tensors(
         tensors = to_bnb(_merged_nf4(model, base, name, slot), dtype=kind.name)
         return {f"{module}.{side}": value for side, value in tensors.items()}
     with np.errstate(over="ignore"):  # an overflow becomes infinite and is reported by name
-        value = _merged(model, base, name, slot, leaf).astype(kind)
+        value = merged_tensor(model, base, name, slot, leaf).astype(kind)
     check_finite(name, value)
     return {name: value}
 
 
-def _merged(model: Model, base: Base, name: str, slot: Slot, leaf: str) -> np.ndarray:
+def merged_tensor(model: Model, base: Base, name: str, slot: Slot, leaf: str) -> np.ndarray:
     """One merged weight or bias, float32."""
     leaves = model.base | model.trainable
     if f"{slot.path}.{leaf}" in model.trainable:
@@ -200,7 +205,7 @@ def _merged_nf4(model: Model, base: Base, name: str, slot: Slot) -> NF4:
         stored = stored_weight(model.module, leaves, slot)
         assert isinstance(stored, NF4)
         return stored
-    value = _merged(model, base, name, slot, "weight")
+    value = merged_tensor(model, base, name, slot, "weight")
     check_finite(name, value)
     return quantize_nf4(value, double_quant=_double(model))
 

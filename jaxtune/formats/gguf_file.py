@@ -69,7 +69,13 @@ class GgufFile:
             raise ValueError(
                 f"{self.path}: GGUF version {version} (big-endian or too old); expected little-endian 2 or 3"
             )
-        self.metadata = {self._string(): self._value() for _ in range(n_keys)}
+        self.metadata: dict[str, Any] = {}
+        self._kinds: dict[str, int] = {}  # type of a key's number, or of an array's numbers
+        for _ in range(n_keys):
+            key = self._string()
+            kind, inner = struct.unpack_from("<II", self._map, self._at)
+            self._kinds[key] = inner if kind == _ARRAY else kind
+            self.metadata[key] = self._value()
         table = [self._tensor() for _ in range(n_tensors)]
         align = self.metadata.get("general.alignment", 32)
         base = self._at + -self._at % align
@@ -117,6 +123,17 @@ class GgufFile:
         kind = GGMLQuantizationType(number)
         block, block_bytes = GGML_QUANT_SIZES[kind]
         return name, shape, kind, offset, int(np.prod(shape, dtype=np.int64)) // block * block_bytes
+
+    def typed_metadata(self) -> dict[str, Any]:
+        """`metadata` with the file's own types: NumPy scalars and arrays for numbers, so that it can be written."""
+        return {key: self._typed(value, self._kinds[key]) for key, value in self.metadata.items()}
+
+    @staticmethod
+    def _typed(value: Any, kind: int) -> Any:
+        if kind not in _SCALARS or isinstance(value, bool):
+            return value
+        dtype = np.dtype(_SCALARS[kind])
+        return np.array(value, dtype) if isinstance(value, list) else dtype.type(value)
 
     def read(self, name: str) -> np.ndarray:
         """One tensor as float32 [out, in] (a view of the file when it is stored as F32).

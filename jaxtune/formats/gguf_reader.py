@@ -11,23 +11,14 @@ import numpy as np
 
 from jaxtune.formats.gguf_config import generation_config, hf_config
 from jaxtune.formats.gguf_file import GgufFile, open_parts
+from jaxtune.formats.gguf_names import (
+    INTERLEAVED,
+    ROPE_FACTORS,
+    hf_name,
+    join_rotary_halves,
+    rotary_heads,
+)
 from jaxtune.formats.safetensors_reader import TensorInfo
-
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_ROPE_FACTORS = "rope_freqs.weight"
 
 
 class GgufModel:
@@ -42,12 +33,16 @@ class GgufModel:
         parts = open_parts(path)
         self.path = Path(path)
         self.metadata: dict[str, Any] = parts[0].metadata
+        self.typed_metadata = parts[0].typed_metadata
         self._parts: dict[str, GgufFile] = {name: part for part in parts for name in part.tensors}
         shapes = {name: part.tensors[name].shape for name, part in self._parts.items()}
-        factors = self._parts[_ROPE_FACTORS].read(_ROPE_FACTORS) if _ROPE_FACTORS in self._parts else None
-        self.config: dict[str, Any] = hf_config(self.metadata, shapes, factors)
+        # The per-frequency divisors of Llama 3.x's RoPE, [head_dim/2]; None for a model without.
+        self.rope_factors: np.ndarray | None = (
+            self._parts[ROPE_FACTORS].read(ROPE_FACTORS) if ROPE_FACTORS in self._parts else None
+        )
+        self.config: dict[str, Any] = hf_config(self.metadata, shapes, self.rope_factors)
         self.generation_config = generation_config(self.metadata)
-        self._gguf_names = {hf_name(name, path): name for name in self._parts if name != _ROPE_FACTORS}
+        self._gguf_names = {_hf_name(name, path): name for name in self._parts if name != ROPE_FACTORS}
 
     def names(self) -> list[str]:
         """Hugging Face weight names, in file order."""
@@ -63,28 +58,16 @@ class GgufModel:
         """One weight dequantised to float32 [out, in]."""
         gguf_name = self._gguf_names[name]
         values = self._parts[gguf_name].read(gguf_name)
-        if self.metadata["general.architecture"] == "llama":
-            heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(
-                name.split(".")[-2]
-            )
+        if self.metadata["general.architecture"] in INTERLEAVED:
+            config = self.config
+            heads = rotary_heads(name, config["num_attention_heads"], config["num_key_value_heads"])
             if heads:
-                return join_rotary_halves(values, self.config[heads])
+                return join_rotary_halves(values, heads)
         return values
 
 
-def join_rotary_halves(values: np.ndarray, heads: int) -> np.ndarray:
-    """Undo llama.cpp's interleaving: rows (h, i, half) -> (h, half, i). values: [H*h, in] or a bias [H*h]."""
-    split = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
-    return split.swapaxes(1, 2).reshape(values.shape)
-
-
-def hf_name(name: str, path: str | Path) -> str:
-    """Hugging Face name of a GGUF tensor; ValueError for one that the supported families do not have."""
-    stem, _, leaf = name.rpartition(".")
-    if name.startswith("blk."):
-        _, layer, kind = stem.split(".", 2)
-        if kind in _BLOCK:
-            return f"model.layers.{layer}.{_BLOCK[kind]}.{leaf}"
-    elif stem in _TOP:
-        return f"{_TOP[stem]}.{leaf}"
-    raise ValueError(f"{path}: tensor {name!r} belongs to no layer of the supported families")
+def _hf_name(name: str, path: str | Path) -> str:
+    try:
+        return hf_name(name)
+    except (KeyError, ValueError):
+        raise ValueError(f"{path}: tensor {name!r} belongs to no layer of the supported families") from None

@@ -1,8 +1,10 @@
 """Qwen2 and Qwen2.5: biases on q, k and v, and a sliding window on the upper layers where the config asks for it."""
 
+from jaxtune.formats.gguf_names import GgufFamily
 from jaxtune.models.decoder import COMMON_FIELDS, DecoderConfig, read_config
 
 READ = COMMON_FIELDS | {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}
+GGUF = GgufFamily("qwen2", biases=frozenset({"attn_q", "attn_k", "attn_v"}), own_head_dim=False)
 
 
 def windows(hf) -> tuple[int | None, ...]:

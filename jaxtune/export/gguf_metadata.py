@@ -1,0 +1,178 @@
+"""A transformers config as GGUF metadata: the keys, types and order of llama.cpp's own converter.
+
+What llama.cpp cannot compute is refused here, by name and value: it would load the file and answer wrongly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune import models
+from jaxtune.export.gguf_format import Value
+from jaxtune.export.gguf_identity import identity
+from jaxtune.formats.gguf_names import GgufFamily
+from jaxtune.models.rope import Rope, frequencies
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Metadata = dict[str, Value]
+
+QUANTIZATION_VERSION = np.uint32(2)
+_LAST = ("general.quantization_version", "general.file_type")
+# generation_config.json -> general.sampling.*, in the converter's order.
+_SAMPLING = (
+    ("sequence", "sequence", str),
+    ("top_k", "top_k", np.int32),
+    ("top_p", "top_p", np.float32),
+    ("min_p", "min_p", np.float32),
+    ("xtc_probability", "xtc_probability", np.float32),
+    ("xtc_threshold", "xtc_threshold", np.float32),
+    ("temperature", "temp", np.float32),
+    ("penalty_last_n", "penalty_last_n", np.int32),
+    ("repetition_penalty", "penalty_repeat", np.float32),
+    ("mirostat", "mirostat", np.int32),
+    ("mirostat_tau", "mirostat_tau", np.float32),
+    ("mirostat_eta", "mirostat_eta", np.float32),
+)
+
+
+def check_config(config: PretrainedConfig, family: GgufFamily) -> None:
+    """Raises ValueError for a config that llama.cpp's graph of the family cannot compute."""
+    arch = family.architecture
+    decoder = models.family(config).config(config)
+    if decoder.hidden_act != "silu":
+        raise ValueError(f"hidden_act={decoder.hidden_act!r}: llama.cpp's {arch} has silu only")
+    windows = {window for window in decoder.windows if window is not None}
+    if windows and min(windows) < config.max_position_embeddings:
+        raise ValueError(
+            f"sliding_window={min(windows)}: llama.cpp's {arch} has no sliding window and would attend to "
+            f"everything. Set model.config.max_position_embeddings = {min(windows)} to export a model of that context, "
+            "within which both are the same"
+        )
+    if not family.own_head_dim and decoder.num_heads * decoder.head_dim != decoder.hidden_size:
+        raise ValueError(
+            f"head_dim={decoder.head_dim}: llama.cpp's {arch} needs hidden_size / heads = "
+            f"{decoder.hidden_size // decoder.num_heads}"
+        )
+    _check_rope(decoder.rope)
+
+
+def _check_rope(rope: Rope) -> None:
+    if rope.kind == "dynamic":
+        raise ValueError(
+            "rope_type='dynamic' (a base that grows with the text) has no counterpart in GGUF; export with "
+            "'linear' or 'yarn', or without scaling"
+        )
+    if rope.kind == "yarn" and not rope.scaling.get("truncate", True):
+        raise ValueError(
+            "yarn with truncate=False has no counterpart in GGUF: llama.cpp rounds the two bounds"
+        )
+
+
+def model_metadata(
+    config: PretrainedConfig,
+    family: GgufFamily,
+    *,
+    name: str,
+    parameters: int,
+    generation: Mapping[str, Any],
+) -> Metadata:
+    """Everything but the tokenizer, with general.file_type 0 (all float32).
+
+    Args:
+        config: of the model; `check_config` has passed it.
+        family: how llama.cpp knows it.
+        name: folder name or last part of a hub id.
+        parameters: number of weights in the file.
+        generation: fields of generation_config.json.
+    """
+    keys: Metadata = {"general.architecture": family.architecture, "general.type": "model"}
+    for field, key, kind in _SAMPLING:
+        if generation.get(field) is not None:
+            keys[f"general.sampling.{key}"] = kind(generation[field])
+    keys |= identity(name, parameters)
+    keys |= {f"{family.architecture}.{key}": value for key, value in hyperparameters(config).items()}
+    keys["general.file_type"] = np.uint32(0)
+    fields = models.family(config).config(config)
+    extra = {"vocab_size": fields.vocab_size, "rope.dimension_count": fields.head_dim}
+    keys |= {f"{family.architecture}.{key}": np.uint32(extra[key]) for key in family.extra_keys}
+    keys["general.quantization_version"] = QUANTIZATION_VERSION
+    return keys
+
+
+def hyperparameters(config: PretrainedConfig) -> Metadata:
+    """The architecture's own keys, without its prefix."""
+    decoder = models.family(config).config(config)
+    keys: Metadata = {
+        "block_count": np.uint32(config.num_hidden_layers),
+        "context_length": np.uint32(config.max_position_embeddings),
+        "embedding_length": np.uint32(decoder.hidden_size),
+        "feed_forward_length": np.uint32(decoder.intermediate_size),
+        "attention.head_count": np.uint32(decoder.num_heads),
+        "attention.head_count_kv": np.uint32(decoder.num_kv_heads),
+        **rope_scaling(decoder.rope),
+        "rope.freq_base": np.float32(decoder.rope.theta),
+        "attention.layer_norm_rms_epsilon": np.float32(decoder.rms_norm_eps),
+    }
+    if config.to_dict().get("head_dim") is not None:
+        keys |= dict.fromkeys(("attention.key_length", "attention.value_length"), np.uint32(decoder.head_dim))
+    return keys
+
+
+def rope_scaling(rope: Rope) -> Metadata:
+    """The rope.scaling.* keys (without the architecture); llama3 has none, its divisors are a tensor."""
+    if rope.kind == "linear":
+        return {
+            "rope.scaling.type": "linear",
+            "rope.scaling.factor": np.float32(rope.scaling["factor"]),
+        }
+    if rope.kind != "yarn":
+        return {}
+    s = rope.scaling
+    factor = s.get("factor") or rope.max_positions / s["original_max_position_embeddings"]
+    keys: Metadata = {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": np.float32(factor),
+        "rope.scaling.original_context_length": np.uint32(s["original_max_position_embeddings"]),
+    }
+    # llama.cpp takes YaRN's usual 0.1 ln(factor) + 1 and multiplies it by this key. The converter writes
+    # yarn_attn_factor instead, which llama.cpp overwrites with the usual factor.
+    usual = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    relative = frequencies(rope, jnp.zeros(1, jnp.int32))[1] / usual
+    if not math.isclose(relative, 1.0, rel_tol=1e-6):
+        keys["rope.scaling.attn_factor"] = np.float32(relative)
+    for field in ("beta_fast", "beta_slow"):
+        if s.get(field) is not None:
+            keys[f"rope.scaling.yarn_{field}"] = np.float32(s[field])
+    return keys
+
+
+def rope_factors(rope: Rope) -> np.ndarray | None:
+    """The tensor rope_freqs.weight [head_dim/2] float32 of a llama3 scaling: what divides each frequency.
+
+    None for any other scaling. Operations and their float32 are the converter's: the same bits for Llama 3.1 to 3.3;
+    for other bases torch's power may round another way.
+    """
+    if rope.kind != "llama3":
+        return None
+    s, one = rope.scaling, np.float32(1)
+    exponent = np.arange(0, rope.head_dim, 2, dtype=np.float32) / np.float32(rope.head_dim)
+    wavelength = np.float32(2 * math.pi) / (one / np.float32(rope.theta) ** exponent)
+    factor, low, high = (np.float32(s[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
+    context = np.float32(s["original_max_position_embeddings"])
+    smooth = (context / wavelength - low) / (high - low)
+    divisor = one / ((one - smooth) / factor + smooth)
+    divisor = np.where(wavelength > context / low, factor, divisor)
+    return np.where(wavelength < context / high, one, divisor).astype(np.float32)
+
+
+def file_metadata(metadata: Metadata, file_type: int) -> Metadata:
+    """The metadata of one file: version and file type come last, as llama.cpp's quantiser leaves them."""
+    kept = {key: value for key, value in metadata.items() if key not in _LAST}
+    return kept | dict(zip(_LAST, (QUANTIZATION_VERSION, np.uint32(file_type))))
