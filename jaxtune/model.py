@@ -313,6 +313,61 @@ class Model:
             self, repo_id, tokenizer or self.tokenizer, save_method=save_method, **options
         )
 
+    def save_pretrained_gguf(
+        self,
+        directory: str | Path,
+        tokenizer=None,
+        quantization_method: str | Sequence[str] = "fast_quantized",
+        *,
+        imatrix=None,
+        imatrix_file=None,
+        save_method: str | None = None,
+        **options,
+    ) -> dict[str, Any]:
+        """Writes .gguf files for llama.cpp and Ollama; see export.save_gguf.save_gguf for arguments and result.
+
+        imatrix_file is Unsloth's name of imatrix. save_method="lora" writes the adapter alone, for llama.cpp's --lora.
+        """
+        from jaxtune.export.save_gguf import save_gguf, save_lora_gguf
+
+        options = _gguf_options("save_pretrained_gguf", options)
+        if save_method == "lora":
+            return save_lora_gguf(self, directory, **options)
+        if save_method is not None:
+            raise ValueError(f"save_method is 'lora' or left out, got {save_method!r}")
+        imatrix = imatrix if imatrix is not None else imatrix_file
+        return save_gguf(
+            self, directory, tokenizer or self.tokenizer, quantization_method, imatrix=imatrix, **options
+        )
+
+    def push_to_hub_gguf(
+        self,
+        repo_id: str,
+        tokenizer=None,
+        quantization_method: str | Sequence[str] = "fast_quantized",
+        *,
+        imatrix=None,
+        imatrix_file=None,
+        **options,
+    ) -> str:
+        """Uploads .gguf files with their Modelfile; see export.upload.push_to_hub_gguf."""
+        imatrix = imatrix if imatrix is not None else imatrix_file
+        options = _gguf_options("push_to_hub_gguf", options)
+        return upload.push_to_hub_gguf(
+            self, repo_id, tokenizer or self.tokenizer, quantization_method, imatrix=imatrix, **options
+        )
+
+
+# Arguments of Unsloth's GGUF export that have no meaning here: nothing is written twice and no llama.cpp is built.
+_GGUF_IGNORED = ["first_conversion", "maximum_memory_usage", "max_shard_size", "safe_serialization", "tags"]
+
+
+def _gguf_options(function: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The options of save_gguf; Unsloth's others warn or raise."""
+    foreign = {name: given.pop(name) for name in list(given) if name in {*_GGUF_IGNORED, "push_to_hub"}}
+    sort_out(function, foreign, _GGUF_IGNORED, {"push_to_hub": False})
+    return given
+
 
 def _numpy(value) -> np.ndarray:
     """An array from numpy, JAX, lists, or a torch tensor on any device."""

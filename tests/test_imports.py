@@ -33,7 +33,7 @@ STAGES = [
     {"command_line"},
     {"job"},
     {"dry_run"},
-    {"train"},
+    {"train", "export.__main__"},
 ]
 STAGE_OF = {name: number for number, names in enumerate(STAGES) for name in names}
 JUDGES = {"torch", "trl", "peft", "bitsandbytes", "accelerate", "vllm"}
@@ -58,7 +58,10 @@ def _names(node: ast.AST) -> list[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_one_way(path):
-    room = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    room = (
+        ".".join(parts) if parts[-1] == "__main__" else parts[0]
+    )  # a program stands behind all that it starts
     for name in _names(ast.parse(path.read_text())):
         top, *rest = name.split(".")
         assert top not in JUDGES, f"{name}: only tests import {top}"
@@ -107,17 +110,18 @@ assert not xla_bridge._backends, "importing started a jax backend"
     assert done.stdout == ""
 
 
-def test_help_is_quick_and_needs_no_jax():
-    code = """
+@pytest.mark.parametrize("program", ["train", "export.__main__"])
+def test_help_is_quick_and_needs_no_jax(program):
+    code = f"""
 import sys
-import jaxtune.train
+from jaxtune.{program} import main
 try:
-    jaxtune.train.main(["--help"])
+    main(["--help"])
 except SystemExit as stop:
     assert stop.code == 0
-slow = {"jax", "flax", "transformers", "datasets", "matplotlib"} & set(sys.modules)
+slow = {{"jax", "flax", "transformers", "datasets", "matplotlib"}} & set(sys.modules)
 assert not slow, slow
 """
     done = _run(code)
     assert done.returncode == 0, done.stderr
-    assert "--learning-rate" in done.stdout or "--learning_rate" in done.stdout
+    assert ("--learning_rate" if program == "train" else "--imatrix") in done.stdout

@@ -181,6 +181,17 @@ def _read_dat(path: Path) -> ImportanceMatrix:
     return ImportanceMatrix(sums, counts, (dataset,) if dataset else (), file=str(path))
 
 
+def load_or_collect(
+    given: Any, model: Model, tokenizer: PreTrainedTokenizerBase | None = None, *, progress: bool = True
+) -> ImportanceMatrix:
+    """A matrix as it is, one of a file of llama.cpp's (.gguf, .dat, .imatrix), or one collected from rows of text."""
+    if isinstance(given, ImportanceMatrix):
+        return given
+    if isinstance(given, (str, Path)) and Path(given).suffix in (".gguf", ".dat", ".imatrix"):
+        return read_imatrix(Path(given).expanduser())
+    return collect_imatrix(model, given, tokenizer, progress=progress)
+
+
 def collect_imatrix(
     model: Model,
     rows: Any,

@@ -1,10 +1,11 @@
-"""Upload an adapter or a merged model to the hub. The access token appears in no exception and no log."""
+"""Upload an adapter, a merged model or .gguf files to the hub. The access token appears in no exception and no log."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -96,6 +97,42 @@ def push_to_hub_merged(
         save_merged(
             model, folder, tokenizer, save_method, base=base, dtype=dtype, max_shard_size=max_shard_size
         )
+        return repository.upload(folder, commit_message, revision, create_pr)
+
+
+def push_to_hub_gguf(
+    model: Model,
+    repo_id: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    quantization_method: str | Sequence[str] = "fast_quantized",
+    *,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    commit_message: str = "Upload GGUF made with jaxtune",
+    revision: str | None = None,
+    create_pr: bool = False,
+    endpoint: str | None = None,
+    temporary_directory: str | Path | None = None,
+    **options: Any,
+) -> str:
+    """Create the repository if need be, write .gguf files and a Modelfile as `save_gguf` does, and upload them.
+
+    Args:
+        options: of `save_gguf`; the others as above.
+
+    Returns:
+        URL of the commit.
+
+    Raises:
+        HubError: the hub refused; the message says what and why. What `save_gguf` raises.
+    """
+    from jaxtune.export.save_gguf import save_gguf
+
+    repository = _Repository(repo_id, token, endpoint)
+    repository.create(private)
+    with tempfile.TemporaryDirectory(prefix="jaxtune-", dir=temporary_directory) as parent:
+        folder = Path(parent) / "upload"
+        save_gguf(model, folder, tokenizer, quantization_method, **options)
         return repository.upload(folder, commit_message, revision, create_pr)
 
 
