@@ -35,7 +35,7 @@ def identity(model_id: str, parameters: int, *, adapter: bool = False) -> dict[s
         "general.version": version,
         "general.finetune": finetune,
         "general.basename": basename,
-        "general.size_label": "-".join(dict.fromkeys(sizes)) or size_label(parameters),
+        "general.size_label": "-".join(dict.fromkeys(sizes)) or ("" if adapter else size_label(parameters)),
     }
     return {key: value for key, value in keys.items() if value}
 

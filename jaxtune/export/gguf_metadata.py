@@ -60,19 +60,26 @@ def check_config(config: PretrainedConfig, family: GgufFamily) -> None:
             f"head_dim={decoder.head_dim}: llama.cpp's {arch} needs hidden_size / heads = "
             f"{decoder.hidden_size // decoder.num_heads}"
         )
-    _check_rope(decoder.rope)
+    _check_rope(decoder.rope, family)
 
 
-def _check_rope(rope: Rope) -> None:
+def _check_rope(rope: Rope, family: GgufFamily) -> None:
     if rope.kind == "dynamic":
         raise ValueError(
             "rope_type='dynamic' (a base that grows with the text) has no counterpart in GGUF; export with "
             "'linear' or 'yarn', or without scaling"
         )
-    if rope.kind == "yarn" and not rope.scaling.get("truncate", True):
+    if rope.kind == "llama3" and not family.rope_factors:
         raise ValueError(
-            "yarn with truncate=False has no counterpart in GGUF: llama.cpp rounds the two bounds"
+            f"rope_type='llama3': llama.cpp's {family.architecture} would not load its rope_freqs"
         )
+    fixed = {"beta_fast": 32, "beta_slow": 1, "truncate": True} if rope.kind == "yarn" else {}
+    for field, value in fixed.items():
+        if rope.scaling.get(field) not in (None, value):
+            raise ValueError(
+                f"yarn with {field}={rope.scaling[field]}: llama.cpp's {family.architecture} always computes with "
+                f"{value}"
+            )
 
 
 def model_metadata(

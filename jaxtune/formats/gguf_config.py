@@ -135,14 +135,12 @@ def _rope(own: dict[str, Any], arch: str, factors: np.ndarray | None) -> dict[st
     elif kind == "yarn":
         scaling = {"rope_type": "yarn", "factor": factor}
         scaling["original_max_position_embeddings"] = own["rope.scaling.original_context_length"]
-        optional = {
-            "yarn_beta_fast": "beta_fast",
-            "yarn_beta_slow": "beta_slow",
-            "attn_factor": "attention_factor",
-        }
-        for key, hf in optional.items():
-            if f"rope.scaling.{key}" in own:
-                scaling[hf] = _decimal(own[f"rope.scaling.{key}"])
+        for field in ("beta_fast", "beta_slow"):
+            if f"rope.scaling.yarn_{field}" in own:
+                scaling[field] = _decimal(own[f"rope.scaling.yarn_{field}"])
+        if "rope.scaling.attn_factor" in own:  # llama.cpp multiplies YaRN's usual factor by it
+            usual = 0.1 * float(np.log(factor)) + 1.0
+            scaling["attention_factor"] = usual * float(own["rope.scaling.attn_factor"])
     elif kind not in ("none", "linear"):
         raise ValueError(
             f"{arch}.rope.scaling.type = {kind!r} is not supported; jaxtune knows none, linear, yarn"

@@ -73,8 +73,10 @@ class GgufFile:
         self._kinds: dict[str, int] = {}  # type of a key's number, or of an array's numbers
         for _ in range(n_keys):
             key = self._string()
-            kind, inner = struct.unpack_from("<II", self._map, self._at)
-            self._kinds[key] = inner if kind == _ARRAY else kind
+            (kind,) = struct.unpack_from("<I", self._map, self._at)
+            if kind == _ARRAY:
+                (kind,) = struct.unpack_from("<I", self._map, self._at + 4)
+            self._kinds[key] = kind
             self.metadata[key] = self._value()
         table = [self._tensor() for _ in range(n_tensors)]
         align = self.metadata.get("general.alignment", 32)

@@ -42,12 +42,14 @@ class GgufFamily:
     extra_keys: keys that only some architectures have, of "vocab_size" and "rope.dimension_count".
     biases: block tensors that llama.cpp's graph adds a bias to; a bias elsewhere cannot be exported.
     own_head_dim: head_dim may differ from hidden_size / heads.
+    rope_factors: the graph knows llama3's RoPE scaling, the tensor rope_freqs.
     """
 
     architecture: str
     extra_keys: tuple[str, ...] = ()
     biases: frozenset[str] = frozenset()
     own_head_dim: bool = True
+    rope_factors: bool = False
 
     @property
     def interleaved(self) -> bool:

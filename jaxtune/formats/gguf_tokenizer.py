@@ -133,6 +133,8 @@ def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
     kinds = metadata["tokenizer.ggml.token_type"]
     vocab = {token: i for i, token in enumerate(tokens)}
     unknown = next((token for token, kind in zip(tokens, kinds) if kind == _UNKNOWN), None)
+    if unknown is None and (i := metadata.get("tokenizer.ggml.unknown_token_id")) is not None:
+        unknown = tokens[i]  # converted from a tokenizer.json that marks it as special
     bytes_too = _BYTE in kinds
     merges = _merges_from_scores(vocab, scores, kinds)
     core = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=bytes_too))

@@ -5,7 +5,7 @@ from jaxtune.models.decoder import COMMON_FIELDS, DecoderConfig, read_config
 
 READ = COMMON_FIELDS | {"head_dim", "attention_bias", "mlp_bias"}
 _BIASES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-GGUF = GgufFamily("llama", ("vocab_size", "rope.dimension_count"), frozenset(_BIASES))
+GGUF = GgufFamily("llama", ("vocab_size", "rope.dimension_count"), frozenset(_BIASES), rope_factors=True)
 
 
 def config(hf) -> DecoderConfig:
