@@ -20,6 +20,7 @@ from jaxtune.arguments import sort_out
 from jaxtune.export import upload
 from jaxtune.export.adapter import save_adapter
 from jaxtune.export.merged import save_merged
+from jaxtune.export.save_gguf import save_gguf, save_lora_gguf
 from jaxtune.generate import Sampling, generate
 from jaxtune.lora import LoraConfig
 from jaxtune.models.names import Leaves, Slot, join, module_slots
@@ -328,8 +329,6 @@ class Model:
 
         imatrix_file is Unsloth's name of imatrix. save_method="lora" writes the adapter alone, for llama.cpp's --lora.
         """
-        from jaxtune.export.save_gguf import save_gguf, save_lora_gguf
-
         options = _gguf_options("save_pretrained_gguf", options)
         if save_method == "lora":
             return save_lora_gguf(self, directory, **options)

@@ -23,6 +23,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from jaxtune.export import ollama, quantisers_jax
+from jaxtune.export.gguf_adapter import save_gguf_adapter
 from jaxtune.export.gguf_conversion import Conversion, convert
 from jaxtune.export.gguf_format import GgufWriter, TensorEntry
 from jaxtune.export.gguf_metadata import file_metadata
@@ -167,8 +168,6 @@ def save_lora_gguf(
     Raises:
         ValueError: no adapter, or one that llama.cpp cannot apply. FileExistsError: the file is there already.
     """
-    from jaxtune.export.gguf_adapter import save_gguf_adapter
-
     folder = Path(directory).expanduser()
     path = folder / f"{_stem(name or model.name_or_path)}.LORA.gguf"
     folder.mkdir(parents=True, exist_ok=True)
@@ -179,13 +178,12 @@ def save_lora_gguf(
 
 
 def _methods(given: str | Sequence[str], model: Model) -> list[str]:
-    """Canonical names, each once; "not_quantized" is what the model is in."""
+    """Canonical names; "not_quantized" is what the model is in."""
     wanted = [given] if isinstance(given, str) else list(given)
     if not wanted:
         raise ValueError("quantization_method is empty; name at least one, such as 'q8_0'")
     own = "bf16" if np.dtype(model.dtype).name == "bfloat16" else "f16"
-    names = [own if name.lower() == "not_quantized" else find_method(name).name for name in wanted]
-    return list(dict.fromkeys(names))
+    return [own if name.lower() == "not_quantized" else find_method(name).name for name in wanted]
 
 
 def _stem(name: str) -> str:

@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from jaxtune.export.adapter import save_adapter
 from jaxtune.export.merged import Base, save_merged
+from jaxtune.export.save_gguf import save_gguf
 from jaxtune.hub import HubError, redact
 
 if TYPE_CHECKING:
@@ -126,8 +127,6 @@ def push_to_hub_gguf(
     Raises:
         HubError: the hub refused; the message says what and why. What `save_gguf` raises.
     """
-    from jaxtune.export.save_gguf import save_gguf
-
     repository = _Repository(repo_id, token, endpoint)
     repository.create(private)
     with tempfile.TemporaryDirectory(prefix="jaxtune-", dir=temporary_directory) as parent:

@@ -85,7 +85,10 @@ def test_a_template_that_does_more_is_not_guessed():
     numbered = "{% for m in messages %}{{ loop.index }}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     only_last = "<|im_start|>{{ messages[-1]['content'] }}<|im_end|>"
     upper = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | upper }}\n{% endfor %}"
-    for source in (numbered, only_last, upper):
+    later = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ '.' if loop.index > 4 }}\n{% endfor %}"
+    )
+    for source in (numbered, only_last, upper, later):
         tokenizer.chat_template = source
         assert read_turns(tokenizer) is None
         text = modelfile(tokenizer, "m.gguf")

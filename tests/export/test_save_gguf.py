@@ -216,6 +216,16 @@ def test_importance_from_rows_file_and_object_are_the_same(model, matrix, tmp_pa
     assert not (tmp_path / "bad").exists()
 
 
+def test_the_mixture_knows_of_the_matrix(tiny_model_dir, tmp_path):
+    """As in llama.cpp, q4_0 then has more bits in the first eighth of the down projections."""
+    model = load_model(tiny_model_dir("llama", num_hidden_layers=8), load_in_16bit=True)
+    name = "blk.0.ffn_down.weight"
+    matrix = ImportanceMatrix({name: np.ones(192, np.float32)}, {name: 1})
+    for given, kind in ((None, "Q4_0"), (matrix, "Q4_1")):
+        (path,) = save(model, tmp_path / kind, "q4_0", imatrix=given)["gguf_files"]
+        assert GgufFile(path).tensors[name].kind.name == kind
+
+
 def test_adapter_alone(model, tmp_path, capsys):
     result = model.save_pretrained_gguf(tmp_path, save_method="lora", name="tiny")
     file = GgufFile(result["gguf_files"][0])

@@ -60,6 +60,18 @@ def test_merged_model_comes_back_whole(hub, model, tmp_path):
     assert json.loads(hub.files["me/merged"]["config.json"])["dtype"] == "bfloat16"
 
 
+def test_gguf(hub, model):
+    url = model.push_to_hub_gguf(
+        "me/gguf", model.tokenizer, ["q8_0", "q4_0"], token=TOKEN, name="tiny", endpoint=hub.endpoint, progress=False,
+        processes=1,
+    )  # fmt: skip
+    files = hub.files["me/gguf"]
+    assert "/me/gguf/commit/" in url and set(files) == {"tiny.Q8_0.gguf", "tiny.Q4_0.gguf", "Modelfile"}
+    assert files["tiny.Q8_0.gguf"].startswith(b"GGUF") and hub.commits == ["Upload GGUF made with jaxtune"]
+    with pytest.raises(HubError, match="401"):
+        model.push_to_hub_gguf("me/other", token="hf_wrongwrongwrong", endpoint=hub.endpoint)
+
+
 def test_second_upload_to_the_same_repository(hub, model):
     for _ in range(2):
         push_to_hub(model, "me/adapter", token=TOKEN, endpoint=hub.endpoint)
