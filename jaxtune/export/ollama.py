@@ -250,7 +250,7 @@ def modelfile(
         generation: generation_config.json; its sampling settings become the model's defaults.
 
     Raises:
-        ValueError: the system prompt holds \"\"\", which a Modelfile cannot.
+        ValueError: the system prompt holds \"\"\", which a Modelfile cannot, or the chat template takes none.
     """
     lines = ["# Made by jaxtune: ollama create NAME -f Modelfile"]
     lines += [f"# or, in the next line: ./{', ./'.join(others)}"] if others else []
@@ -276,6 +276,8 @@ def modelfile(
     if system is not None:
         if '"""' in system:
             raise ValueError('the system prompt holds """, which ends a text in a Modelfile')
+        if turns is not None and turns.system is None:
+            raise ValueError("system: this chat template takes no system message; leave it out")
         lines += ["", f'SYSTEM """{system}"""']
     return "\n".join(lines).rstrip() + "\n"
 

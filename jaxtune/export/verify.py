@@ -60,8 +60,8 @@ class Verification:
         if self.logit_error is not None:
             lines += [
                 f"  prompt     {'the same tokens' if self.same_tokens else 'OTHER TOKENS than the tokenizer gives'}",
-                f"  logits     differ by {self.logit_error:.2%} (root mean square); the most likely token is the same "
-                f"at {self.same_choice:.0%} of the positions",
+                f"  logits     {self.logit_error:.2%} apart (root mean square), the likeliest token the same at "
+                f"{self.same_choice:.0%} of the positions",
             ]
         return "\n".join(
             [*lines, f"  jaxtune    {_short(self.expected)}", f"  llama.cpp  {_short(self.answer)}"]

@@ -106,6 +106,8 @@ def test_no_system_role():
     assert turns is not None and turns.system is None
     assert turns.render(CHATS[2]) == rendered(tokenizer, CHATS[2])
     assert ".System" not in go_template(turns, None)
+    with pytest.raises(ValueError, match="takes no system message"):
+        modelfile(tokenizer, "m.gguf", system="Be brief.")
 
 
 def test_a_conversation_that_ends_otherwise_than_a_turn():
