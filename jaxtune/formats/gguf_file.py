@@ -134,7 +134,8 @@ class GgufFile:
     def _typed(value: Any, kind: int) -> Any:
         if kind not in _SCALARS or isinstance(value, bool):
             return value
-        dtype = np.dtype(_SCALARS[kind])
+        code = np.dtype(_SCALARS[kind])
+        dtype = np.dtype(f"{code.kind}{code.itemsize}")  # int64, not long long
         return np.array(value, dtype) if isinstance(value, list) else dtype.type(value)
 
     def read(self, name: str) -> np.ndarray:

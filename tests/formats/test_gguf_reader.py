@@ -9,6 +9,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from jaxtune.export.gguf_format import GgufWriter
 from jaxtune.formats.gguf_config import llama3_scaling
 from jaxtune.formats.gguf_file import GgufFile
 from jaxtune.formats.gguf_reader import GgufModel
@@ -266,6 +267,28 @@ def test_block_sizes_of_every_known_type():
 
     known = {kind for kind in GGML_QUANT_SIZES if kind in _type_traits}
     assert known - {Q.NVFP4} <= set(CAN_QUANTIZE + DEQUANTIZE_ONLY)
+
+
+def test_metadata_with_its_own_types(tmp_path):
+    """A file of metadata alone, whose last byte is the last key's value."""
+    values = {
+        "a.u8": np.uint8(3),
+        "a.i64": np.int64(-5),
+        "a.f64": np.float64(0.1),
+        "a.text": "ä",
+        "a.numbers": np.float32([1.5, 2.5]),
+        "a.words": ["x", ""],
+        "a.last": True,
+    }
+    path = tmp_path / "m.gguf"
+    with GgufWriter(path, values, []):
+        pass
+    path.write_bytes(path.read_bytes().rstrip(b"\0"))
+    found = GgufFile(path).typed_metadata()
+    assert list(found) == list(values)
+    for key, value in values.items():
+        assert type(found[key]) is type(value) and np.array_equal(found[key], value), key
+    assert found["a.numbers"].dtype == np.float32
 
 
 def test_smollm2_equals_the_converted_folder(smollm2_gguf, smollm2_dir):
