@@ -64,15 +64,18 @@ def write_vocabulary(path: Path, tokenizer_keys: dict) -> Path:
     return path
 
 
-def differing(loaded, tokenizer, texts=CORPUS) -> list[tuple[str, bool, list[int], list[int]]]:
-    """(text, with special tokens, llama.cpp's ids, the tokenizer's) wherever the two disagree."""
+def differing(loaded, tokenizer, texts=CORPUS) -> list[tuple[str, tuple[bool, bool], list[int], list[int]]]:
+    """(text, mode, llama.cpp's ids, the tokenizer's) wherever the two disagree.
+
+    A mode is whether BOS and EOS are added, and whether special tokens in the text are recognised.
+    """
     found = []
-    for special in (True, False):
-        for text in texts:
-            ours = loaded.tokenise(text, add_special=special)
-            theirs = tokenizer.encode(text, add_special_tokens=special)
+    for text in texts:
+        for add, parse in ((True, True), (False, True), (False, False)):
+            ours = loaded.tokenise(text, add_special=add, parse_special=parse)
+            theirs = tokenizer.encode(text, add_special_tokens=add, split_special_tokens=not parse)
             if ours != theirs:
-                found.append((text, special, ours, theirs))
+                found.append((text, (add, parse), ours, theirs))
     return found
 
 

@@ -16,7 +16,7 @@ from jaxtune import models
 from jaxtune.export.adapter import check_finite
 from jaxtune.export.gguf_metadata import Metadata, check_config, model_metadata, rope_factors
 from jaxtune.export.gguf_origin import kept_metadata, kept_rope_factors
-from jaxtune.export.gguf_vocabulary import vocabulary
+from jaxtune.export.gguf_vocabulary import harmless_name, vocabulary
 from jaxtune.export.merged import Base, check_base, merged_tensor, tensor_shape
 from jaxtune.formats.gguf_names import (
     ROPE_FACTORS,
@@ -91,6 +91,7 @@ def convert(
         name = name or model.name_or_path.replace("\\", "/").rstrip("/").rpartition("/")[2]
         parameters = sum(int(np.prod(shape)) for shape in shapes.values())
         metadata = model_metadata(config, family, name=name, parameters=parameters, generation=generation)
+        metadata["general.name"] = harmless_name(str(metadata["general.name"]), tokenizer)
         metadata |= vocabulary(tokenizer, config, family, generation=generation, pre_tokenizer=pre_tokenizer)
 
     def read(tensor: str) -> np.ndarray:

@@ -80,6 +80,18 @@ def vocabulary(
     return keys | ids_and_flags(tokenizer, core, config, family, generation, default_bos=default_bos)
 
 
+def harmless_name(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A model's name that llama.cpp does not take for Phi-3's.
+
+    A name with "phi3" or "phi-3" makes llama.cpp swallow spaces after special tokens, and end the process when Phi-3's
+    tokens are missing.
+    """
+    is_phi = any(token.rstrip for token in tokenizer.added_tokens_decoder.values())
+    if is_phi and {"<s>", "</s>", "<unk>", "<|endoftext|>"} <= tokenizer.get_vocab().keys():
+        return name
+    return re.sub("(phi)-?(3)", r"\1 \2", name, flags=re.IGNORECASE)
+
+
 def _check(tokenizer: PreTrainedTokenizerBase, core: dict[str, Any], rows: int) -> None:
     if core["model"]["type"] != "BPE":
         raise ValueError(f"a {core['model']['type']} tokenizer cannot be exported; GGUF export has BPE only")
