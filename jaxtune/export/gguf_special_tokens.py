@@ -54,7 +54,7 @@ def ids_and_flags(
     Raises:
         ValueError: the tokenizer puts something around a text, or ends it in a way, that GGUF cannot say.
     """
-    ids = _ids(tokenizer, core, config)
+    ids = _ids(tokenizer, config)
     truth = _added(tokenizer, ids)
     keys: Metadata = {f"tokenizer.ggml.{_ROLES[role]}_token_id": np.uint32(i) for role, i in ids.items()}
     flags = _flags(tokenizer, core)
@@ -68,15 +68,22 @@ def ids_and_flags(
     return keys | further_ends(tokenizer, ids, generation)
 
 
-def _ids(
-    tokenizer: PreTrainedTokenizerBase, core: dict[str, Any], config: PretrainedConfig
-) -> dict[str, int]:
-    """Role -> id: what the tokenizer names, then what only the config does."""
-    added = {token["content"]: token["id"] for token in core["added_tokens"]}
+def _ids(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> dict[str, int]:
+    """Role -> id: what the tokenizer names, then what only the config does.
+
+    Without an EOS llama.cpp would end every text at its default, token 11 of a byte-level vocabulary.
+    """
+    vocab = tokenizer.get_vocab()
     named = {role: getattr(tokenizer, f"{role}_token", None) for role in _ROLES}
-    ids = {role: added[text] for role, text in named.items() if text in added}
-    told = {role: getattr(config, f"{role}_token_id", None) for role in _ROLES if role not in ids}
-    return ids | {role: i for role, i in told.items() if isinstance(i, int) and 0 <= i < config.vocab_size}
+    ids = {role: vocab[text] for role, text in named.items() if text in vocab}
+    for role in _ROLES:
+        told = getattr(config, f"{role}_token_id", None)
+        told = told[0] if isinstance(told, list) and told and role == "eos" else told
+        if role not in ids and isinstance(told, int) and 0 <= told < config.vocab_size:
+            ids[role] = told
+    if "eos" not in ids:
+        raise ValueError("nothing says which token ends a text; set tokenizer.eos_token")
+    return ids
 
 
 def _added(tokenizer: PreTrainedTokenizerBase, ids: dict[str, int]) -> dict[str, bool]:

@@ -34,7 +34,7 @@ CHATML = (
 
 def keys_of(tokenizer, *, rows=None, family=llama.GGUF, generation=None, **ids):
     """The vocabulary's keys without their prefix."""
-    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | ids
+    ids = {"bos_token_id": None, "eos_token_id": 0} | ids
     config = SimpleNamespace(vocab_size=rows or len(tokenizer), **ids)
     keys = vocabulary(tokenizer, config, family, generation=generation or {})
     return {key.removeprefix("tokenizer.").removeprefix("ggml."): value for key, value in keys.items()}
@@ -221,8 +221,10 @@ def test_a_renamed_eos(judge):
 
 def test_ids_that_only_the_config_names(judge):
     tokenizer = fast(byte_level(split_steps(gpt2=True)))
-    model, keys = judge(tokenizer, bos_token_id=1, eos_token_id=[2, 0], pad_token_id=0)
-    assert (model.bos, model.pad, "eos_token_id" in keys) == (1, 0, False)
+    model, _ = judge(tokenizer, bos_token_id=1, eos_token_id=[2, 0], pad_token_id=0)
+    assert (model.bos, model.eos, model.pad) == (1, 2, 0)
+    with pytest.raises(ValueError, match="nothing says which token ends a text"):
+        keys_of(tokenizer, eos_token_id=None)
 
 
 def test_several_chat_templates():
@@ -273,7 +275,7 @@ def test_more_tokens_than_rows_and_too_many_ends():
 
 
 def test_a_named_pre_tokenizer_is_taken():
-    config = SimpleNamespace(vocab_size=700, bos_token_id=None, eos_token_id=None)
+    config = SimpleNamespace(vocab_size=700, bos_token_id=None, eos_token_id=0)
     tokenizer = fast(byte_level(split_steps(r"\p{L}+|\p{N}{2}")))
     keys = vocabulary(tokenizer, config, llama.GGUF, generation={}, pre_tokenizer="falcon")
     assert keys["tokenizer.ggml.pre"] == "falcon" and keys["tokenizer.ggml.add_bos_token"] is False
