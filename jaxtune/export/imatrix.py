@@ -184,11 +184,24 @@ def _read_dat(path: Path) -> ImportanceMatrix:
 def load_or_collect(
     given: Any, model: Model, tokenizer: PreTrainedTokenizerBase | None = None, *, progress: bool = True
 ) -> ImportanceMatrix:
-    """A matrix as it is, one of a file of llama.cpp's (.gguf, .dat, .imatrix), or one collected from rows of text."""
+    """A matrix as it is, one of a file of llama.cpp's, or one collected from rows of text.
+
+    Args:
+        given: an `ImportanceMatrix`; a path, which is a matrix unless it ends as a dataset's does, is a folder or does
+            not exist; or rows, as for `collect_imatrix`.
+    """
+    from jaxtune.data.sources import FILE_BUILDERS
+
     if isinstance(given, ImportanceMatrix):
         return given
-    if isinstance(given, (str, Path)) and Path(given).suffix in (".gguf", ".dat", ".imatrix"):
-        return read_imatrix(Path(given).expanduser())
+    if isinstance(given, bool):
+        raise ValueError(
+            f"imatrix={given}: pass rows to collect a matrix from, or a file of one; nothing is downloaded"
+        )
+    if isinstance(given, (str, Path)):
+        path = Path(given).expanduser()
+        if path.suffix in (".gguf", ".dat") or (path.is_file() and path.suffix not in FILE_BUILDERS):
+            return read_imatrix(path)
     return collect_imatrix(model, given, tokenizer, progress=progress)
 
 
@@ -232,7 +245,8 @@ def collect_imatrix(
     )
     totals: dict[str, np.ndarray] = {}
     tokens = 0
-    bar = tqdm(total=len(packed), desc="Importance matrix", unit="chunk", disable=not progress, leave=False)
+    hidden = None if progress else True  # None: shown on a terminal only
+    bar = tqdm(total=len(packed), desc="Importance matrix", unit="chunk", disable=hidden, leave=False)
     for batch in batches.eval_batches():
         ids = {name: batch[name] for name in ("input_ids", "positions", "segment_ids")}
         for name, value in _named(model, _sums(model.graphdef, model.trainable, model.base, ids)):

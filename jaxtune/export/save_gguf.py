@@ -242,7 +242,7 @@ def _write(
             desc=f"Writing {', '.join(file.method for file in files)}",
             unit="B",
             unit_scale=True,
-            disable=not progress,
+            disable=None if progress else True,  # None: shown on a terminal only
             leave=False,
         )
         stack.callback(bar.close)

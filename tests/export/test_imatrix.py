@@ -10,7 +10,7 @@ import torch
 import transformers
 from export_judges import random_adapter
 
-from jaxtune.export.imatrix import ImportanceMatrix, _packed, collect_imatrix, read_imatrix
+from jaxtune.export.imatrix import ImportanceMatrix, _packed, collect_imatrix, load_or_collect, read_imatrix
 from jaxtune.fast import FastLanguageModel
 from jaxtune.formats.gguf_names import hf_name
 
@@ -126,6 +126,22 @@ def test_dat_file(tmp_path):
     for name in example().sums:
         width = example().sums[name].size
         np.testing.assert_allclose(back.importance(name, width), example().importance(name, width), rtol=1e-6)
+
+
+def test_what_a_path_means(tiny_model_dir, tmp_path):
+    model = load(tiny_model_dir("llama"), load_in_16bit=True)
+    example().save(tmp_path / "imatrix.dat")
+    (tmp_path / "imatrix_unsloth.gguf_file").write_bytes((tmp_path / "imatrix.dat").read_bytes())
+    (tmp_path / "rows.txt").write_text("Some text.\n")
+    for name in ("imatrix.dat", "imatrix_unsloth.gguf_file"):
+        assert load_or_collect(str(tmp_path / name), model).chunks == 3
+    collected = load_or_collect(tmp_path / "rows.txt", model, progress=False)
+    assert collected.datasets == (str(tmp_path / "rows.txt"),) and len(collected.sums) == 14
+    assert load_or_collect(example(), model) is example()
+    with pytest.raises(FileNotFoundError):
+        load_or_collect("nowhere.gguf", model)
+    with pytest.raises(ValueError, match="pass rows"):
+        load_or_collect(True, model)
 
 
 def test_importance():

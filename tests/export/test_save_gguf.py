@@ -236,7 +236,7 @@ def test_adapter_alone(model, tmp_path, capsys):
 def test_what_is_shown(model, tmp_path, capsys):
     save(model, tmp_path, ["q8_0", "q4_k_m"], progress=True)
     shown = capsys.readouterr()
-    assert "Writing q8_0, q4_k_m" in shown.err and "B/s" in shown.err
+    assert shown.err == "", "no progress bar without a terminal"
     size = (tmp_path / "tiny.Q8_0.gguf").stat().st_size
     for word in ("tiny.Q8_0.gguf", f"{size / 1e6:,.1f} MB", "8.5", "ollama create tiny -f", "llama-cli -m"):
         assert word in shown.out
