@@ -241,6 +241,8 @@ def _print_whereabouts(prepared: Prepared, adapter: Path, merged: Path | None) -
         "a dataset of the hub",
         f"{train_command} --model_name {model} --dataset trl-lib/Capybara --packing --learning_rate 2e-4",
     )
+    export = f"{python} -m jaxtune.export {output} {output / 'gguf'} --method q4_k_m"
+    commands.add_row("for llama.cpp, Ollama", export)
     commands.add_row("this run again", f"{train_command} --config {output / SETTINGS_FILE}")
     console.print(commands)
     console.print(f"done in {time.perf_counter() - prepared.started:.0f} s", highlight=False)

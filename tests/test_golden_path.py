@@ -96,3 +96,7 @@ def test_golden_path_of_the_notebooks(tiny_model_dir, tmp_path):
     model.save_pretrained(tmp_path / "lora_model")
     tokenizer.save_pretrained(tmp_path / "lora_model")
     assert (tmp_path / "lora_model" / "adapter_model.safetensors").is_file()
+    model.save_pretrained_gguf(
+        tmp_path / "model", tokenizer, quantization_method=["q4_k_m", "q8_0", "q5_k_m"]
+    )
+    assert len(list((tmp_path / "model").glob("*.gguf"))) == 3
