@@ -31,7 +31,7 @@ from jaxtune.export.imatrix import ImportanceMatrix, load_or_collect
 from jaxtune.export.merged import Base
 from jaxtune.export.quantise_pool import QuantisePool
 from jaxtune.export.type_mix import METHODS, bits_per_weight, file_type, find_method, tensor_kinds
-from jaxtune.export.verify import find_llama_cpp
+from jaxtune.export.verify import QUESTION, Verification, installed_llama_cpp
 from jaxtune.export.verify import verify as verify_files
 
 if TYPE_CHECKING:
@@ -103,25 +103,16 @@ def save_gguf(
         FileNotFoundError: verify without a llama.cpp. OSError: the disk is too full. In every case no file is made.
     """
     methods = _methods(quantization_method, model)
-    if verify and find_llama_cpp() is None:
-        verify_files(model, [], tokenizer)  # says what to install, before anything is done
-    folder = Path(directory).expanduser()
-    tokenizer = tokenizer or model.tokenizer
+    if verify:
+        installed_llama_cpp()
+    folder, tokenizer = Path(directory).expanduser(), tokenizer or model.tokenizer
     conversion = convert(model, tokenizer, base=base, name=name, pre_tokenizer=pre_tokenizer)
     stem = _stem(name or model.name_or_path)
     targets = {method: folder / f"{stem}.{method.upper()}.gguf" for method in methods}
     modelfile = _modelfile_path(folder, methods[0], overwrite)
     _check_targets([*targets.values(), modelfile], overwrite)
-    text = ollama.modelfile(
-        tokenizer,
-        targets[methods[0]].name,
-        others=[path.name for path in list(targets.values())[1:]],
-        system=system,
-        generation=model.checkpoint.generation_config,
-    )
+    text = _modelfile_text(model, tokenizer, list(targets.values()), system)
     matrix = None if imatrix is None else load_or_collect(imatrix, model, tokenizer, progress=progress)
-    if matrix is not None:
-        matrix.check(conversion.shapes)
     files = [_File(method, path, _kinds(method, conversion, matrix)) for method, path in targets.items()]
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -129,22 +120,32 @@ def save_gguf(
     modelfile.write_text(text, "utf-8")
     if progress:
         _report(files, conversion, time.perf_counter() - started, modelfile)
-    checked = []
-    if verify:
-        question = {"question": verify} if isinstance(verify, str) else {}
-        checked = verify_files(model, list(targets.values()), tokenizer, **question)
-        if progress:
-            print(*checked, sep="\n")
     return {
         "save_directory": str(folder),
         "gguf_directory": str(folder),
-        "gguf_files": [str(path) for path in targets.values()],
+        "gguf_files": [str(file.path) for file in files],
         "modelfile_location": str(modelfile),
         "want_full_precision": all(method in ("f32", "f16", "bf16") for method in methods),
         "is_vlm": False,
         "fix_bos_token": False,
-        "verifications": checked,
+        "verifications": _verify(model, files, tokenizer, verify, progress) if verify else [],
     }
+
+
+def _verify(
+    model: Model, files: Sequence[_File], tokenizer, question: bool | str, progress: bool
+) -> list[Verification]:
+    question = question if isinstance(question, str) else QUESTION
+    found = verify_files(model, [file.path for file in files], tokenizer, question=question)
+    if progress:
+        print(*found, sep="\n")
+    return found
+
+
+def _modelfile_text(model: Model, tokenizer, files: Sequence[Path], system: str | None) -> str:
+    names = [path.name for path in files]
+    settings = model.checkpoint.generation_config
+    return ollama.modelfile(tokenizer, names[0], others=names[1:], system=system, generation=settings)
 
 
 def save_lora_gguf(
@@ -208,6 +209,8 @@ def _modelfile_path(folder: Path, method: str, overwrite: bool) -> Path:
 def _kinds(
     method: str, conversion: Conversion, matrix: ImportanceMatrix | None
 ) -> dict[str, GGMLQuantizationType]:
+    if matrix is not None:
+        matrix.check(conversion.shapes)
     return tensor_kinds(
         method,
         conversion.shapes,
@@ -253,7 +256,11 @@ def _write(
             while len(pending) > 1:
                 pending.pop(0).result()
             importance = None if matrix is None else matrix.importance(name, values.shape[-1])
-            made = {kind: quantise(values, kind, importance) for kind in {file.kinds[name] for file in files}}
+            try:
+                kinds = {file.kinds[name] for file in files}
+                made = {kind: quantise(values, kind, importance) for kind in kinds}
+            except ValueError as error:  # a number too large for a type: it does not say where
+                raise ValueError(f"{name}: {error}") from error
             pending.append(disk.submit(_store, name, made, files, writers, bar))
         for future in pending:
             future.result()

@@ -96,6 +96,17 @@ def find_llama_cpp() -> LlamaCpp | None:
     return LlamaCpp(Path(program), False) if program else None
 
 
+def installed_llama_cpp() -> LlamaCpp:
+    """`find_llama_cpp`; raises FileNotFoundError, with what to install, where there is none."""
+    found = find_llama_cpp()
+    if found is None:
+        raise FileNotFoundError(
+            "verify needs llama.cpp: `pip install xllamacpp`, or llama-cpp-python, or llama-cli on PATH, or the "
+            "environment variable JAXTUNE_LLAMA_CPP with the folder of its libraries"
+        )
+    return found
+
+
 def _library(folder: Path, pattern: str) -> Path | None:
     """The shared library with llama_decode in it: libllama, not libllama-common or libggml."""
     files = [file for file in sorted(folder.glob(pattern)) if any(end in file.suffixes for end in _SUFFIXES)]
@@ -127,12 +138,7 @@ def verify(
         said is in the message.
     """
     tokenizer = tokenizer or model.tokenizer
-    found = find_llama_cpp()
-    if found is None:
-        raise FileNotFoundError(
-            "verify needs llama.cpp: `pip install xllamacpp`, or llama-cpp-python, or llama-cli on PATH, or the "
-            "environment variable JAXTUNE_LLAMA_CPP with the folder of its libraries"
-        )
+    found = installed_llama_cpp()
     prompt = _prompt(tokenizer, question)
     ids = np.array([tokenizer(prompt, add_special_tokens=False)["input_ids"]], np.int32)
     expected = model.generate(ids, max_new_tokens=max_new_tokens, do_sample=False)[0, ids.shape[1] :]

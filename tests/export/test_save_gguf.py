@@ -169,6 +169,15 @@ def test_a_weight_that_is_no_number(tiny_model_dir, tmp_path):
     assert left_in(tmp_path) == []
 
 
+def test_a_weight_that_is_too_large_for_its_type(tiny_model_dir, tmp_path):
+    model = random_adapter(load_model(tiny_model_dir("llama"), load_in_16bit=True))
+    path = next(path for path in model.trainable if path.endswith("down_proj.lora_B"))
+    model.trainable[path] = model.trainable[path].at[1, 0, 0].set(1e9)
+    with pytest.raises(ValueError, match=r"^blk.1.ffn_down.weight: .*16"):
+        save(model, tmp_path, ["f32", "f16"])
+    assert left_in(tmp_path) == []
+
+
 def test_a_full_disk(model, tmp_path, monkeypatch):
     """Room for one file, not for two: known before a byte is written."""
     usage = type("usage", (), {"free": 51_500_000})
