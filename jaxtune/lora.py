@@ -282,24 +282,26 @@ def adapter_leaves(model, tensors: Mapping[str, np.ndarray]) -> Leaves:
     return {path: jnp.asarray(value) for path, value in leaves.items()}
 
 
-def merged_weight(model, name: str, weight: np.ndarray) -> np.ndarray:
+def merged_weight(model, name: str, weight: np.ndarray | jax.Array) -> Any:
     """W + s·(A B)ᵀ of one module of a `jaxtune.model.Model`, DoRA's magnitude folded in.
 
     Args:
       name: checkpoint module name.
-      weight: float32 [out, in], the base to merge onto.
+      weight: float32 [out, in], the base to merge onto: of NumPy, or of JAX to merge on the device.
 
     Returns:
-      float32 [out, in]; `weight` itself where the module has no adapter.
+      float32 [out, in] of the same kind; `weight` itself where the module has no adapter.
     """
     slot = None if model.lora is None else _adapted(model).get(name)
     if slot is None or model.lora is None:
         return weight
-    a, b = (np.asarray(slot.take(model.trainable, leaf)) for leaf in ("lora_A", "lora_B"))
-    merged = weight + np.float32(model.lora.scaling) * (a @ b).T
+    xp = jnp if isinstance(weight, jax.Array) else np
+    a, b = (xp.asarray(slot.take(model.trainable, leaf)) for leaf in ("lora_A", "lora_B"))
+    product = jnp.matmul(a, b, precision="highest") if xp is jnp else a @ b
+    merged = weight + np.float32(model.lora.scaling) * product.T
     if f"{slot.path}.lora_magnitude" in model.trainable:
-        norm = np.linalg.norm(merged, axis=1)
-        merged *= (np.asarray(slot.take(model.trainable, "lora_magnitude")) / norm)[:, None]
+        norm = xp.linalg.norm(merged, axis=1)
+        merged = merged * (xp.asarray(slot.take(model.trainable, "lora_magnitude")) / norm)[:, None]
     return merged
 
 

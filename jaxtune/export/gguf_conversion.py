@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxtune import models
@@ -17,7 +19,7 @@ from jaxtune.export.adapter import check_finite
 from jaxtune.export.gguf_metadata import Metadata, check_config, model_metadata, rope_factors
 from jaxtune.export.gguf_origin import kept_metadata, kept_rope_factors
 from jaxtune.export.gguf_vocabulary import harmless_name, vocabulary
-from jaxtune.export.merged import Base, check_base, merged_tensor, tensor_shape
+from jaxtune.export.merged import Base, check_base, merged_on_device, merged_tensor, tensor_shape
 from jaxtune.formats.gguf_names import (
     ROPE_FACTORS,
     GgufFamily,
@@ -42,7 +44,8 @@ class Conversion:
 
     metadata: in the converter's order, general.file_type 0. shapes: GGUF tensor name -> shape, slowest axis
     first, in llama.cpp's order of tensors. layers, heads, kv_heads: of the model. read: name -> float32 tensor of
-    that shape, made when called; ValueError for one with NaN or infinity.
+    that shape, made when called; ValueError for one with NaN or infinity. read_on_device: the same, merged on and left
+    on the model's device.
     """
 
     architecture: str
@@ -52,6 +55,7 @@ class Conversion:
     metadata: Metadata = field(repr=False)
     shapes: Shapes = field(repr=False)
     read: Callable[[str], np.ndarray] = field(repr=False)
+    read_on_device: Callable[[str], jax.Array] = field(repr=False)
 
 
 def convert(
@@ -83,6 +87,11 @@ def convert(
     factors = own_factors if origin is None else kept_rope_factors(origin, decoder.rope, own_factors)
     plan = {gguf_name(hf): (hf, *place) for hf, place in expected_names(model.module).items()}
     shapes = _shapes(model, plan, family, factors)
+    # How many heads the rows of a tensor are, where llama.cpp keeps the two halves of each in turn.
+    heads = {
+        tensor: rotary_heads(hf, decoder.num_heads, decoder.num_kv_heads) if family.interleaved else None
+        for tensor, (hf, *_) in plan.items()
+    }
     tokenizer = tokenizer or model.tokenizer
     generation = model.checkpoint.generation_config
     if origin is not None:
@@ -97,15 +106,27 @@ def convert(
     def read(tensor: str) -> np.ndarray:
         if tensor == ROPE_FACTORS and factors is not None:
             return factors
-        hf, slot, leaf = plan[tensor]
-        values = merged_tensor(model, base, hf, slot, leaf)
-        check_finite(hf, values)
-        heads = rotary_heads(hf, decoder.num_heads, decoder.num_kv_heads) if family.interleaved else None
-        return values if heads is None else interleave_rotary_halves(values, heads)
+        values = merged_tensor(model, base, *plan[tensor])
+        check_finite(plan[tensor][0], values)
+        return interleave_rotary_halves(values, heads[tensor]) if heads[tensor] else values
 
-    layers = config.num_hidden_layers
+    def read_on_device(tensor: str) -> jax.Array:
+        if tensor == ROPE_FACTORS and factors is not None:
+            return jnp.asarray(factors)
+        values = merged_on_device(model, base, *plan[tensor])
+        if not jnp.isfinite(values).all():
+            check_finite(plan[tensor][0], np.asarray(values))
+        return interleave_rotary_halves(values, heads[tensor]) if heads[tensor] else values
+
     return Conversion(
-        family.architecture, layers, decoder.num_heads, decoder.num_kv_heads, metadata, shapes, read
+        architecture=family.architecture,
+        layers=config.num_hidden_layers,
+        heads=decoder.num_heads,
+        kv_heads=decoder.num_kv_heads,
+        metadata=metadata,
+        shapes=shapes,
+        read=read,
+        read_on_device=read_on_device,
     )
 
 

@@ -14,6 +14,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from tqdm.auto import tqdm
@@ -184,17 +186,26 @@ def _tensors(
 
 def merged_tensor(model: Model, base: Base, name: str, slot: Slot, leaf: str) -> np.ndarray:
     """One merged weight or bias, float32."""
+    weight = np.asarray(_base_tensor(model, base, name, slot, leaf)).astype(np.float32)
+    return merged_weight(model, name.rpartition(".")[0], weight) if leaf == "weight" else weight
+
+
+def merged_on_device(model: Model, base: Base, name: str, slot: Slot, leaf: str) -> jax.Array:
+    """`merged_tensor`, computed on and left on the model's device; sums may round in another order."""
+    weight = jnp.asarray(_base_tensor(model, base, name, slot, leaf)).astype(jnp.float32)
+    return merged_weight(model, name.rpartition(".")[0], weight) if leaf == "weight" else weight
+
+
+def _base_tensor(model: Model, base: Base, name: str, slot: Slot, leaf: str) -> np.ndarray | jax.Array:
+    """One weight or bias as it is stored, or trained whole; dequantised."""
     leaves = model.base | model.trainable
     if f"{slot.path}.{leaf}" in model.trainable:
-        weight = slot.take(model.trainable, leaf)
-    elif base == "original":
-        weight = model.checkpoint.read(name)
-    elif leaf == "weight" and isinstance(stored := stored_weight(model.module, leaves, slot), NF4):
-        weight = dequantize_nf4(stored)
-    else:
-        weight = slot.take(leaves, leaf)
-    weight = np.asarray(weight).astype(np.float32)
-    return merged_weight(model, name.rpartition(".")[0], weight) if leaf == "weight" else weight
+        return slot.take(model.trainable, leaf)
+    if base == "original":
+        return model.checkpoint.read(name)
+    if leaf == "weight" and isinstance(stored := stored_weight(model.module, leaves, slot), NF4):
+        return dequantize_nf4(stored)
+    return slot.take(leaves, leaf)
 
 
 def _merged_nf4(model: Model, base: Base, name: str, slot: Slot) -> NF4:

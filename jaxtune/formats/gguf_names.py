@@ -93,7 +93,7 @@ def join_rotary_halves(values: np.ndarray, heads: int) -> np.ndarray:
     return split.swapaxes(1, 2).reshape(values.shape)
 
 
-def interleave_rotary_halves(values: np.ndarray, heads: int) -> np.ndarray:
-    """The inverse: rows (h, half, i) -> (h, i, half). values: [H*h, in] or a bias [H*h]."""
+def interleave_rotary_halves(values, heads: int):
+    """The inverse: rows (h, half, i) -> (h, i, half). values: [H*h, in] or a bias [H*h], of NumPy or JAX."""
     split = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
     return split.swapaxes(1, 2).reshape(values.shape)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import gguf_cases
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -107,6 +108,18 @@ def test_an_adapter_on_a_4_bit_model_is_merged(tiny_model_dir, llama_cpp, tmp_pa
         assert relative_error(judge.logits(IDS.tolist()), model.logits(IDS[None])[0]) < LLAMA_CPP_LOGITS
 
 
+@pytest.mark.parametrize(
+    ("family", "options"), [("llama", {"use_dora": True}), ("qwen3", {}), ("llama_bias", {})]
+)
+def test_tensors_merged_on_the_device_are_the_same(tiny_model_dir, family, options):
+    """Up to the order of sums: a few units in the last place."""
+    conversion = convert(random_adapter(load(tiny_model_dir(family)), **options))
+    for name in conversion.shapes:
+        device = conversion.read_on_device(name)
+        assert isinstance(device, jax.Array) and device.dtype == jnp.float32
+        assert relative_error(device, conversion.read(name)) < 2e-6, name
+
+
 def test_an_untied_head_is_written(tiny_model_dir, llama_cpp, tmp_path):
     model = random_adapter(load(tiny_model_dir("llama_tied")), modules_to_save=["lm_head"])
     conversion = convert(model)
@@ -126,8 +139,9 @@ def test_weights_are_read_one_at_a_time_and_checked(tiny_model_dir):
     )
     model.base = model.base | {"model.norm.weight": model.base["model.norm.weight"].at[3].set(jnp.nan)}
     conversion = convert(model)  # reads no weight
-    with pytest.raises(ValueError, match=r"model\.norm\.weight: 1 of 128 values are NaN"):
-        conversion.read("output_norm.weight")
+    for read in (conversion.read, conversion.read_on_device):
+        with pytest.raises(ValueError, match=r"model\.norm\.weight: 1 of 128 values are NaN"):
+            read("output_norm.weight")
 
 
 REFUSED = {

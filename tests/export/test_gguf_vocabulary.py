@@ -88,9 +88,11 @@ def spm(prefix="normalizer"):
     return fast(sentencepiece(prefix), bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-@pytest.mark.parametrize("prefix", ["normalizer", "never"])
+@pytest.mark.parametrize("prefix", ["normalizer", "never", "bars"])
 def test_sentencepiece_without_its_model_file(judge, prefix):
-    tokenizer = spm(prefix)
+    tokenizer = spm("normalizer" if prefix == "bars" else prefix)
+    if prefix == "bars":  # what transformers makes of a bare tokenizer.model of Mistral
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(" ", "▁")])
     model, keys = judge(tokenizer, rows=len(tokenizer) + 7)
     assert keys["model"] == "llama" and keys.get("add_space_prefix", True) == (prefix == "normalizer")
     assert differing(model, tokenizer) == []
@@ -181,6 +183,14 @@ def test_bos_and_eos_are_added_as_the_tokenizer_adds_them(judge, kind, ends):
     core.post_processor = TemplateProcessing(single=single, pair=[*single, "$B"], special_tokens=known)
     model, _ = judge(tokenizer)
     assert differing(model, tokenizer, ["Hello world", "", "x y"]) == []
+
+
+def test_a_setting_that_the_tokenizer_does_not_follow_is_not_written(judge):
+    """tokenizer_config.json may say add_bos_token of a tokenizer.json whose rules add none."""
+    tokenizer = spm()
+    tokenizer.init_kwargs["add_bos_token"] = True
+    model, keys = judge(tokenizer)
+    assert keys["add_bos_token"] is False and differing(model, tokenizer) == []
 
 
 def chat_tokenizer(template=CHATML, eos="<|endoftext|>", extra=("<|turn|>",)):
