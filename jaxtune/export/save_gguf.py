@@ -10,14 +10,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import GGMLQuantizationType as Kind
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 MODELFILE = "Modelfile"
 _HEADROOM = 50_000_000  # bytes kept free for the Modelfile and the file system
-Quantise = Callable[[np.ndarray, GGMLQuantizationType, np.ndarray | None], np.ndarray]
+Weights = np.ndarray | jax.Array
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class _File:
 
     method: str
     path: Path
-    kinds: dict[str, GGMLQuantizationType]
+    kinds: dict[str, Kind]
 
     def entries(self, shapes: dict[str, tuple[int, ...]]) -> list[TensorEntry]:
         return [TensorEntry(name, shape, self.kinds[name]) for name, shape in shapes.items()]
@@ -206,9 +206,7 @@ def _modelfile_path(folder: Path, method: str, overwrite: bool) -> Path:
     return path if overwrite or not path.exists() else folder / f"{MODELFILE}.{method.upper()}"
 
 
-def _kinds(
-    method: str, conversion: Conversion, matrix: ImportanceMatrix | None
-) -> dict[str, GGMLQuantizationType]:
+def _kinds(method: str, conversion: Conversion, matrix: ImportanceMatrix | None) -> dict[str, Kind]:
     if matrix is not None:
         matrix.check(conversion.shapes)
     return tensor_kinds(
@@ -249,16 +247,17 @@ def _write(
             leave=False,
         )
         stack.callback(bar.close)
-        quantise = stack.enter_context(_quantiser(deterministic, processes))
+        pool = stack.enter_context(QuantisePool(processes))
         disk = stack.enter_context(ThreadPoolExecutor(1))  # left first: it ends before a file is closed
         pending: list[Future] = []
-        for name, values in _ahead(conversion.read, list(conversion.shapes)):
+        read = conversion.read_on_device if _on_gpu(deterministic) else conversion.read
+        for name, values in _ahead(read, list(conversion.shapes)):
             while len(pending) > 1:
                 pending.pop(0).result()
             importance = None if matrix is None else matrix.importance(name, values.shape[-1])
             try:
                 kinds = {file.kinds[name] for file in files}
-                made = {kind: quantise(values, kind, importance) for kind in kinds}
+                made = {kind: _quantise(values, kind, importance, pool) for kind in kinds}
             except ValueError as error:  # a number too large for a type: it does not say where
                 raise ValueError(f"{name}: {error}") from error
             pending.append(disk.submit(_store, name, made, files, writers, bar))
@@ -275,7 +274,7 @@ def _check_space(folder: Path, nbytes: int) -> None:
         )
 
 
-def _ahead(read: Callable[[str], np.ndarray], names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+def _ahead(read: Callable[[str], Weights], names: Sequence[str]) -> Iterator[tuple[str, Weights]]:
     """Every tensor in order, the next one made while the last is in use."""
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(read, names[0])
@@ -286,21 +285,18 @@ def _ahead(read: Callable[[str], np.ndarray], names: Sequence[str]) -> Iterator[
             yield name, values
 
 
-@contextmanager
-def _quantiser(deterministic: bool, processes: int | None) -> Iterator[Quantise]:
-    """What quantises a tensor: on a GPU the types that it can, all others on the CPU's cores."""
-    on_gpu = jax.default_backend() == "gpu" and not deterministic
-    with QuantisePool(processes) as pool:
-
-        def quantise(values: np.ndarray, kind: GGMLQuantizationType, importance: np.ndarray | None):
-            if on_gpu and kind in quantisers_jax.KINDS:
-                return quantisers_jax.quantise(values, kind, importance)
-            return pool.quantise(values, kind, importance)
-
-        yield quantise
+def _on_gpu(deterministic: bool) -> bool:
+    return jax.default_backend() == "gpu" and not deterministic
 
 
-def _store(name: str, made: dict[GGMLQuantizationType, np.ndarray], files, writers, bar: tqdm) -> None:
+def _quantise(values: Weights, kind: Kind, importance: np.ndarray | None, pool: QuantisePool) -> np.ndarray:
+    """Blocks uint8 [rows, row_bytes]: of weights on a GPU the types that it can, all others on the CPU's cores."""
+    if isinstance(values, jax.Array) and kind in quantisers_jax.KINDS:
+        return quantisers_jax.quantise(values, kind, importance)
+    return pool.quantise(np.asarray(values), kind, importance)
+
+
+def _store(name: str, made: dict[Kind, np.ndarray], files, writers, bar: tqdm) -> None:
     for file in files:
         data = made[file.kinds[name]]
         writers[file.method].write(name, data)

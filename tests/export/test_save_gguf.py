@@ -75,6 +75,32 @@ def tensors_of(data: bytes, folder: Path) -> dict[str, bytes]:
     }
 
 
+def test_the_path_of_a_gpu(model, tmp_path, monkeypatch):
+    """Run on the CPU: merged and quantised by JAX, the same but for a few roundings."""
+    calls, quantise = [], module.quantisers_jax.quantise
+
+    def noting(values, kind, importance=None):
+        calls.append(type(values))
+        return quantise(values, kind, importance)
+
+    monkeypatch.setattr(module.quantisers_jax, "quantise", noting)
+    save(model, tmp_path / "cpu", "q6_k")
+    monkeypatch.setattr(module.jax, "default_backend", lambda: "gpu")
+    save(model, tmp_path / "deterministic", "q6_k", deterministic=True)
+    assert not calls
+    save(model, tmp_path / "gpu", "q6_k")
+    assert len(calls) == 15 and all(issubclass(kind, module.jax.Array) for kind in calls)
+    cpu, same, gpu = (
+        GgufFile(tmp_path / where / "tiny.Q6_K.gguf") for where in ("cpu", "deterministic", "gpu")
+    )
+    assert cpu.path.read_bytes() == same.path.read_bytes()
+    assert cpu.metadata == gpu.metadata and cpu.tensors == gpu.tensors
+    for name in cpu.tensors:
+        want, came = cpu.read(name), gpu.read(name)
+        assert np.mean(want == came) > 0.98, name
+        np.testing.assert_allclose(came, want, atol=0.02 * np.abs(want).max())
+
+
 def test_one_pass_makes_each_tensor_once(model, tmp_path, monkeypatch):
     reads, quantised = [], []
     convert, quantise = module.convert, QuantisePool.quantise
