@@ -10,6 +10,7 @@ torch, and `import jaxtune` must not.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import re
@@ -245,7 +246,9 @@ def _gguf(path: Path, name: str, revision: str | None) -> Checkpoint:
     from transformers import AutoConfig
 
     model = GgufModel(path)
-    config = AutoConfig.for_model(**model.config)
+    config = AutoConfig.for_model(
+        **copy.deepcopy(model.config)
+    )  # it is changed later, what the file says is not
     return Checkpoint(path, config, "gguf", name, revision, None, model)
 
 

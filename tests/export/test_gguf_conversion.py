@@ -1,6 +1,7 @@
 """Config, tensors and metadata of exported models: against llama.cpp's converter, and run by llama.cpp itself."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import gguf_cases
@@ -21,7 +22,7 @@ from jaxtune.export.gguf_metadata import file_metadata
 from jaxtune.export.merged import merged_tensor
 from jaxtune.fast import FastLanguageModel
 from jaxtune.formats.gguf_file import GgufFile
-from jaxtune.formats.gguf_names import file_order
+from jaxtune.formats.gguf_names import ROPE_FACTORS, file_order
 from jaxtune.models.names import expected_names
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "gguf_conversion.json").read_text("utf-8"))
@@ -194,6 +195,19 @@ def test_a_gguf_model_keeps_its_metadata(tiny_model_dir, tmp_path, rope):
     expected = gguf_cases.summary(first)
     expected["keys"] = [key for key in expected["keys"] if key[0] not in dropped]
     assert gguf_cases.summary(second) == expected
+
+
+def test_rope_divisors_of_a_gguf_model_are_kept_to_the_bit(tiny_model_dir, tmp_path):
+    """The scaling that is read from them gives them back only nearly."""
+    conversion = convert(load(tiny_model_dir("llama", "llama3"), load_in_16bit=True))
+    factors = conversion.read(ROPE_FACTORS) * np.float32(1 + 1e-5)
+    changed = replace(
+        conversion, read=lambda name: factors if name == ROPE_FACTORS else conversion.read(name)
+    )
+    model = load_16bit(write(changed, tmp_path / "first.gguf"))
+    np.testing.assert_array_equal(convert(model).read(ROPE_FACTORS), factors)
+    model.config.rope_parameters["factor"] = 2.0  # another scaling: its own divisors
+    assert convert(model).read(ROPE_FACTORS).max() == 2.0
 
 
 def test_what_training_changed_is_changed_in_a_gguf_model(tiny_model_dir, tmp_path):
