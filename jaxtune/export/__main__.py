@@ -111,10 +111,9 @@ def run(job: Export) -> dict:
     model, tokenizer = FastLanguageModel.from_pretrained(
         model_name,
         max_seq_length=None,
-        dtype=_dtype(model_name, job),
-        load_in_4bit=job.load_in_4bit,
         revision=job.revision,
         token=job.token,
+        **_loading(model_name, job),
     )
     if job.lora:
         return model.save_pretrained_gguf(job.output, save_method="lora", name=name, overwrite=job.overwrite)
@@ -144,15 +143,17 @@ def _trained(name: str) -> str:
     return name
 
 
-def _dtype(model_name: str, job: Export) -> str | None:
-    """What holds the stored weights without loss: None, the device's own choice, where they are bfloat16."""
+def _loading(model_name: str, job: Export) -> dict:
+    """Arguments of from_pretrained that keep the stored weights as they are, whatever they are stored in."""
     from jaxtune import hub
 
     checkpoint = hub.resolve(model_name, revision=job.revision, token=job.token)
-    stored = {checkpoint.info(name).dtype.name for name in checkpoint.names()} - {"uint8"}
-    if stored <= {"bfloat16"}:
-        return None
-    return "float16" if stored == {"float16"} else "float32"
+    if checkpoint.kind == "bnb-4bit":
+        return {"load_in_4bit": True}
+    stored = {checkpoint.info(name).dtype.name for name in checkpoint.names()}
+    exact = next((name for name in ("bfloat16", "float16") if stored == {name}), "float32")
+    # None: bfloat16, or float32 on a CPU
+    return {"load_in_4bit": job.load_in_4bit, "dtype": None if exact == "bfloat16" else exact}
 
 
 if __name__ == "__main__":
