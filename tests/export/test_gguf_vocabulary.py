@@ -291,6 +291,28 @@ def test_a_named_pre_tokenizer_is_taken():
     assert keys["tokenizer.ggml.pre"] == "falcon" and keys["tokenizer.ggml.add_bos_token"] is False
 
 
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte-level"])
+def test_reading_a_vocabulary_back(tmp_path, kind):
+    """The tokenizer that jaxtune makes of the keys does what the exported one did."""
+    if kind == "sentencepiece":
+        tokenizer, _ = with_added_tokens(spm())
+    else:
+        pre = PRE_TOKENIZERS["llama-bpe"]
+        core = byte_level(split_steps(*pre.splits), ignore_merges=True)
+        tokenizer, _ = with_added_tokens(fast(core, eos_token="<|im_end|>"))
+    keys = vocabulary(tokenizer, SimpleNamespace(vocab_size=len(tokenizer)), llama.GGUF, generation={})
+    metadata = {"general.architecture": "llama", "llama.context_length": 64} | keys
+    again = load_tokenizer(
+        {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in metadata.items()},
+        tmp_path / "m.gguf",
+    )
+    assert again.unk_token == tokenizer.unk_token and again.eos_token == tokenizer.eos_token
+    inside = [json.loads(t.backend_tokenizer.to_str())["model"]["unk_token"] for t in (again, tokenizer)]
+    assert inside[0] == inside[1]
+    for text in CORPUS:
+        assert again.encode(text) == tokenizer.encode(text), text
+
+
 def test_smollm2(judge, smollm2_dir):
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2_dir)
     model, keys = judge(tokenizer)
