@@ -30,6 +30,8 @@ _PARAMETERS = {
     "min_p": "min_p",
     "repetition_penalty": "repeat_penalty",
 }
+# Llama 3 shows a date; without one to show it is today's in transformers, which must not stay in a Modelfile.
+_DATE = "26 Jul 2024"
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ _CHAT = [
 
 def read_turns(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
     """What the tokenizer's chat template puts around the messages; None where it has none or does more than that."""
-    if not tokenizer.chat_template:
+    source = tokenizer.chat_template
+    if not source or ("strftime_now" in source and "date_string" not in source):
         return None
     plain = _split(tokenizer, _CHAT[:3])
     if plain is None:
@@ -122,7 +125,11 @@ def read_turns(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], prompt: bool = True) -> str | None:
     """What the template makes of a conversation; None if it refuses it."""
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=prompt, date_string=_DATE
+            )
+        )
     except (TemplateError, ValueError, TypeError):
         return None
 

@@ -80,6 +80,16 @@ def test_golden_templates(tokenizers):
         assert go_template(read_turns(tokenizer), tokenizer.bos_token).splitlines() == lines, name
 
 
+def test_templates_of_the_field_are_read(shared_data):
+    """Llama 3 to 3.2, Gemma, Phi-3, Qwen2.5, Qwen3 as their makers ship them."""
+    files = sorted((shared_data / "tokenizers" / "chat_templates_trl").glob("*.jinja"))
+    assert len(files) >= 12
+    for file in files:
+        tokenizer = tiny_models.make_tokenizer()
+        tokenizer.chat_template = file.read_text("utf-8")
+        assert read_turns(tokenizer) is not None, file.name
+
+
 def test_a_template_that_does_more_is_not_guessed():
     tokenizer = tiny_models.make_tokenizer()
     numbered = "{% for m in messages %}{{ loop.index }}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -108,6 +118,18 @@ def test_no_system_role():
     assert ".System" not in go_template(turns, None)
     with pytest.raises(ValueError, match="takes no system message"):
         modelfile(tokenizer, "m.gguf", system="Be brief.")
+
+
+def test_todays_date_does_not_stay():
+    tokenizer = tiny_models.make_tokenizer()
+    turn = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    tokenizer.chat_template = (
+        "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}\n" + turn
+    )
+    turns = read_turns(tokenizer)
+    assert turns is not None and turns.begin == "26 Jul 2024\n"
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + turn
+    assert read_turns(tokenizer) is None
 
 
 def test_a_conversation_that_ends_otherwise_than_a_turn():
