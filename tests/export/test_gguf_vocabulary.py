@@ -185,6 +185,14 @@ def test_bos_and_eos_are_added_as_the_tokenizer_adds_them(judge, kind, ends):
     assert differing(model, tokenizer, ["Hello world", "", "x y"]) == []
 
 
+def test_a_token_in_front_that_goes_by_no_name_is_bos(judge):
+    core = byte_level(split_steps(gpt2=True))
+    core.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    tokenizer = fast(core, eos_token="<|im_end|>")
+    model, _ = judge(tokenizer)
+    assert model.bos == 1 and differing(model, tokenizer) == []
+
+
 def test_a_setting_that_the_tokenizer_does_not_follow_is_not_written(judge):
     """tokenizer_config.json may say add_bos_token of a tokenizer.json whose rules add none."""
     tokenizer = spm()
@@ -318,6 +326,7 @@ def test_smollm2(judge, smollm2_dir):
     model, keys = judge(tokenizer)
     assert keys["pre"] == "smollm" and differing(model, tokenizer) == []
     assert model.is_end(tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    assert keys["add_bos_token"] is False  # said for this vocabulary size, as the converter does
 
 
 def test_qwen3(judge, shared_data):
