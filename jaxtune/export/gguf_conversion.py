@@ -6,9 +6,8 @@ that file's metadata.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,14 +37,22 @@ if TYPE_CHECKING:
 Shapes = dict[str, tuple[int, ...]]
 
 
+class _Place(NamedTuple):
+    """Where a tensor comes from: checkpoint name, slot and leaf; and how many heads its rows are, if llama.cpp keeps
+    the two halves of each in turn."""
+
+    name: str
+    slot: Slot
+    leaf: str
+    heads: int | None
+
+
 @dataclass(frozen=True)
 class Conversion:
     """What to write.
 
     metadata: in the converter's order, general.file_type 0. shapes: GGUF tensor name -> shape, slowest axis
-    first, in llama.cpp's order of tensors. layers, heads, kv_heads: of the model. read: name -> float32 tensor of
-    that shape, made when called; ValueError for one with NaN or infinity. read_on_device: the same, merged on and left
-    on the model's device.
+    first, in llama.cpp's order of tensors. layers, heads, kv_heads: of the model.
     """
 
     architecture: str
@@ -54,8 +61,29 @@ class Conversion:
     kv_heads: int
     metadata: Metadata = field(repr=False)
     shapes: Shapes = field(repr=False)
-    read: Callable[[str], np.ndarray] = field(repr=False)
-    read_on_device: Callable[[str], jax.Array] = field(repr=False)
+    _model: Model = field(repr=False)
+    _base: Base = field(repr=False)
+    _places: dict[str, _Place] = field(repr=False)
+    _factors: np.ndarray | None = field(repr=False)
+
+    def read(self, tensor: str) -> np.ndarray:
+        """One tensor as it goes into the file, float32, merged now; ValueError for one with NaN or infinity."""
+        if tensor == ROPE_FACTORS and self._factors is not None:
+            return self._factors
+        name, slot, leaf, heads = self._places[tensor]
+        values = merged_tensor(self._model, self._base, name, slot, leaf)
+        check_finite(name, values)
+        return interleave_rotary_halves(values, heads) if heads else values
+
+    def read_on_device(self, tensor: str) -> jax.Array:
+        """The same, merged on and left on the model's device."""
+        if tensor == ROPE_FACTORS and self._factors is not None:
+            return jnp.asarray(self._factors)
+        name, slot, leaf, heads = self._places[tensor]
+        values = merged_on_device(self._model, self._base, name, slot, leaf)
+        if not jnp.isfinite(values).all():
+            check_finite(name, np.asarray(values))
+        return interleave_rotary_halves(values, heads) if heads else values
 
 
 def convert(
@@ -80,64 +108,61 @@ def convert(
     """
     check_base(model, base)
     config, origin = model.config, model.checkpoint.gguf
-    family = models.family(config).GGUF
+    family, decoder = models.family(config).GGUF, models.family(config).config(config)
     check_config(config, family)
-    decoder = models.family(config).config(config)
-    own_factors = rope_factors(decoder.rope)
-    factors = own_factors if origin is None else kept_rope_factors(origin, decoder.rope, own_factors)
-    plan = {gguf_name(hf): (hf, *place) for hf, place in expected_names(model.module).items()}
-    shapes = _shapes(model, plan, family, factors)
-    # How many heads the rows of a tensor are, where llama.cpp keeps the two halves of each in turn.
-    heads = {
-        tensor: rotary_heads(hf, decoder.num_heads, decoder.num_kv_heads) if family.interleaved else None
-        for tensor, (hf, *_) in plan.items()
-    }
-    tokenizer = tokenizer or model.tokenizer
-    generation = model.checkpoint.generation_config
+    factors = rope_factors(decoder.rope)
     if origin is not None:
-        metadata = kept_metadata(origin, config, family, tokenizer, generation, pre_tokenizer)
-    else:
-        name = name or model.name_or_path.replace("\\", "/").rstrip("/").rpartition("/")[2]
-        parameters = sum(int(np.prod(shape)) for shape in shapes.values())
-        metadata = model_metadata(config, family, name=name, parameters=parameters, generation=generation)
-        metadata["general.name"] = harmless_name(str(metadata["general.name"]), tokenizer)
-        metadata |= vocabulary(tokenizer, config, family, generation=generation, pre_tokenizer=pre_tokenizer)
-
-    def read(tensor: str) -> np.ndarray:
-        if tensor == ROPE_FACTORS and factors is not None:
-            return factors
-        values = merged_tensor(model, base, *plan[tensor])
-        check_finite(plan[tensor][0], values)
-        return interleave_rotary_halves(values, heads[tensor]) if heads[tensor] else values
-
-    def read_on_device(tensor: str) -> jax.Array:
-        if tensor == ROPE_FACTORS and factors is not None:
-            return jnp.asarray(factors)
-        values = merged_on_device(model, base, *plan[tensor])
-        if not jnp.isfinite(values).all():
-            check_finite(plan[tensor][0], np.asarray(values))
-        return interleave_rotary_halves(values, heads[tensor]) if heads[tensor] else values
-
+        factors = kept_rope_factors(origin, decoder.rope, factors)
+    places = {
+        gguf_name(hf): _Place(
+            hf,
+            *place,
+            rotary_heads(hf, decoder.num_heads, decoder.num_kv_heads) if family.interleaved else None,
+        )
+        for hf, place in expected_names(model.module).items()
+    }
+    shapes = _shapes(model, places, family, factors)
+    metadata = _metadata(model, tokenizer or model.tokenizer, shapes, name, pre_tokenizer)
     return Conversion(
-        architecture=family.architecture,
-        layers=config.num_hidden_layers,
-        heads=decoder.num_heads,
-        kv_heads=decoder.num_kv_heads,
-        metadata=metadata,
-        shapes=shapes,
-        read=read,
-        read_on_device=read_on_device,
+        family.architecture,
+        config.num_hidden_layers,
+        decoder.num_heads,
+        decoder.num_kv_heads,
+        metadata,
+        shapes,
+        model,
+        base,
+        places,
+        factors,
     )
+
+
+def _metadata(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    shapes: Shapes,
+    name: str | None,
+    pre_tokenizer: str | None,
+) -> Metadata:
+    config, origin, generation = model.config, model.checkpoint.gguf, model.checkpoint.generation_config
+    family = models.family(config).GGUF
+    if origin is not None:
+        return kept_metadata(origin, config, family, tokenizer, generation, pre_tokenizer)
+    name = name or model.name_or_path.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    parameters = sum(int(np.prod(shape)) for shape in shapes.values())
+    keys = model_metadata(config, family, name=name, parameters=parameters, generation=generation)
+    keys["general.name"] = harmless_name(str(keys["general.name"]), tokenizer)
+    return keys | vocabulary(tokenizer, config, family, generation=generation, pre_tokenizer=pre_tokenizer)
 
 
 def _shapes(
     model: Model,
-    plan: dict[str, tuple[str, Slot, str]],
+    places: dict[str, _Place],
     family: GgufFamily,
     factors: np.ndarray | None,
 ) -> Shapes:
     shapes: Shapes = {} if factors is None else {ROPE_FACTORS: factors.shape}
-    for name, (_, slot, leaf) in plan.items():
+    for name, (_, slot, leaf, _) in places.items():
         kind = name.split(".")[-2]
         if leaf == "bias" and kind not in family.biases:
             raise ValueError(
