@@ -106,10 +106,15 @@ def _sentencepiece() -> Tokenizer:
     return core
 
 
+def described(metadata: dict) -> list[list]:
+    """Keys in order with type and value, long values as a hash."""
+    return [[key, *_described(value)] for key, value in metadata.items()]
+
+
 def summary(path: Path) -> dict:
     """What is compared: keys in order with type and value, tensors with shape and a hash of their float32."""
     file = GgufFile(path)
-    keys = [[key, *_described(value)] for key, value in file.typed_metadata().items()]
+    keys = described(file.typed_metadata())
     tensors = {
         name: [list(file.tensors[name].shape), _hash(file.read(name).astype("<f4").tobytes())]
         for name in sorted(file.tensors)

@@ -4,8 +4,8 @@
    `config(hf)`, which maps them to the decoder's through `read_config` (or, for another architecture, a module of its
    own whose attribute paths are the checkpoint's names).
 2. One line in FAMILIES.
-3. One parity test: an entry in tests/models/test_parity.py, whose judge is transformers; and for GGUF one in FAMILIES of
-   tests/export/test_gguf_conversion.py, whose judge is llama.cpp.
+3. One parity test: an entry in tests/models/test_parity.py, whose judge is transformers; and for GGUF one in FAMILIES
+   of tests/export/test_gguf_conversion.py, whose judge is llama.cpp.
 """
 
 from types import ModuleType

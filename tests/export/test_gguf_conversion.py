@@ -64,6 +64,13 @@ def test_metadata_and_tensors_are_the_converters(tmp_path, name):
     assert {a[0] for a, b in zip(ours["keys"], theirs["keys"]) if a != b} == BETTER.get(name, set())
 
 
+def test_smollm2s_metadata_is_the_converters(smollm2_dir):
+    """A published tokenizer, which the converter recognises by itself."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2_dir)  # jaxtune's pads with another token
+    metadata = convert(load_16bit(smollm2_dir), tokenizer, name="smollm2").metadata
+    assert gguf_cases.described(metadata) == GOLDEN["smollm2"]["keys"]
+
+
 def test_order_of_a_file():
     """Keys and tensors as llama.cpp's quantiser leaves them: version and file type last, layers by number."""
     names = ["blk.10.attn_q.weight", "output.weight", "blk.2.ffn_up.weight", "blk.2.attn_q.weight"]
