@@ -6,6 +6,4 @@ WEIGHTS = 1e-4  # adapter weights after 20 steps against PEFT + torch, relative 
 GRADIENT = 1e-5  # a kernel's gradient against autodiff of its reference, float32
 MERGED = 5e-5  # float32 logits of merged weights against base plus adapter: the same sums in another order
 GPU_LOGITS = 2e-5  # the same on a GPU, float32 products: other summation orders
-LLAMA_CPP_LOGITS = (
-    1e-4  # float32 logits of llama.cpp for an exported float32 model against transformers, as LOGITS
-)
+LLAMA_CPP_LOGITS = 1e-4  # float32 logits of llama.cpp for a float32 .gguf file against transformers
