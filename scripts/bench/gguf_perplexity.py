@@ -4,7 +4,7 @@
 
 The text is the first `--tokens` tokens of the rows' columns question and answer; the matrix is collected from the same
 columns of the other file. llama.cpp's libraries: JAXTUNE_LLAMA_CPP, or what scripts/test.sh has fetched.
-About 10 minutes for SmolLM2-135M on 2 CPU cores; needs disk for all files.
+About 20 minutes for SmolLM2-135M on 2 CPU cores; needs disk for all files.
 """
 
 import argparse
