@@ -134,12 +134,15 @@ class _Worker:
                 },
                 start_new_session=True,  # Ctrl-C is for the parent, whose end they notice
             )
+        assert self._process.stdin is not None and self._process.stdout is not None, "both are pipes"
+        self._orders, self._answers = self._process.stdin, self._process.stdout
 
     def quantise(
         self, values: np.ndarray, kind: Kind, importance: np.ndarray | None, out: np.ndarray
     ) -> None:
         """Blocks until `out` is filled."""
-        given, weights, made = _views(self._memory, *values.shape, out.shape[1])
+        rows, width = values.shape
+        given, weights, made = _views(self._memory, rows, width, out.shape[1])
         given[:] = values
         if importance is not None:
             weights[:] = importance
@@ -151,9 +154,9 @@ class _Worker:
 
     def _ask(self, order: str) -> dict:
         try:
-            self._process.stdin.write(order + "\n")
-            self._process.stdin.flush()
-            answer = self._process.stdout.readline()
+            self._orders.write(order + "\n")
+            self._orders.flush()
+            answer = self._answers.readline()
         except BrokenPipeError:
             answer = ""
         if not answer:
@@ -165,8 +168,8 @@ class _Worker:
 
     def close(self) -> None:
         with suppress(BrokenPipeError):  # it is dead, and an order still lies in the buffer
-            self._process.stdin.close()
-        self._process.stdout.close()
+            self._orders.close()
+        self._answers.close()
         self._process.wait()
 
 

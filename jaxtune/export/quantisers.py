@@ -1,7 +1,7 @@
 """Quantise float32 rows into GGML's block types, to the byte as llama.cpp does on x86-64.
 
 A row is cut into blocks of 32 weights (Q4_0 … Q8_0, IQ4_NL) or superblocks of 256 (the K-quants, IQ4_XS), which in
-turn have groups of 16 or 32. The layouts are those of ggml-common.h; the searches for the scales are in
+turn have groups of 16 or 32. The layouts are in `export.block_layouts`, the searches for the scales in
 `export.block_search`. With an importance vector (the mean of x² for each input column, from an importance matrix)
 errors count in proportion to it. Q8_0 and the 16-bit types have no search and ignore it.
 
@@ -10,11 +10,14 @@ rounded once more with the stored scales.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from jaxtune.export import block_layouts as layouts
+from jaxtune.export.block_layouts import nibbles, store
 from jaxtune.export.block_search import (
     SMALLEST,
     F,
@@ -37,7 +40,34 @@ CHUNK = (
     1 << 15
 )  # weights worked on at once: the handful of arrays of that size stay in the second-level cache
 SUPERBLOCK = 256
-_WITH_IMPORTANCE = Tries(-0.9, 0.05, 36)
+WITH_IMPORTANCE = Tries(-0.9, 0.05, 36)
+
+
+@dataclass(frozen=True)
+class _Affine:
+    """A K-quant whose groups have a scale and a minimum.
+
+    Attributes:
+        group: weights in a group.
+        top, top_scale: the largest level of a weight, and of a scale or minimum.
+        tries: the inverse scales searched without importance.
+        absolute: without importance, errors are absolute ones with weights |x|, and not squares with rms + |x|.
+        sigma2: the factor of the mean square in the weights with importance.
+    """
+
+    group: int
+    top: int
+    top_scale: int
+    tries: Tries
+    absolute: bool = False
+    sigma2: int = 2
+
+
+AFFINE = {
+    Kind.Q2_K: _Affine(16, 3, 15, Tries(-0.5, 0.1, 15), absolute=True, sigma2=1),
+    Kind.Q4_K: _Affine(32, 15, 63, Tries(-1.0, 0.1, 20)),
+    Kind.Q5_K: _Affine(32, 31, 63, Tries(-0.5, 0.1, 15)),
+}
 
 
 def quantise(values: np.ndarray, kind: Kind, importance: np.ndarray | None = None) -> np.ndarray:
@@ -58,7 +88,7 @@ def quantise(values: np.ndarray, kind: Kind, importance: np.ndarray | None = Non
     rows, width = values.shape
     out = np.empty((rows, row_bytes(kind, width)), np.uint8)
     if importance is not None:
-        importance = _checked_importance(importance, width)
+        importance = check_importance(importance, width)
     step = max(1, CHUNK // max(1, width))
     for start in range(0, rows, step):
         part = np.ascontiguousarray(values[start : start + step], F)
@@ -84,7 +114,12 @@ def row_bytes(kind: Kind, width: int) -> int:
     return width // block * nbytes
 
 
-def _checked_importance(importance: np.ndarray, width: int) -> np.ndarray:
+def check_importance(importance: np.ndarray, width: int) -> np.ndarray:
+    """float32 [width] of what was given.
+
+    Raises:
+        ValueError: another shape; NaN, infinity or negative numbers.
+    """
     importance = np.asarray(importance, F)
     if importance.shape != (width,):
         raise ValueError(f"importance has shape {importance.shape}; expected ({width},), one for each column")
@@ -100,11 +135,16 @@ def _half(d: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         half = d.astype(np.float16)
     if np.isinf(half).any():
-        raise ValueError(
-            f"float16 ends at 65504 and cannot hold {np.abs(d).max():.6g}, a weight or the scale of a block; "
-            "the training may have diverged (bf16 and f32 can hold it)"
-        )
+        raise overflow(np.abs(d).max())
     return half
+
+
+def overflow(value: float) -> ValueError:
+    """The error for a weight or scale beyond float16."""
+    return ValueError(
+        f"float16 ends at 65504 and cannot hold {value:.6g}, a weight or the scale of a block; the training may have "
+        "diverged (bf16 and f32 can hold it)"
+    )
 
 
 def _f32(values: np.ndarray, _) -> np.ndarray:
@@ -123,30 +163,9 @@ def _bf16(values: np.ndarray, _) -> np.ndarray:
     return rounded.view(np.uint8)
 
 
-def _store(*parts: np.ndarray) -> np.ndarray:
-    """Blocks [B, bytes] from the parts of their layout: [B] or [B, n], float16 or integers."""
-    return np.concatenate([np.ascontiguousarray(p.reshape(len(p), -1)).view(np.uint8) for p in parts], axis=1)
-
-
-def _nibbles(q: np.ndarray) -> np.ndarray:
-    """uint8 [..., 2, n] -> [..., n]: two halves of a run share its bytes, the first one low."""
-    return (q[..., 0, :] & 15) | (q[..., 1, :] << 4)
-
-
-def _crumbs(q: np.ndarray) -> np.ndarray:
-    """uint8 [..., 4, n] -> [..., n]: the 2 low bits of the four quarters of a run, the first one lowest."""
-    low = q & 3
-    return low[..., 0, :] | (low[..., 1, :] << 2) | (low[..., 2, :] << 4) | (low[..., 3, :] << 6)
-
-
-def _bit_planes(bits: np.ndarray) -> np.ndarray:
-    """[B, 8, 32] of 0 or 1 -> uint8 [B, 32]: bit g of byte j belongs to element j of run g."""
-    return np.packbits(bits.astype(bool), axis=1, bitorder="little")[:, 0]
-
-
 def _rows(levels: np.ndarray, *shape: int) -> np.ndarray:
-    """Levels [n, G], counted from 0 -> uint8 [B, *shape], elements in the order of the weights."""
-    return np.ascontiguousarray(levels.astype(np.uint8).T).reshape(-1, *shape)
+    """Levels [n, G], counted from 0 -> uint8 [B, *shape], by default [B, 256], in the order of the weights."""
+    return np.ascontiguousarray(levels.astype(np.uint8).T).reshape(-1, *(shape or (SUPERBLOCK,)))
 
 
 def _truncated(level: np.ndarray, top: int) -> np.ndarray:
@@ -181,7 +200,7 @@ def _q8_0(values: np.ndarray, _) -> np.ndarray:
         whole = np.floor(size)
         whole += (size - whole) >= F(0.5)  # C's roundf: halves away from zero
         q = np.copysign(whole, y).astype(np.int32).astype(np.int8)
-    return _store(_half(d), q)
+    return store(_half(d), q)
 
 
 def _legacy(values: np.ndarray, importance: np.ndarray | None, bits: int, affine_kind: bool) -> np.ndarray:
@@ -192,13 +211,13 @@ def _legacy(values: np.ndarray, importance: np.ndarray | None, bits: int, affine
         x = columns(values, 32)
         weights = _weights(x, importance, len(values), _mean_square(values, values.shape[1]))
         if affine_kind:
-            scale, low, levels = affine(x, weights, 2**bits - 1, _WITH_IMPORTANCE, want_levels=True)
+            scale, low, levels = affine(x, weights, 2**bits - 1, WITH_IMPORTANCE, want_levels=True)
             head, q = (scale, low), _rows(levels, 32)
         else:
             scale, levels = symmetric(x, weights, 2 ** (bits - 1))
             head, q = (scale,), _rows(levels, 32)
     high = [np.packbits(q >> 4, axis=1, bitorder="little")] if bits == 5 else []
-    return _store(*map(_half, head), *high, _nibbles(q.reshape(-1, 2, 16)))
+    return store(*map(_half, head), *high, nibbles(q.reshape(-1, 2, 16)))
 
 
 def _by_extreme(x: np.ndarray, bits: int) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
@@ -218,7 +237,7 @@ def _by_range(x: np.ndarray, bits: int) -> tuple[tuple[np.ndarray, ...], np.ndar
 def _iq4_nl(values: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
     x = columns(values, 32)
     d = nonlinear(x, _iq4_weights(x, values, importance, 32))
-    return _store(_half(d), _nibbles(_rows(nearest(x * inverse(d)), 2, 16)))
+    return store(_half(d), nibbles(_rows(nearest(x * inverse(d)), 2, 16)))
 
 
 def _iq4_weights(x: np.ndarray, values: np.ndarray, importance: np.ndarray | None, block: int) -> np.ndarray:
@@ -231,37 +250,31 @@ def _iq4_weights(x: np.ndarray, values: np.ndarray, importance: np.ndarray | Non
 
 
 def _affine_superblock(
-    values: np.ndarray,
-    importance: np.ndarray | None,
-    group: int,
-    top: int,
-    top_scale: int,
-    tries: Tries,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The part that Q2_K, Q4_K and Q5_K share: groups with scale and minimum, those quantised in turn.
+    values: np.ndarray, importance: np.ndarray | None, kind: Kind
+) -> tuple[np.ndarray, ...]:
+    """Groups with scale and minimum, those quantised in turn: Q2_K, Q4_K and Q5_K.
 
     Returns:
-        d, dmin float16 [B]; scales and minima uint8 [B, groups]; levels uint8 [B, groups, group].
+        d, dmin float16 [B]; scales and minima uint8 [B, groups]; levels uint8 [B, 256].
     """
+    form = AFFINE[kind]
+    group, top = form.group, form.top
     x = columns(values, group)
-    two_bit = top == 3
     if importance is None:
-        # Q2_K is the odd one: weights |x| and absolute errors.
-        w = np.abs(x) if two_bit else np.sqrt(in_order(x * x) / F(group)) + np.abs(x)
-        search = partial(affine, top=top, tries=tries, absolute=two_bit)
+        w = np.abs(x) if form.absolute else np.sqrt(in_order(x * x) / F(group)) + np.abs(x)
+        search = partial(affine, top=top, tries=form.tries, absolute=form.absolute)
     else:
-        sigma2 = _mean_square(values, SUPERBLOCK) * F(1 if two_bit else 2)
-        w = _weights(x, importance, len(values), sigma2)
-        search = partial(affine, top=top, tries=_WITH_IMPORTANCE)
+        w = _weights(x, importance, len(values), F(form.sigma2) * _mean_square(values, SUPERBLOCK))
+        search = partial(affine, top=top, tries=WITH_IMPORTANCE)
     scale, low, _ = search(x, w)
     scales, minima = (columns(a, SUPERBLOCK // group) for a in (scale, -low))  # [groups, B]
     if importance is None:
-        d, ls = _by_largest(scales, top_scale)
-        dmin, lm = _by_largest(minima, top_scale)
+        d, ls = _by_largest(scales, form.top_scale)
+        dmin, lm = _by_largest(minima, form.top_scale)
     else:
         group_weights = columns(in_order(w), SUPERBLOCK // group)
-        d, ls = positive(scales, group_weights, top_scale)
-        dmin, lm = positive(minima, group_weights, top_scale)
+        d, ls = positive(scales, group_weights, form.top_scale)
+        dmin, lm = positive(minima, group_weights, form.top_scale)
     d, dmin = _half(d), _half(dmin)
     step = (d.astype(F) * ls).T.reshape(-1)  # [G]: the scales a reader will see
     offset = (dmin.astype(F) * lm).T.reshape(-1)
@@ -269,7 +282,7 @@ def _affine_superblock(
         level = np.clip(np.rint((x + offset) / step), F(0), F(top))
     if (lost := step == 0).any():  # those keep the levels of their own search
         level[:, lost] = search(*(np.compress(lost, a, axis=1) for a in (x, w)), want_levels=True)[2]
-    return d, dmin, ls.T, lm.T, _rows(level, SUPERBLOCK // group, group)
+    return d, dmin, ls.T, lm.T, _rows(level)
 
 
 def _by_largest(values: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
@@ -280,26 +293,16 @@ def _by_largest(values: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
     return largest / F(top), np.minimum(level.astype(np.uint8), top)
 
 
-def _six_bits(ls: np.ndarray, lm: np.ndarray) -> np.ndarray:
-    """Eight 6-bit scales and minima in 12 bytes: the last four give their high bits to the first four."""
-    ls, lm, ls_last, lm_last = ls[:, :4], lm[:, :4], ls[:, 4:], lm[:, 4:]
-    mixed = (ls_last & 15) | (lm_last << 4)
-    return np.concatenate([ls | (ls_last >> 4 << 6), lm | (lm_last >> 4 << 6), mixed], axis=1)
-
-
 def _q2_k(values: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
-    d, dmin, ls, lm, q = _affine_superblock(values, importance, 16, 3, 15, Tries(-0.5, 0.1, 15))
-    return _store(ls | (lm << 4), _crumbs(q.reshape(-1, 2, 4, 32)), d, dmin)
+    return layouts.q2_k(*_affine_superblock(values, importance, Kind.Q2_K))
 
 
 def _q4_k(values: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
-    d, dmin, ls, lm, q = _affine_superblock(values, importance, 32, 15, 63, Tries(-1.0, 0.1, 20))
-    return _store(d, dmin, _six_bits(ls, lm), _nibbles(q.reshape(-1, 4, 2, 32)))
+    return layouts.q4_k(*_affine_superblock(values, importance, Kind.Q4_K))
 
 
 def _q5_k(values: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
-    d, dmin, ls, lm, q = _affine_superblock(values, importance, 32, 31, 63, Tries(-0.5, 0.1, 15))
-    return _store(d, dmin, _six_bits(ls, lm), _bit_planes(q >> 4), _nibbles(q.reshape(-1, 4, 2, 32)))
+    return layouts.q5_k(*_affine_superblock(values, importance, Kind.Q5_K))
 
 
 def _round_with(x: np.ndarray, step: np.ndarray, half: int, searched: np.ndarray) -> np.ndarray:
@@ -326,9 +329,7 @@ def _q3_k(values: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
         d = _half(d)
     ls = ls.T.astype(np.uint8)  # [B, 16]
     step = (d.astype(F)[:, None] * (ls.astype(F) - F(32))).reshape(-1)
-    q = _rows(_round_with(x, step, 4, searched), 2, 4, 32)
-    packed = np.concatenate([_nibbles(ls.reshape(-1, 2, 8)), _crumbs((ls >> 4).reshape(-1, 4, 4))], axis=1)
-    return _store(_bit_planes((q > 3).reshape(-1, 8, 32)), _crumbs(q), packed, d)
+    return layouts.q3_k(d, ls, _rows(_round_with(x, step, 4, searched)))
 
 
 def _q6_k(values: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
@@ -342,9 +343,7 @@ def _q6_k(values: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
     ls = np.minimum(np.rint(inv * scales), F(127)).T  # [B, 16]
     d = _half(F(1) / inv)
     step = (d.astype(F)[:, None] * ls).reshape(-1)
-    q = _rows(_round_with(x, step, 32, searched), 2, 4, 32)
-    low = np.stack([_nibbles(q[:, :, 0::2]), _nibbles(q[:, :, 1::2])], axis=2)
-    blocks = _store(low, _crumbs(q >> 4), ls.astype(np.int32).astype(np.int8), d)
+    blocks = layouts.q6_k(d, ls.astype(np.int8), _rows(_round_with(x, step, 32, searched)))
     blocks[empty] = 0
     return blocks
 
@@ -355,10 +354,8 @@ def _iq4_xs(values: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
     d = -furthest(scales) / F(32)
     ls = np.clip(np.rint(inverse(d) * scales), F(-32), F(31)).T  # [B, 8]
     step = (d[:, None] * ls).reshape(-1)  # here the float32 scale counts, not the stored one
-    q = _rows(nearest(x * inverse(step)), 8, 2, 16)
-    ls = (ls + F(32)).astype(np.uint8)
-    low = (ls[:, 0::2] & 15) | (ls[:, 1::2] << 4)
-    return _store(_half(d), _crumbs((ls >> 4).reshape(-1, 2, 4, 1)), low, _nibbles(q))
+    q = nearest(x * inverse(step))
+    return layouts.iq4_xs(_half(d), (ls + F(32)).astype(np.uint8), _rows(q))
 
 
 KINDS: dict[Kind, Callable[[np.ndarray, np.ndarray | None], np.ndarray]] = {
