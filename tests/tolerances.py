@@ -7,5 +7,7 @@ GRADIENT = 1e-5  # a kernel's gradient against autodiff of its reference, float3
 MERGED = 5e-5  # float32 logits of merged weights against base plus adapter: the same sums in another order
 GPU_LOGITS = 2e-5  # the same on a GPU, float32 products: other summation orders
 LLAMA_CPP_LOGITS = 1e-4  # float32 logits of llama.cpp for a float32 .gguf file against transformers
-GGUF_BLOCKS = 0.98  # at least this part of the K-quant blocks made in JAX are those of the NumPy path, which are exact
+GGUF_BLOCKS = (
+    0.98  # at least this part of the K-quant blocks made in JAX are those of the NumPy path, which are exact
+)
 GGUF_ERROR = 1.0005  # and at most this many times its root mean square error

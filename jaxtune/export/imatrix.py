@@ -279,12 +279,22 @@ def _packed(rows: Any, tokenizer: PreTrainedTokenizerBase, chunk_size: int, text
 class _Watched:
     """Stands in a layer in the place of one of its linear layers and notes what goes in."""
 
+    bias = None  # the real layer adds its own
+
     def __init__(self, linear: Linear, note: Callable[[jax.Array], None]):
         self._linear, self._note = linear, note
+        self.out_features = linear.out_features
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    def is_plain(self, key: jax.Array | None) -> bool:
+        """Never: it is to be asked by itself, not in one product with others."""
+        return False
+
+    def apply_alone(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """The real layer's output."""
         self._note(x)
         return self._linear(x, key)
+
+    __call__ = apply_alone
 
 
 def _watch(layer: nnx.Module, real: jax.Array) -> dict[str, jax.Array]:
