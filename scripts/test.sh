@@ -23,6 +23,7 @@ step() {
 
 export PATH="$VENV/bin:$PATH"
 step "SmolLM2 weights" fetch_smollm2
+step "llama.cpp's libraries" fetch_llama_cpp
 step "ruff check" ruff check --output-format concise .
 step "ruff format --check" ruff format --check --output-format concise .
 step "type check (pyrefly)" pyrefly check --summarize-errors

@@ -32,8 +32,8 @@ from jaxtune.export.quantisers import (
 Kind = GGMLQuantizationType
 Times = Callable[[jax.Array, jax.Array], jax.Array]
 KINDS = frozenset({Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K})
-# Superblocks compiled for: a tensor goes through in parts of the large size, a small one in one part of the small.
-_SMALL, _LARGE = 1 << 12, 1 << 16
+# Superblocks compiled for: a tensor goes through in parts of the first size that holds it all, or of the last.
+_SIZES = (1 << 12, 1 << 14, 1 << 16)
 
 
 def quantise(values: np.ndarray | jax.Array, kind: Kind, importance: np.ndarray | None = None) -> np.ndarray:
@@ -53,7 +53,7 @@ def quantise(values: np.ndarray | jax.Array, kind: Kind, importance: np.ndarray 
     nbytes = row_bytes(kind, width)
     x = values.reshape(-1, SUPERBLOCK)
     weights = None if importance is None else jnp.asarray(check_importance(importance, width))
-    step = _LARGE if len(x) > _SMALL else _SMALL
+    step = next((size for size in _SIZES if len(x) <= size), _SIZES[-1])
     parts = [_part(x[i : i + step], kind, weights, step, i) for i in range(0, len(x), step)]
     out = np.empty((rows, nbytes), np.uint8).reshape(len(x), -1)
     for i, (blocks, finite, largest) in zip(range(0, len(x), step), parts):

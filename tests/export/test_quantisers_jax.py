@@ -47,8 +47,7 @@ def test_hard_rows(kind):
 
 
 def test_more_than_one_part_and_arrays_of_jax(monkeypatch):
-    monkeypatch.setattr(quantisers_jax, "_SMALL", 16)
-    monkeypatch.setattr(quantisers_jax, "_LARGE", 64)
+    monkeypatch.setattr(quantisers_jax, "_SIZES", (16, 64))
     values = np.random.default_rng(2).normal(size=(45, 3 * 256)).astype(np.float32)
     importance = np.random.default_rng(3).random(3 * 256).astype(np.float32)
     blocks = quantisers_jax.quantise(jnp.asarray(values), Kind.Q6_K, importance)
