@@ -6,6 +6,7 @@ WEIGHTS = 1e-4  # adapter weights after 20 steps against PEFT + torch, relative 
 GRADIENT = 1e-5  # a kernel's gradient against autodiff of its reference, float32
 MERGED = 5e-5  # float32 logits of merged weights against base plus adapter: the same sums in another order
 GPU_LOGITS = 2e-5  # the same on a GPU, float32 products: other summation orders
+BF16 = 6e-3  # bfloat16 kernels against float32 references, norm of the difference over the norm
 LLAMA_CPP_LOGITS = 1e-4  # float32 logits of llama.cpp for a float32 .gguf file against transformers
 GGUF_BLOCKS = (
     0.98  # at least this part of the K-quant blocks made in JAX are those of the NumPy path, which are exact

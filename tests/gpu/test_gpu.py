@@ -11,7 +11,7 @@ from jaxtune import quant
 from jaxtune.config import SFTConfig
 from jaxtune.fast import FastLanguageModel
 from jaxtune.optim import make_optimizer
-from jaxtune.step import make_train_step
+from jaxtune.step import make_eval_step, make_train_step
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -86,7 +86,14 @@ def test_a_packed_bfloat16_step_learns_and_compiles_once(smollm2_dir):
         "labels": ids,
         "positions": np.broadcast_to(np.tile(np.arange(128, dtype=np.int32), 4), ids.shape),
         "segment_ids": np.broadcast_to(documents, ids.shape),
+        "starts": np.broadcast_to(np.arange(4, dtype=np.int32) * 128, (2, 2, 4)),
     }
+    micro = {name: column[0] for name, column in batch.items()}
+    evaluate = make_eval_step(model)
+    fused = evaluate(model.trainable, model.base, micro)["loss_sum"]
+    del micro["starts"]  # then masks say who sees whom
+    masked = evaluate(model.trainable, model.base, micro)["loss_sum"]
+    assert abs(fused - masked) <= 1e-3 * abs(masked)
     trainable, state, losses = model.trainable, optimizer.init(model.trainable), []
     for n in range(30):
         trainable, state, metrics = step(trainable, state, model.base, batch, jax.random.key(n))

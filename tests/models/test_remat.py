@@ -120,6 +120,30 @@ def test_offloaded_layer_inputs_leave_the_device(model, text):
     assert moved and all(f"x{TOKENS}x{model.config.hidden_size}xf32" in line for line in moved)
 
 
+@pytest.mark.parametrize("documents", [1, 4])
+@pytest.mark.parametrize("text", ["none", "all+offload"])
+def test_a_gpu_step_lowers_with_cudnn_attention(documents, text):
+    """Lowered for an H200 on any machine: cuDNN forward and backward, and no [T, T] array."""
+    tokens = 72
+    module = models.build(tiny_models.make_config("mistral"), jnp.bfloat16, nf4=True)
+    lora.attach(module, lora.LoraConfig(r=4))
+    shapes, trained = leaf_shapes(module), trainable_paths(module)
+    trainable = {path: shape for path, shape in shapes.items() if path in trained}
+    base = {path: shape for path, shape in shapes.items() if path not in trained}
+    columns = ("input_ids", "labels", "positions", "segment_ids")
+    batch = {column: jax.ShapeDtypeStruct((2, 2, tokens), jnp.int32) for column in columns}
+    batch["starts"] = jax.ShapeDtypeStruct((2, 2, documents), jnp.int32)
+    optimizer = optax.adamw(1e-4)
+    with target.tracing_for((9, 0)):
+        graph = SimpleNamespace(graphdef=nnx.split(module)[0])
+        step = make_train_step(graph, optimizer, remat=Remat.parse(text))
+        arguments = (trainable, jax.eval_shape(optimizer.init, trainable), base, batch, jax.random.key(0))
+        program = step.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmaxBackward" in program and "__cudnn$fmhaSoftmax(" in program
+    assert ("PADDING_CAUSAL" in program) == (documents > 1)
+    assert f"{tokens}x{tokens}x" not in program
+
+
 def test_names_are_checked():
     assert str(Remat.parse("gate_up+attention")) == "attention+gate_up"
     assert str(Remat.parse("none+offload")) == "none+offload" and str(Remat()) == "all"

@@ -1,0 +1,160 @@
+"""Each kernel of a step by itself on a GPU: its time beside the plain version's and beside the machine's limit.
+
+    python scripts/bench/kernels.py [--rows 4096 8192] [--only linear attention]
+
+The limit of a line is the larger of its bytes over the copy bandwidth and its operations over the rate of a bf16
+product, both measured first on the same machine. Shapes are Llama-3.1-8B's.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from step import ceilings_here
+
+from jaxtune.kernels.attention import cudnn_attention
+from jaxtune.kernels.cross_entropy import Options, fused_cross_entropy
+from jaxtune.kernels.linear import Adapter, adapted_linear, dense, reference
+from jaxtune.quant import NF4
+
+D, F, HEADS, KV, H, VOCAB, RANK = 4096, 14336, 32, 8, 128, 128256, 16
+GROUPS = {"qkv": (D, (D, KV * H, KV * H)), "o": (D, (D,)), "gate_up": (D, (F, F)), "down": (F, (D,))}
+
+
+class Case(NamedTuple):
+    """Something to time: a function of arrays, its operations and the fewest bytes that it must move."""
+
+    name: str
+    call: Callable
+    arguments: tuple
+    flops: float
+    moved: float
+
+
+def random(seed: int, *shape: int, dtype=jnp.bfloat16) -> jax.Array:
+    return (0.05 * jax.random.normal(jax.random.key(seed), shape, jnp.float32)).astype(dtype)
+
+
+def nf4(seed: int, out: int, width: int) -> NF4:
+    """Random codes and double-quantised scales."""
+    keys = jax.random.split(jax.random.key(seed), 2)
+    codes = jax.random.bits(keys[0], (out, width // 2), jnp.uint8)
+    scales = jax.random.bits(keys[1], (out, width // 64), jnp.uint8)
+    groups = -(-scales.size // 256)
+    return NF4(codes, scales, jnp.full(groups, 0.01, jnp.float32), jnp.float32(0.02))
+
+
+def differentiated(function: Callable) -> Callable:
+    """Forward and backward with a given cotangent."""
+
+    def both(dy, *arguments):
+        y, vjp = jax.vjp(function, *arguments)
+        return y, vjp(dy)
+
+    return both
+
+
+def linear_cases(rows: int) -> Iterator[Case]:
+    for name, (width, outs) in GROUPS.items():
+        total = sum(outs)
+        weights = tuple(nf4(i, out, width) for i, out in enumerate(outs))
+        stored = sum(leaf.nbytes for weight in weights for leaf in weight if leaf is not None)
+        adapters = tuple(
+            Adapter(random(i + 10, width, RANK), random(i + 20, RANK, out)) for i, out in enumerate(outs)
+        )
+        x, dy, w = random(1, rows, width), random(2, rows, total), random(3, total, width)
+        yield Case(f"{name}: dequantise", lambda weights: [dense(w, jnp.bfloat16) for w in weights],
+                   (weights,), 0, stored + 2 * total * width)  # fmt: skip
+        flops, moved = 2.0 * rows * total * width, 2 * (x.size + dy.size) + stored
+        yield Case(f"{name}: dense product", lambda x, w: x @ w.T, (x, w), flops, moved)
+        for label, product in (("two products", reference), ("joined", adapted_linear)):
+            yield Case(f"{name}: {label}", product, (x, weights, adapters), flops, moved)
+            step = differentiated(lambda x, a, product=product, weights=weights: product(x, weights, a))
+            yield Case(f"{name}: {label}, both ways", step, (dy, x, adapters), 2 * flops, 2 * moved)
+
+
+def attention_cases(rows: int) -> Iterator[Case]:
+    for batch, tokens, documents in ((max(1, rows // 2048), 2048, 1), (1, rows, 1), (1, rows, 16)):
+        q, k, v = (random(i, batch, tokens, heads, H) for i, heads in enumerate((HEADS, KV, KV)))
+        starts = np.broadcast_to(np.arange(documents) * (tokens // documents), (batch, documents)).astype(
+            np.int32
+        )
+        given = jnp.asarray(starts) if documents > 1 else None
+        call = lambda q, k, v, given=given: cudnn_attention(q, k, v, given, None)  # noqa: E731
+        flops = 2.0 * batch * HEADS * tokens * (tokens / documents) * H
+        moved = 2.0 * 2 * (q.size + k.size)
+        name = f"attention {batch}x{tokens}, {documents} documents"
+        yield Case(name, call, (q, k, v), flops, moved)
+        yield Case(f"{name}, both ways", differentiated(call), (q, q, k, v), 3.5 * flops, 3 * moved)
+
+
+def loss_cases(rows: int) -> Iterator[Case]:
+    hidden, head = random(1, rows, D), random(2, VOCAB, D)
+    labels = jax.random.randint(jax.random.key(3), (rows,), 0, VOCAB)
+    for chunk in (512, 1024, 2048):
+        call = jax.grad(lambda h, w, y, c=chunk: fused_cross_entropy(h, w, y, Options(chunk=c))[0])
+        moved = 2.0 * (2 * hidden.size + head.size)
+        yield Case(f"loss, chunks of {chunk}", call, (hidden, head, labels), 4.0 * rows * D * VOCAB, moved)
+    some = jnp.where(jnp.arange(rows) % 4 == 0, labels, -100)
+    call = jax.grad(lambda h, w, y: fused_cross_entropy(h, w, y, Options(chunk=1024))[0])
+    yield Case(
+        "loss, a quarter labelled",
+        call,
+        (hidden, head, some),
+        rows * D * VOCAB,
+        2.0 * (2 * hidden.size + head.size),
+    )
+
+
+CASES = {"linear": linear_cases, "attention": attention_cases, "loss": loss_cases}
+
+
+def timed(case: Case) -> tuple[float, float, float]:
+    """Median, shortest and longest of 7 times of a call, microseconds: each the mean of 20 calls queued together."""
+    call = jax.jit(case.call)
+    jax.block_until_ready(call(*case.arguments))
+    times = []
+    for _ in range(7):
+        began = time.perf_counter()
+        for _ in range(20):
+            last = call(*case.arguments)
+        jax.block_until_ready(last)
+        times.append((time.perf_counter() - began) / 20 * 1e6)
+    return statistics.median(times), min(times), max(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", nargs="+", type=int, default=[8192], help="tokens")
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--out", default=".", help="folder for kernels.json")
+    args = parser.parse_args()
+    ceilings = ceilings_here()
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {ceilings}")
+    results = []
+    for rows in args.rows:
+        for kind in args.only:
+            for case in CASES[kind](rows):
+                median, low, high = timed(case)
+                limit = max(case.moved / ceilings.bandwidth, case.flops / ceilings.bf16) * 1e6
+                results.append(
+                    {"rows": rows, "name": case.name, "us": median, "low": low, "high": high, "limit": limit}
+                )
+                print(
+                    f"{rows:6d} {case.name:44s} {median:10.1f} us ({low:.1f} to {high:.1f})  limit {limit:9.1f}",
+                    flush=True,
+                )
+    Path(args.out, "kernels.json").write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

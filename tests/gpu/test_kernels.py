@@ -1,0 +1,104 @@
+"""On an NVIDIA GPU (`pytest -m gpu`): each kernel path beside a float32 reference, on fresh random inputs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tolerances import BF16
+
+from jaxtune.kernels.attention import cudnn_attention, masked_attention
+from jaxtune.kernels.linear import Adapter, adapted_linear, reference
+from jaxtune.quant import quantize_nf4
+
+pytestmark = pytest.mark.gpu
+HEADS, KV, H = 8, 2, 64
+
+# Per row the lengths of its documents (the last may be padding); how many slots are left unused.
+PACKED = {
+    "one row, every slot used": ([[300, 212]], 0),
+    "two rows, every slot used": ([[300, 212], [256, 256]], 0),
+    "two rows, unequal": ([[1, 100, 411], [512]], 0),
+    "two rows, slots left": ([[37, 475], [500, 12]], 3),
+    "one document a row": ([[512], [512]], 2),
+    "many short ones": ([[32] * 16, [64] * 8], 1),
+}
+
+
+def random(key, *shape):
+    return jax.random.normal(jax.random.key(key), shape, jnp.float32)
+
+
+def relative(got, want) -> float:
+    got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+    assert np.isfinite(got).all()
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def compare_attention(
+    rows: int, tokens: int, positions, segments, starts, window, seed: int
+) -> dict[str, float]:
+    """Relative errors of output and gradients in bfloat16 beside the masked reference in float32."""
+    q, k, v = (random(seed + i, rows, tokens, heads, H) for i, heads in enumerate((HEADS, KV, KV)))
+    d_out = random(seed + 3, *q.shape)
+    low = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+
+    def exact(q, k, v):
+        return masked_attention(
+            q, k, v, q_positions=positions, kv_positions=positions, q_segments=segments, kv_segments=segments, window=window
+        )  # fmt: skip
+
+    with jax.default_matmul_precision("highest"):
+        want, vjp = jax.vjp(exact, *(x.astype(jnp.float32) for x in low))
+        want_grads = vjp(d_out)
+    got, vjp = jax.vjp(lambda q, k, v: cudnn_attention(q, k, v, starts, window), *low)
+    got_grads = vjp(d_out.astype(jnp.bfloat16))
+    names = ("out", "dq", "dk", "dv")
+    return {n: relative(a, b) for n, a, b in zip(names, (got, *got_grads), (want, *want_grads), strict=True)}
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_causal_attention(rows, window):
+    shape = (rows, 512)
+    positions = jnp.broadcast_to(jnp.arange(512), shape)
+    errors = compare_attention(rows, 512, positions, jnp.ones(shape, jnp.int32), None, window, seed=rows)
+    assert max(errors.values()) <= BF16, errors
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_attention(name, window):
+    rows, spare = PACKED[name]
+    tokens, slots = sum(rows[0]), max(2, *map(len, rows)) + spare
+    starts = np.full((len(rows), slots), -1, np.int32)
+    positions, segments = (np.zeros((len(rows), tokens), np.int32) for _ in range(2))
+    for row, lengths in enumerate(rows):
+        starts[row, : len(lengths)] = np.cumsum([0, *lengths[:-1]])
+        positions[row] = np.concatenate([np.arange(n) for n in lengths])
+        segments[row] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    errors = compare_attention(len(rows), tokens, positions, segments, jnp.asarray(starts), window, seed=7)
+    assert max(errors.values()) <= BF16, errors
+
+
+@pytest.mark.parametrize(
+    "width, outs, ranks",
+    [(1024, (1024, 256, 256), (16, 16, 16)), (1024, (2048, 2048), (16, 8)), (2048, (1024,), (16,))],
+)
+def test_the_joined_product(width, outs, ranks):
+    """bfloat16 on the GPU beside two products a layer in float32."""
+    weights = tuple(quantize_nf4(0.1 * random(i, out, width)) for i, out in enumerate(outs))
+    adapters = tuple(
+        Adapter(0.1 * random(10 + i, width, r), 0.1 * random(20 + i, r, out))
+        for i, (out, r) in enumerate(zip(outs, ranks, strict=True))
+    )
+    x, dy = random(30, 2, 300, width), random(31, 2, 300, sum(outs))
+
+    def probe(product, dtype):
+        cast = lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree)  # noqa: E731
+        y, vjp = jax.vjp(lambda x, a: product(x, weights, a), x.astype(dtype), cast(adapters))
+        return jax.tree.leaves((y, vjp(dy.astype(dtype))))
+
+    with jax.default_matmul_precision("highest"):
+        want = probe(reference, jnp.float32)
+    for ours, theirs in zip(probe(adapted_linear, jnp.bfloat16), want, strict=True):
+        assert relative(ours, theirs) <= BF16
