@@ -43,9 +43,8 @@ def compare_attention(
     low = [x.astype(jnp.bfloat16) for x in (q, k, v)]
 
     def exact(q, k, v):
-        return masked_attention(
-            q, k, v, q_positions=positions, kv_positions=positions, q_segments=segments, kv_segments=segments, window=window
-        )  # fmt: skip
+        places = {"q_positions": positions, "kv_positions": positions}
+        return masked_attention(q, k, v, **places, q_segments=segments, kv_segments=segments, window=window)
 
     with jax.default_matmul_precision("highest"):
         want, vjp = jax.vjp(exact, *(x.astype(jnp.float32) for x in low))
