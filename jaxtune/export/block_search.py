@@ -176,7 +176,7 @@ def symmetric_descent(x: np.ndarray, half: int) -> tuple[np.ndarray, np.ndarray]
     zero = np.abs(extreme) < SMALLEST
     w = x * x
     level = np.clip(np.rint(x * (F(-half) / np.where(zero, F(1), extreme))), F(-half), F(half - 1))
-    scale = _descend(x, w, level, F(-half), F(half - 1), any_rest=True)
+    scale = _descend(x, w, level, F(-half), F(half - 1))
     level += F(half)
     level[:, zero] = 0
     return np.where(zero, F(0), scale), level
@@ -207,16 +207,15 @@ def positive(x: np.ndarray, w: np.ndarray, top: int) -> tuple[np.ndarray, np.nda
         better = new_error < least
         least, winner = np.where(better, new_error, least), np.where(better, inv, winner)
     level = np.minimum(np.rint(winner * x), F(top))
-    scale = _descend(x, w, level, F(-np.inf), F(top), any_rest=False)
+    scale = _descend(x, w, level, F(-np.inf), F(top))
     level[:, zero] = 0
     return np.where(zero, F(0), scale), level.astype(np.int32).astype(np.uint8)
 
 
-def _descend(x, w, level, lowest: np.float32, highest: np.float32, *, any_rest: bool) -> np.ndarray:
+def _descend(x, w, level, lowest: np.float32, highest: np.float32) -> np.ndarray:
     """Up to 5 sweeps over the elements of each group; changes `level` in place and returns the scale [G].
 
     An element moves to the level that fits the scale of all the others, if that lowers the error.
-    any_rest: False where the others must carry weight before the element is looked at.
     """
     sum_lx, sum_l2 = in_order((w * x) * level), in_order((w * level) * level)
     with np.errstate(all="ignore"):
@@ -227,7 +226,7 @@ def _descend(x, w, level, lowest: np.float32, highest: np.float32, *, any_rest: 
                 rest_lx, rest_l2 = sum_lx - wx_i * old, sum_l2 - (w_i * old) * old
                 new = np.clip(np.rint((x_i * rest_l2) / rest_lx), lowest, highest)
                 new_lx, new_l2 = rest_lx + wx_i * new, rest_l2 + (w_i * new) * new
-                better = (rest_lx > 0) & (new != old) & (new_l2 > 0 if any_rest else rest_l2 > 0)
+                better = (rest_lx > 0) & (new != old) & (new_l2 > 0)
                 better &= (new_lx * new_lx) * sum_l2 > (sum_lx * sum_lx) * new_l2
                 if better.any():
                     changed = True

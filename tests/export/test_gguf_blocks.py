@@ -68,6 +68,13 @@ def test_one_row_alone_is_the_same(llama_cpp, name):
             )
 
 
+def test_the_descent_ends_after_five_sweeps(llama_cpp):
+    """Uniform weights: some groups of Q3_K would go on improving, others need the fifth."""
+    values = np.random.default_rng(10).uniform(-1, 1, (1000, 512)).astype(np.float32)
+    ours, theirs = quantise(values, Kind.Q3_K), llama_cpp.quantise(values, Kind.Q3_K)
+    _assert_equal(ours, theirs, Kind.Q3_K, [f"row {i}" for i in range(len(values))])
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_chunks_and_layout_of_the_input_do_not_matter(monkeypatch, name):
     values = np.random.default_rng(4).normal(size=(512, 7)).astype(np.float32).T
