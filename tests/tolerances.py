@@ -8,7 +8,5 @@ MERGED = 5e-5  # float32 logits of merged weights against base plus adapter: the
 GPU_LOGITS = 2e-5  # the same on a GPU, float32 products: other summation orders
 BF16 = 6e-3  # bfloat16 kernels against float32 references, norm of the difference over the norm
 LLAMA_CPP_LOGITS = 1e-4  # float32 logits of llama.cpp for a float32 .gguf file against transformers
-GGUF_BLOCKS = (
-    0.98  # at least this part of the K-quant blocks made in JAX are those of the NumPy path, which are exact
-)
-GGUF_ERROR = 1.0005  # and at most this many times its root mean square error
+GGUF_BLOCKS = 0.98  # part of the K-quant blocks made in JAX that are those of the exact NumPy path, at least
+GGUF_ERROR = 1.0005  # root mean square error of blocks made in JAX over that of the NumPy path, at most
