@@ -89,7 +89,7 @@ def save_gguf(
         base: what the adapter is merged onto, as in `save_merged`.
         overwrite: replace files of those names; without it they raise.
         deterministic: quantise on the CPU, byte for byte as llama.cpp does. Without it a GPU does the K-quants, the
-            same algorithm, in which about one block in a hundred rounds otherwise.
+            same algorithm, in which a few blocks may round otherwise.
         processes: to quantise on the CPU; by default one for each core.
         progress: show a progress bar, a table of the files and the commands that run them.
 
