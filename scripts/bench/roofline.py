@@ -190,6 +190,8 @@ def kernels(text: str, ceilings: Ceilings = H200, unknown_trips: int = 8) -> lis
                 walk(called(i, "body"), times * (int(trips[1]) if trips else unknown_trips))
             elif i.op == "call":
                 walk(called(i, "to_apply"), times)
+            elif "AllocateBuffer" in i.text:
+                continue
             elif i.op not in FREE and i.op != "conditional" and not i.op.endswith("-done"):
                 add(i, types, times)
 
