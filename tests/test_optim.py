@@ -9,7 +9,8 @@ import torch
 import transformers
 
 from jaxtune.config import SFTConfig
-from jaxtune.optim import Moment, make_optimizer, make_schedule, scale_by_adam_8bit
+from jaxtune.optim import Moment, _count_below, make_optimizer, make_schedule, scale_by_adam_8bit
+from jaxtune.quant import dynamic_map
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "constant_with_warmup"])
@@ -50,6 +51,16 @@ def test_8bit_follows_the_exact_optimizer():
     moved = jnp.abs(exact["w"]).mean()
     assert jnp.abs(rounded["w"] - exact["w"]).mean() < 0.03 * moved
     assert jnp.abs(rounded["w"] - target).mean() < 1.1 * jnp.abs(exact["w"] - target).mean()
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_8bit_codes_are_the_nearest(signed):
+    """Every code is that of the nearest value of the map, at its values, its bounds and beside them."""
+    code = dynamic_map(signed)
+    bounds = (code[:-1] + code[1:]) / 2
+    points = np.concatenate([code, bounds, np.nextafter(bounds, 2), np.nextafter(bounds, -2), [-9, 9]])
+    got = np.asarray(_count_below(bounds, jnp.asarray(points)))
+    np.testing.assert_array_equal(got, np.searchsorted(bounds, points.astype(np.float32)))
 
 
 def test_8bit_moments_take_a_quarter():

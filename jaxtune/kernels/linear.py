@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.kernels import target
 from jaxtune.quant import NF4, dequantize_nf4
@@ -124,7 +125,7 @@ def _widen(x: jax.Array, through: jax.Array) -> tuple[jax.Array, jax.Array]:
     rank, tail = through.shape[1], _tail(through.shape[1])
     wide = jnp.pad(x, ((0, 0), (0, tail)))
     with jax.named_scope("lora"):
-        product = wide @ jnp.pad(through, ((0, tail), (0, 0)))
+        product = checkpoint_name(wide @ jnp.pad(through, ((0, tail), (0, 0))), "adapter")
     return jax.lax.dynamic_update_slice(wide, product, (0, x.shape[1])), product[:, :rank]
 
 
@@ -135,12 +136,12 @@ def _joined(x: jax.Array, weights: tuple, adapters: tuple) -> jax.Array:
 
 
 def _joined_forward(x, weights, adapters):
-    wide, _ = _widen(x, _joined_a(adapters))
-    return wide @ _beside(weights, adapters, x.dtype).T, (x, weights, adapters)
+    wide, xa = _widen(x, _joined_a(adapters))
+    return wide @ _beside(weights, adapters, x.dtype).T, (x, xa, weights, adapters)
 
 
 def _joined_backward(residuals, dy):
-    x, weights, adapters = residuals
+    x, xa, weights, adapters = residuals
     weights, dy = jax.lax.optimization_barrier((weights, dy))
     a, width = _joined_a(adapters), x.shape[1]
     if dy.shape[1] < 3 * width:
@@ -154,7 +155,7 @@ def _joined_backward(residuals, dy):
             dx = both[:, :width] + jax.lax.optimization_barrier(dxa @ a.T)
     with jax.named_scope("lora"):
         da = jnp.dot(x.T, dxa, preferred_element_type=jnp.float32)
-        db = jnp.dot((x @ a).T, dy, preferred_element_type=jnp.float32)  # [R, sum(out)]
+        db = jnp.dot(xa.T, dy, preferred_element_type=jnp.float32)  # [R, sum(out)]
     grads, rank, row = [], 0, 0
     for weight, adapter in zip(weights, adapters, strict=True):
         grad = None

@@ -25,7 +25,8 @@ class Remat:
     """A choice of what to keep on the device beside each layer's input, and whether that input goes to the host.
 
     keep, per token and layer, elements: attention (its output, D, and softmax statistics), qkv (D + 2·K·h), residual
-    (x + attention, D), gate_up (2·F). offload: layer inputs wait in pinned host memory.
+    (x + attention, D), gate_up (2·F). The few elements of x A are kept always where products are joined. offload: layer
+    inputs wait in pinned host memory.
     """
 
     keep: frozenset[str] = frozenset()
@@ -46,7 +47,7 @@ class Remat:
 
     def policy(self):
         """For jax.checkpoint."""
-        names = sorted(self.keep)
+        names = ["adapter", *sorted(self.keep)]
         if not self.offload:
             return jax.checkpoint_policies.save_only_these_names(*names)
         return jax.checkpoint_policies.save_and_offload_only_these_names(
