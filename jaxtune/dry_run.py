@@ -103,6 +103,7 @@ def predict_memory(module: CausalLM, job: Job) -> Memory:
     shape = (args.gradient_accumulation_steps, args.per_device_train_batch_size, length)
     names = ("input_ids", "labels", "positions", "segment_ids")
     batch = dict.fromkeys(names, jax.ShapeDtypeStruct(shape, jnp.int32))
+    batch["starts"] = jax.ShapeDtypeStruct((*shape[:2], 2 if args.packing else 1), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     arguments = (trainable, opt_state, base, batch, key)
     model = types.SimpleNamespace(graphdef=nnx.graphdef(module), module=module, dtype=module.dtype)

@@ -1,7 +1,7 @@
 """Causal attention over packed rows: a token sees its own document, up to itself, within its window.
 
 On an NVIDIA GPU training goes through cuDNN, which skips what is masked and keeps one number a row for the backward
-pass. Elsewhere, with a cache, or in float32, XLA takes a mask. `attention` chooses.
+pass. Elsewhere, with a cache, or in float32, XLA takes a mask. `supports_cudnn` says which.
 """
 
 from functools import partial

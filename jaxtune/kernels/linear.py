@@ -14,6 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtune.kernels import target
 from jaxtune.quant import NF4, dequantize_nf4
 
+FEW_ROWS = (
+    256  # of x: below, as in generation, writing the joined matrix costs more than a second pass over y
+)
 TAIL = 64  # columns that hold the ranks are a multiple of this: whole tiles for the matrix units
 
 
@@ -66,7 +69,8 @@ def adapted_linear(x: jax.Array, weights: tuple, adapters: tuple) -> jax.Array:
     Returns:
       [..., sum of out_i] in x's dtype.
     """
-    if target.capability() is None or all(adapter is None for adapter in adapters):
+    few = x.size // x.shape[-1] < FEW_ROWS
+    if few or target.capability() is None or all(adapter is None for adapter in adapters):
         return reference(x, weights, adapters)
     return _joined(x.reshape(-1, x.shape[-1]), weights, adapters).reshape(*x.shape[:-1], -1)
 

@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 from tolerances import GRADIENT
 
-from jaxtune.kernels import target
+from jaxtune.kernels import linear, target
 from jaxtune.kernels.linear import Adapter, adapted_linear, dense, frozen_linear, reference
 from jaxtune.quant import quantize_nf4
+
+
+@pytest.fixture(autouse=True)
+def rows_enough(monkeypatch):
+    """The tests' few rows count as many, so that a GPU's program joins its products."""
+    monkeypatch.setattr(linear, "FEW_ROWS", 0)
 
 
 def test_value_and_gradient_are_those_of_the_dequantised_weight():
@@ -88,3 +94,15 @@ def test_the_joined_product_reads_each_weight_once():
     assert len(products) == 2
     assert sum("tensor<32x192xf32>, tensor<192x512xf32>" in line for line in products) == 1
     assert sum("-> tensor<32x32xf32>" in line for line in products) == 1
+
+
+def test_few_rows_are_not_worth_a_joined_matrix(monkeypatch):
+    """As in generation: on a GPU too two products, and no copy of the weights beside them."""
+    monkeypatch.undo()
+    weights, adapters = layers(128, (64, 64), (8, 8))
+    with target.tracing_for((9, 0)):
+        programs = [
+            jax.jit(lambda x: adapted_linear(x, weights, adapters)).lower(jnp.ones((rows, 128))).as_text()
+            for rows in (1, linear.FEW_ROWS - 1, linear.FEW_ROWS)
+        ]
+    assert ["tensor<128x192" in p or "tensor<192x128" in p for p in programs] == [False, False, True]
