@@ -62,6 +62,12 @@ def _compress(x: jax.Array, signed: bool) -> Moment:
     return Moment(_count_below((code[:-1] + code[1:]) / 2, scaled).astype(jnp.uint8), absmax)
 
 
+def _zero(size: int, signed: bool) -> Moment:
+    """`_compress` of zeros, without a computation that XLA would fold for seconds."""
+    blocks, code = -(-size // BLOCK), int(np.argmin(np.abs(dynamic_map(signed))))
+    return Moment(jnp.full((blocks, BLOCK), code, jnp.uint8), jnp.zeros(blocks))
+
+
 def _count_below(bounds: np.ndarray, x: jax.Array) -> jax.Array:
     """How many of the 255 sorted bounds lie below each x, int32: a binary search in one fusion.
 
@@ -89,7 +95,7 @@ def scale_by_adam_8bit(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) ->
 
     def init(params):
         def zero(p, signed):
-            return _compress(jnp.zeros_like(p), signed) if p.size >= SMALLEST else jnp.zeros_like(p)
+            return _zero(p.size, signed) if p.size >= SMALLEST else jnp.zeros_like(p)
 
         mu, nu = (jax.tree.map(lambda p, s=signed: zero(p, s), params) for signed in (True, False))
         return Adam8bitState(jnp.zeros([], jnp.int32), mu, nu)

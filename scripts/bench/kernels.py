@@ -76,8 +76,11 @@ def linear_cases(rows: int) -> Iterator[Case]:
         yield Case(f"{name}: dense product", lambda x, w: x @ w.T, (x, w), flops, moved)
         for label, product in (("two products", reference), ("joined", adapted_linear)):
             yield Case(f"{name}: {label}", product, (x, weights, adapters), flops, moved)
-            step = differentiated(lambda x, a, product=product, weights=weights: product(x, weights, a))
-            yield Case(f"{name}: {label}, both ways", step, (dy, x, adapters), 2 * flops, 2 * moved)
+
+            def step(dy, x, weights, adapters, product=product):
+                return differentiated(lambda x, a: product(x, weights, a))(dy, x, adapters)
+
+            yield Case(f"{name}: {label}, both ways", step, (dy, x, weights, adapters), 2 * flops, 2 * moved)
 
 
 def attention_cases(rows: int) -> Iterator[Case]:

@@ -122,12 +122,12 @@ def moved_by_fusion(body: list[Instruction]) -> float:
 
 
 def product(i: Instruction, types: dict[str, str]) -> tuple[float, float, bool]:
-    """(bytes, operations, whether it is skinny) of a matrix product."""
+    """(bytes, operations, whether it is skinny) of a matrix product: a call of a library or a dot."""
     lhs = shapes(types[i.operands[0]])[0][1]
-    found = re.search(r'lhs_contracting_dimensions":\[([^\]]*)\]', i.text)
+    found = re.search(r'lhs_contracting_(?:dimensions":\[([^\]]*)\]|dims=\{([^}]*)\})', i.text)
     assert found, i.text
     inner = 1
-    for axis in re.findall(r"\d+", found[1]):
+    for axis in re.findall(r"\d+", found[1] or found[2]):
         inner *= lhs[int(axis)]
     result = SHAPE.search(i.type)
     assert result
@@ -169,7 +169,11 @@ def kernels(text: str, ceilings: Ceilings = H200, unknown_trips: int = 8) -> lis
         )
         rate = ceilings.bf16
         if i.op in ("fusion", "fusion-start"):
-            moved = moved_by_fusion(computations[called(i, "calls")])
+            body = computations[called(i, "calls")]
+            moved = moved_by_fusion(body)
+            for dot in (inner for inner in body if inner.op == "dot"):  # a product that XLA made a kernel for
+                _, flops, skinny = product(dot, {inner.name: inner.type for inner in body})
+                kind = "lora" if skinny else "products"
         elif i.op == "custom-call" and "$fmha" in i.text:
             kind, flops, rate = "attention", attention(i, types), ceilings.attention
         elif (i.op == "custom-call" and "$matmul" in i.text) or "__cublas$gemm" in i.text:

@@ -6,16 +6,20 @@
 
 On a GPU, first the ceilings of that very machine (copy, bf16 product), then for each batch and each choice of `remat`:
 median and spread of the step, tokens/s, memory forecast and peak, and the floor: what each kind of kernel must cost at
-those ceilings (roofline.py). --profile adds what each kind took. Batches that do not fit are reported as such.
+those ceilings (roofline.py). --profile adds what each kind took and the kernels furthest above their floor; the step
+then runs without CUDA graphs, which hide the names (about 1 % slower). Batches that do not fit are reported as such.
+Peaks are the process's so far: give batches and choices in the order of their size.
 """
 
 import argparse
+import collections
 import dataclasses
 import json
 import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,6 +61,7 @@ class Result:
     peak_gb: float | None = None
     loss: float | None = None
     took_ms: dict[str, float] | None = None
+    kernels: list[dict[str, Any]] | None = None
 
     def line(self) -> str:
         floor = sum(self.floor_ms.values())
@@ -107,6 +112,7 @@ class Bench:
             num_key_value_heads=kv, head_dim=head_dim, vocab_size=vocab, tie_word_embeddings=tied,
             max_position_embeddings=131072, rope_theta=500000.0,
         )  # fmt: skip
+        self.ceilings = roofline.H200
         self.args, self.module = args, models.build(config, jnp.bfloat16, nf4=True)
         lora.attach(self.module, lora.LoraConfig(r=args.rank))
         shapes, trained = leaf_shapes(self.module), trainable_paths(self.module)
@@ -193,62 +199,77 @@ def run(bench: Bench, result: Result, compiled, batch) -> None:
     result.tokens_per_second = batch["input_ids"].size / result.median_ms * 1e3
     result.peak_gb = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9
     if bench.args.profile:
-        result.took_ms = profile(step, compiled.as_text())
+        result.took_ms, result.kernels = profile(step, compiled.as_text(), bench.ceilings)
 
 
-def profile(step, text: str) -> dict[str, float]:
-    """Milliseconds of each kind of kernel in one step, and `gaps`, when no kernel ran."""
-    import jax
-
-    kinds = {row.name: row.kind for row in roofline.kernels(text)}
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            step()
-        trace = jax.profiler.ProfileData.from_file(str(next(Path(folder).rglob("*.xplane.pb"))))
-    totals: dict[str, float] = {}
-    spans = []
+def device_events(trace) -> Iterator[tuple[str, float, float]]:
+    """(HLO instruction or kernel name, start, end) in nanoseconds of what ran on the GPU."""
     for plane in trace.planes:
         if "/device:GPU" not in plane.name:
             continue
         for line in plane.lines:
-            if not line.name.startswith("Stream"):
-                continue
-            for event in line.events:
-                operation = str(dict(event.stats).get("hlo_op", ""))
-                kind = kinds.get(operation, "other")
-                totals[kind] = totals.get(kind, 0.0) + event.duration_ns / 1e6
-                spans.append((event.start_ns, event.start_ns + event.duration_ns))
-    busy, end = 0.0, 0.0
-    for start, stop in sorted(spans):
+            if line.name.startswith("Stream"):
+                for event in line.events:
+                    name = str(dict(event.stats).get("hlo_op", event.name))
+                    yield name, event.start_ns, event.start_ns + event.duration_ns
+
+
+def profile(step, text: str, ceilings) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Milliseconds of each kind of kernel in one step and `gaps`, when none ran; and each kernel beside its floor."""
+    import jax
+
+    rows = {row.name: row for row in roofline.kernels(text, ceilings)}
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            step()
+        trace = jax.profiler.ProfileData.from_file(str(next(Path(folder).rglob("*.xplane.pb"))))
+    events = sorted(device_events(trace), key=lambda event: event[1])
+    took: collections.Counter[str] = collections.Counter()
+    for name, start, end in events:
+        took[name] += (end - start) / 1e6
+    kinds: collections.Counter[str] = collections.Counter()
+    table = []
+    for name, milliseconds in took.most_common():
+        row = rows.get(name)
+        kinds[row.kind if row else "other"] += milliseconds
+        floor, where = (row.seconds * 1e3, row.op_name) if row else (0.0, "")
+        table.append({"kernel": name, "ms": round(milliseconds, 3), "floor": round(floor, 3), "op": where,
+                      "kind": row.kind if row else "other"})  # fmt: skip
+    busy, end = 0.0, events[0][1]
+    for _, start, stop in events:
         busy += max(0.0, stop - max(start, end))
         end = max(end, stop)
-    if spans:
-        totals["gaps"] = (end - min(spans)[0] - busy) / 1e6
-    return {kind: round(value, 2) for kind, value in sorted(totals.items(), key=lambda item: -item[1])}
+    kinds["gaps"] = (end - events[0][1] - busy) / 1e6
+    return {kind: round(value, 2) for kind, value in kinds.most_common()}, table
 
 
 def ceilings_here() -> roofline.Ceilings:
-    """Copy bandwidth and bf16 product rate of this GPU, on random data."""
+    """Copy bandwidth and bf16 and fp8 product rates of this GPU, on random data: medians of 7 runs of 20 queued calls."""
     import jax
     import jax.numpy as jnp
 
     def median(call, *args):
+        call = jax.jit(call)
         jax.block_until_ready(call(*args))
         times = []
-        for _ in range(10):
+        for _ in range(7):
             began = time.perf_counter()
-            jax.block_until_ready(call(*args))
-            times.append(time.perf_counter() - began)
+            for _ in range(20):
+                last = call(*args)
+            jax.block_until_ready(last)
+            times.append((time.perf_counter() - began) / 20)
         return statistics.median(times)
 
     big = jax.random.normal(jax.random.key(0), (1 << 29,), jnp.bfloat16)
-    copied = 4 * big.size / median(jax.jit(lambda x: x + 1), big)
+    copied = 4 * big.size / median(lambda x: x + 1, big)
     a, b = (
         jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
         for i, shape in ((1, (8192, 4096)), (2, (14336, 4096)))
     )
-    rate = 2 * 8192 * 4096 * 14336 / median(jax.jit(lambda a, b: a @ b.T), a, b)
-    return roofline.Ceilings()._replace(bandwidth=copied, bf16=rate)
+    product = lambda a, b: jnp.dot(a, b.T, preferred_element_type=jnp.bfloat16)  # noqa: E731
+    work = 2 * 8192 * 4096 * 14336
+    rates = [work / median(product, a.astype(kind), b.astype(kind)) for kind in (jnp.bfloat16, jnp.float8_e4m3fn)]
+    return roofline.Ceilings()._replace(bandwidth=copied, bf16=rates[0], fp8=rates[1])
 
 
 def without_a_gpu(args: argparse.Namespace) -> list[Result]:
@@ -292,9 +313,13 @@ def on_this_device(args: argparse.Namespace) -> list[Result]:
     device = jax.devices()[0]
     gpu = device.platform == "gpu"
     ceilings = ceilings_here() if gpu else roofline.H200
-    measured = f"copy {ceilings.bandwidth / 1e12:.2f} TB/s, bf16 {ceilings.bf16 / 1e12:.0f} TFLOP/s"
+    measured = (
+        f"copy {ceilings.bandwidth / 1e12:.2f} TB/s, products of bf16 {ceilings.bf16 / 1e12:.0f} and of fp8 "
+        f"{ceilings.fp8 / 1e12:.0f} TFLOP/s"
+    )
     print(f"{device.device_kind}, jax {jax.__version__}: {measured if gpu else 'floors below are an H200s'}")
     bench, results = Bench(args), []
+    bench.ceilings = ceilings
     bench.fill()
     for name in args.batch:
         batch = bench.batch(*map(int, name.split("x")))
@@ -314,11 +339,16 @@ def on_this_device(args: argparse.Namespace) -> list[Result]:
             print(result.line(), flush=True)
             if result.took_ms:
                 print("          took  ", result.took_ms, "\n          floor ", result.floor_ms, flush=True)
+                worst = sorted(result.kernels, key=lambda k: k["floor"] - k["ms"])[:25]
+                for k in worst:
+                    print(f"          {k['ms']:8.2f} ms, floor {k['floor']:8.2f}  {k['kind']:13s} {k['kernel'][:40]:40s} {k['op'][-60:]}")
     return results
 
 
 def main() -> None:
     args = arguments()
+    if args.profile:
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
     Path(args.out).mkdir(parents=True, exist_ok=True)
     results = without_a_gpu(args) if args.compile_for_h200 else on_this_device(args)
     (Path(args.out) / "step.json").write_text(
