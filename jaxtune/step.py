@@ -91,8 +91,8 @@ def compiler_options(remat: Remat) -> dict[str, bool] | None:
     """XLA's options for a step on a GPU; see docs/benchmarks.md for what each was worth."""
     if target.capability() is None:
         return None
-    # This pass runs a product a second time to write what is kept straight into the stacked buffer.
-    options = {"xla_gpu_enable_dynamic_slice_fusion": False}
+    # The stacks of what is kept are written whole: no need to fill them with zeros first.
+    options = {"xla_gpu_enable_dus_accumulator_zero_init_elimination": True}
     if remat.offload:  # copies to and from the host run beside the products
         options["xla_gpu_enable_latency_hiding_scheduler"] = True
     return options

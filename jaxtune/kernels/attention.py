@@ -8,9 +8,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.kernels import target
+from jaxtune.kernels.keep import keep
 
 
 def attention_mask(
@@ -131,7 +131,7 @@ def _cudnn_forward(q, k, v, starts, window, is_training):
 
 def _forward(q, k, v, starts, window):
     out, statistics = _cudnn_forward(q, k, v, starts, window, is_training=True)
-    out, statistics = checkpoint_name(out, "attention"), checkpoint_name(statistics, "attention")
+    out, statistics = keep((out, statistics), "attention")
     return out, (q, k, v, starts, statistics, out)
 
 

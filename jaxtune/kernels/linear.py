@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.kernels import target
+from jaxtune.kernels.keep import keep
 from jaxtune.quant import NF4, dequantize_nf4
 
 FEW_ROWS = (
@@ -129,37 +129,33 @@ def _widen(x: jax.Array, through: jax.Array) -> tuple[jax.Array, jax.Array]:
     rank, tail = through.shape[1], _tail(through.shape[1])
     wide = jnp.pad(x, ((0, 0), (0, tail)))
     with jax.named_scope("lora"):
-        product = checkpoint_name(wide @ jnp.pad(through, ((0, tail), (0, 0))), "adapter")
+        product = keep(wide @ jnp.pad(through, ((0, tail), (0, 0))), "adapter")
     return jax.lax.dynamic_update_slice(wide, product, (0, x.shape[1])), product[:, :rank]
 
 
-@jax.custom_vjp
-def _joined(x: jax.Array, weights: tuple, adapters: tuple) -> jax.Array:
-    """[N, in] -> [N, sum(out)]."""
-    return _joined_forward(x, weights, adapters)[0]
-
-
-def _joined_forward(x, weights, adapters):
+def joined_product(x: jax.Array, weights: tuple, adapters: tuple) -> tuple[jax.Array, jax.Array]:
+    """x [N, in] -> (y [N, sum(out)], x A [N, R]) in one product over K = in + R."""
     wide, xa = _widen(x, _joined_a(adapters))
-    return wide @ _beside(weights, adapters, x.dtype).T, (x, xa, weights, adapters)
+    return wide @ _beside(weights, adapters, x.dtype).T, xa
 
 
-def _joined_backward(residuals, dy):
-    x, xa, weights, adapters = residuals
-    weights, dy = jax.lax.optimization_barrier((weights, dy))
-    a, width = _joined_a(adapters), x.shape[1]
+def input_gradient(dy: jax.Array, weights: tuple, adapters: tuple) -> tuple[jax.Array, jax.Array]:
+    """dy [N, sum(out)] -> (dx [N, in], d(x A) [N, R]) of `joined_product`."""
+    a = _joined_a(adapters)
+    width = a.shape[0]
     if dy.shape[1] < 3 * width:
         wide, dxa = _widen(dy, _joined_b(weights, adapters).T)
-        dx = wide @ _below(weights, adapters, dy.dtype)
-    else:  # dy is the widest array: read it once and make two passes over dx
-        both = dy @ _beside(weights, adapters, dy.dtype)
-        dxa = both[:, width : width + a.shape[1]]
-        with jax.named_scope("lora"):
-            # without the barrier XLA copies the slice to add to it inside the skinny product
-            dx = both[:, :width] + jax.lax.optimization_barrier(dxa @ a.T)
+        return wide @ _below(weights, adapters, dy.dtype), dxa
+    # dy is the widest array: read it once and make two passes over dx
+    both = dy @ _beside(weights, adapters, dy.dtype)
+    dxa = both[:, width : width + a.shape[1]]
     with jax.named_scope("lora"):
-        da = jnp.dot(x.T, dxa, preferred_element_type=jnp.float32)
-        db = jnp.dot(xa.T, dy, preferred_element_type=jnp.float32)  # [R, sum(out)]
+        # without the barrier XLA copies the slice to add to it inside the skinny product
+        return both[:, :width] + jax.lax.optimization_barrier(dxa @ a.T), dxa
+
+
+def adapter_gradients(da: jax.Array, db: jax.Array, weights: tuple, adapters: tuple) -> tuple:
+    """xᵀ·d(x A) [in, R] and (x A)ᵀ·dy [R, sum(out)] -> the gradient of each adapter, None where there is none."""
     grads, rank, row = [], 0, 0
     for weight, adapter in zip(weights, adapters, strict=True):
         grad = None
@@ -169,7 +165,31 @@ def _joined_backward(residuals, dy):
             rank = ranks.stop
         row += rows(weight)
         grads.append(grad)
-    return dx, None, tuple(grads)
+    return tuple(grads)
+
+
+def skinny(left: jax.Array, right: jax.Array) -> jax.Array:
+    """leftᵀ·right over all tokens, float32: the gradient of an A or a B."""
+    with jax.named_scope("lora"):
+        return jnp.dot(left.T, right, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _joined(x: jax.Array, weights: tuple, adapters: tuple) -> jax.Array:
+    """[N, in] -> [N, sum(out)]."""
+    return joined_product(x, weights, adapters)[0]
+
+
+def _joined_forward(x, weights, adapters):
+    y, xa = joined_product(x, weights, adapters)
+    return y, (x, xa, weights, adapters)
+
+
+def _joined_backward(residuals, dy):
+    x, xa, weights, adapters = residuals
+    weights, dy = jax.lax.optimization_barrier((weights, dy))
+    dx, dxa = input_gradient(dy, weights, adapters)
+    return dx, None, adapter_gradients(skinny(x, dxa), skinny(xa, dy), weights, adapters)
 
 
 _joined.defvjp(_joined_forward, _joined_backward)

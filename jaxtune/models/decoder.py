@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtune.kernels.attention import cudnn_attention, masked_attention, supports_cudnn
+from jaxtune.kernels.keep import keep
 from jaxtune.models import rope
-from jaxtune.models.layers import Embedding, Linear, RMSNorm, apply_together
-from jaxtune.models.remat import Remat, keep
+from jaxtune.models.layers import Embedding, Linear, RMSNorm, apply_gated, apply_together
+from jaxtune.models.remat import Remat
 from jaxtune.models.rope import Rope, rotate, tables
 
 ACTIVATIONS = {
@@ -185,6 +186,9 @@ class MLP(nnx.Module):
         self.activation = config.hidden_act
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        layers = [self.gate_proj, self.up_proj, self.down_proj]
+        if self.activation == "silu" and (y := apply_gated(layers, x, key)) is not None:
+            return y
         gate, up = apply_together([self.gate_proj, self.up_proj], x, key, "gate_up")
         return self.down_proj(ACTIVATIONS[self.activation](gate) * up, key)
 

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxtune.kernels.gated_mlp import gated_mlp, supported
+from jaxtune.kernels.keep import keep
 from jaxtune.kernels.linear import Adapter, adapted_linear, dense, frozen_linear
-from jaxtune.models.remat import keep
 from jaxtune.quant import BLOCK, NESTED_BLOCK, NF4
 
 Shape = jax.ShapeDtypeStruct
@@ -136,6 +137,15 @@ def apply_together(
         part if linear.bias is None else part + linear.bias[...].astype(part.dtype)
         for part, linear in zip(jnp.split(y, ends, axis=-1), linears, strict=True)
     ]
+
+
+def apply_gated(linears: list[Linear], x: jax.Array, key: jax.Array | None) -> jax.Array | None:
+    """down(silu(gate(x))·up(x)) in one operation, or None where there is none for these layers."""
+    if not all(linear.is_plain(key) and linear.bias is None for linear in linears):
+        return None
+    weights = tuple(linear._stored() for linear in linears)
+    adapters = tuple(linear.adapter(x.dtype) for linear in linears)
+    return gated_mlp(x, weights, adapters) if supported(x, weights, adapters) else None
 
 
 class Embedding(nnx.Module):

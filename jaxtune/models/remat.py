@@ -5,19 +5,12 @@ whichever it is; attention saves more than that as rows get longer.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.config import KEEPABLE, remat_parts
 
 _BLOCK_INPUT = "block_input"
-
-
-def keep(x: Any, name: str) -> Any:
-    """Marks the arrays of a pytree as what `Remat.keep` means by `name`."""
-    return jax.tree.map(lambda leaf: checkpoint_name(leaf, name), x)
 
 
 @dataclass(frozen=True)

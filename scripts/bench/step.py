@@ -244,7 +244,7 @@ def profile(step, text: str, ceilings) -> tuple[dict[str, float], list[dict[str,
 
 
 def ceilings_here() -> roofline.Ceilings:
-    """Copy bandwidth and bf16 and fp8 product rates of this GPU, on random data: medians of 7 runs of 20 queued calls."""
+    """Copy bandwidth and product rates of this GPU on random data, medians of 7 runs of 20 queued calls."""
     import jax
     import jax.numpy as jnp
 
@@ -268,7 +268,9 @@ def ceilings_here() -> roofline.Ceilings:
     )
     product = lambda a, b: jnp.dot(a, b.T, preferred_element_type=jnp.bfloat16)  # noqa: E731
     work = 2 * 8192 * 4096 * 14336
-    rates = [work / median(product, a.astype(kind), b.astype(kind)) for kind in (jnp.bfloat16, jnp.float8_e4m3fn)]
+    rates = [
+        work / median(product, a.astype(kind), b.astype(kind)) for kind in (jnp.bfloat16, jnp.float8_e4m3fn)
+    ]
     return roofline.Ceilings()._replace(bandwidth=copied, bf16=rates[0], fp8=rates[1])
 
 
@@ -339,9 +341,11 @@ def on_this_device(args: argparse.Namespace) -> list[Result]:
             print(result.line(), flush=True)
             if result.took_ms:
                 print("          took  ", result.took_ms, "\n          floor ", result.floor_ms, flush=True)
-                worst = sorted(result.kernels, key=lambda k: k["floor"] - k["ms"])[:25]
-                for k in worst:
-                    print(f"          {k['ms']:8.2f} ms, floor {k['floor']:8.2f}  {k['kind']:13s} {k['kernel'][:40]:40s} {k['op'][-60:]}")
+                for row in sorted(result.kernels or [], key=lambda k: k["floor"] - k["ms"])[:25]:
+                    print(
+                        f"          {row['ms']:8.2f} ms, floor {row['floor']:8.2f}  {row['kind']:13s} "
+                        f"{row['kernel'][:40]:40s} {row['op'][-60:]}"
+                    )
     return results
 
 

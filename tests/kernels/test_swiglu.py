@@ -1,0 +1,108 @@
+"""SwiGLU's backward pass with its adapters: the reference against autodiff, the kernel against the reference."""
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tolerances import BF16, GRADIENT
+
+from jaxtune.kernels import gated_mlp as module
+from jaxtune.kernels import linear, swiglu, target
+from jaxtune.kernels.gated_mlp import gated_mlp
+from jaxtune.kernels.linear import Adapter
+from jaxtune.quant import quantize_nf4
+
+
+def arrays(n, f, r, s, dtype=jnp.bfloat16):
+    keys = jax.random.split(jax.random.key(n + f + r + s), 4)
+    shapes = ((n, f), (n, 2 * f), (n, r), (n, s))
+    return [2 * jax.random.normal(k, shape).astype(dtype) for k, shape in zip(keys, shapes)]
+
+
+def relative(got, want) -> float:
+    got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def test_the_reference_is_autodiff():
+    d_act, gate_up, xa, d_xa = arrays(24, 16, 4, 3, jnp.float32)
+
+    def act(gate_up):
+        gate, up = jnp.split(gate_up, 2, axis=1)
+        return jax.nn.silu(gate) * up
+
+    value, vjp = jax.vjp(act, gate_up)
+    (want,) = vjp(d_act)
+    got = swiglu.reference(d_act, gate_up, xa, d_xa)
+    for ours, theirs in zip(got, (want, want.T @ xa, value.T @ d_xa), strict=True):
+        assert relative(ours, theirs) <= GRADIENT
+
+
+@pytest.mark.parametrize("races", [False, True])
+@pytest.mark.parametrize("n, f, r, s", [(64, 64, 32, 16), (192, 128, 8, 16), (128, 64, 64, 40)])
+def test_the_kernel_is_the_reference(n, f, r, s, races):
+    if races and (n, f) != (192, 128):
+        pytest.skip("one case is enough")
+    args = arrays(n, f, r, s)
+    got = swiglu.kernel(*args, interpret=plgpu.InterpretGPUParams(detect_races=races))  # outputs start as NaN
+    for ours, theirs in zip(got, swiglu.reference(*args), strict=True):
+        assert relative(ours, theirs) <= BF16
+
+
+@pytest.mark.parametrize(
+    "rows, ffn, r, s", [(8192, 14336, 32, 16), (2048, 1536, 16, 8), (4096, 14336, 64, 64)]
+)
+def test_the_kernel_lowers_for_a_gpu(rows, ffn, r, s):
+    shapes = [
+        jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in ((rows, ffn), (rows, 2 * ffn), (rows, r), (rows, s))
+    ]
+    jax.jit(swiglu.kernel).trace(*shapes).lower(lowering_platforms=("cuda",))
+
+
+def mlp(width, ffn, ranks):
+    rng = np.random.default_rng(0)
+    shapes = ((ffn, width), (ffn, width), (width, ffn))
+    weights = tuple(quantize_nf4((0.1 * rng.normal(size=shape)).astype(np.float32)) for shape in shapes)
+    adapters = tuple(
+        None
+        if rank is None
+        else Adapter(*(jnp.asarray(0.1 * rng.normal(size=s), jnp.float32) for s in ((i, rank), (rank, o))))
+        for (o, i), rank in zip(shapes, ranks)
+    )
+    return weights, adapters
+
+
+@pytest.mark.parametrize("ranks", [(8, 8, 8), (8, None, 4), (None, 4, 16)])
+def test_the_joined_mlp_is_three_layers(ranks):
+    weights, adapters = mlp(64, 128, ranks)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 9, 64)), jnp.float32)
+
+    def apart(x, adapters):
+        gate_up = linear.reference(x, weights[:2], adapters[:2])
+        gate, up = jnp.split(gate_up, 2, axis=-1)
+        return linear.reference(jax.nn.silu(gate) * up, weights[2:], adapters[2:])
+
+    def probe(function):
+        y, vjp = jax.vjp(function, x, adapters)
+        return jax.tree.leaves((y, vjp(jnp.cos(y))))
+
+    got, want = probe(lambda x, a: gated_mlp(x, weights, a)), probe(apart)
+    for ours, theirs in zip(got, want, strict=True):
+        assert np.abs(ours - theirs).max() <= GRADIENT * np.abs(theirs).max()
+
+
+def test_where_it_is_used(monkeypatch):
+    weights, adapters = mlp(64, 128, (8, 8, 8))
+    enough = jax.ShapeDtypeStruct((2, 512, 64), jnp.bfloat16)
+    assert not module.supported(enough, weights, adapters)  # no GPU here
+    with target.tracing_for((9, 0)):
+        assert module.supported(enough, weights, adapters)
+        assert not module.supported(jax.ShapeDtypeStruct((2, 4, 64), jnp.bfloat16), weights, adapters)
+        assert not module.supported(jax.ShapeDtypeStruct((1, 500, 64), jnp.bfloat16), weights, adapters)
+        assert not module.supported(jax.ShapeDtypeStruct((2, 512, 64), jnp.float32), weights, adapters)
+        assert not module.supported(enough, weights, (*adapters[:2], None))
+        wide = mlp(64, 128, (40, 40, 8))
+        assert not module.supported(enough, *wide)
+    with target.tracing_for((10, 0)):
+        assert not module.supported(enough, weights, adapters)
