@@ -10,13 +10,14 @@ lanes, so that every lane has a bank to itself: one instruction and one load for
 within a block is chosen for this (`_in_kernel_order`): x is permuted, which costs nothing beside W. Scales are
 applied to the float32 product of a block, not to its weights.
 
-A CTA takes `warpgroups`·64 rows of W and a part of its columns; the parts are added in XLA, together with what
-follows (LoRA, residual).
+A CTA takes `warpgroups`·64 rows of W and a part of its columns; the parts are added in XLA, in one fusion with what
+follows. Layers that share x are tiles of one launch, and their LoRA is added where a CTA waits for its first codes:
+by itself it would be two more launches a layer, each as long as a quarter of the product.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,10 +50,39 @@ class Config(NamedTuple):
     table: bool = True
 
 
-def reference(x: jax.Array, weights: tuple[NF4, ...]) -> jax.Array:
-    """x [M, in] times each weight [out_i, in] transposed, side by side: float32 [M, sum(out_i)]."""
+def reference(x: jax.Array, weights: tuple[NF4, ...], adapters: tuple) -> jax.Array:
+    """x W_iᵀ + (x A_i) B_i side by side, float32 [M, sum(out_i)]; arguments as of `nf4_matmul`."""
     x = x.astype(jnp.float32)
-    return jnp.concatenate([x @ dequantize_nf4(weight).T for weight in weights], axis=1)
+    parts = [x @ dequantize_nf4(weight).T for weight in weights]
+    for i, adapter in enumerate(adapters):
+        if adapter is not None:
+            a, b = adapter
+            parts[i] += (x @ a.astype(jnp.float32)) @ b.astype(jnp.float32)
+    return jnp.concatenate(parts, axis=1)
+
+
+def supported(rows: int, dtype, shapes: Sequence[tuple[int, int]], rank: int) -> bool:
+    """Whether the kernel takes x [rows, in] in `dtype` with NF4 weights of these shapes [out, in] and LoRA's rank."""
+    fits = all(out % WG_ROWS == 0 and width % CHUNK == 0 for out, width in shapes)
+    hopper = target.capability() == (9, 0)
+    few = 0 < rows <= MAX_ROWS and dtype == jnp.bfloat16
+    return hopper and few and fits and config_for(rows, [out for out, _ in shapes], rank) is not None
+
+
+def config_for(rows: int, outs: Sequence[int], rank: int) -> Config | None:
+    """The most rows of W a CTA, so that x is read less often, that leave shared memory for three stages; or None."""
+    tokens = _padded(rows)
+    for warpgroups in (4, 2, 1):
+        tile = warpgroups * WG_ROWS
+        fixed = _pairs().nbytes + 4 * tile * tokens + rank * (2 * tile + 4 * tokens)
+        stages = (SHARED - fixed) // (2 * tokens * CHUNK + tile * (CHUNK // 2 + 4 * _BLOCKS))
+        if stages >= 3 and all(out % tile == 0 for out in outs):
+            return Config(warpgroups, min(8, stages))
+    return None
+
+
+def _padded(rows: int) -> int:
+    return -(-rows // 8) * 8
 
 
 @cache
@@ -96,7 +126,7 @@ def _lookup_in_table(table: ir.Value):
 
 
 def _lookup_in_registers():
-    """words -> four bfloat16 pairs: the table's two byte planes lie in registers and `prmt` picks four bytes at once."""
+    """words -> four bfloat16 pairs: the table's byte planes lie in registers, `prmt` picks four bytes at once."""
     raw = NF4_CODE.astype(jnp.bfloat16).view(np.uint8).reshape(16, 2)
     planes = [[_const(v) for v in np.ascontiguousarray(raw[:, p]).view(np.uint32)] for p in range(2)]
 
@@ -131,15 +161,16 @@ def _weights_in_registers(words: jax.Array, table, block: int, config: Config) -
         lookup = _lookup_in_table(*table) if table else _lookup_in_registers()
         bf16, i32 = ir.BF16Type.get(), ir.IntegerType.get_signless(32)
         pair = ir.VectorType.get((2,), bf16)
-        mine = words[:, WORDS * block : WORDS * (block + 1)].registers  # a thread's: [.., half of the 16 rows, ..]
+        mine = words[:, WORDS * block : WORDS * (block + 1)].registers
         out = np.empty(layout.to_mgpu().registers_shape((WG_ROWS, BLOCK)), object)
-        flat_in, flat_out = mine.reshape(1, 1, 2), out.reshape(1, BLOCK // 8, 2)
-        for rows in range(2):
+        # a thread has rows r and r + 8 of its warp's 16, and of each 8 columns the two from 2·(its lane % 4)
+        by_row, out_by_row = mine.reshape(2), out.reshape(BLOCK // 8, 2)
+        for row in range(2):
             for i in range(2):
-                word = vector.extract(flat_in[0, 0, rows], [], [i])
+                word = vector.extract(by_row[row], [], [i])
                 for byte, value in enumerate(lookup(word)):
                     bits = vector.broadcast(ir.VectorType.get((1,), i32), value)
-                    flat_out[0, 4 * i + byte, rows] = vector.bitcast(pair, bits)
+                    out_by_row[4 * i + byte, row] = vector.bitcast(pair, bits)
         return FragmentedArray(_registers=out, _layout=layout.to_mgpu(), _is_signed=None)
 
     return decode(words, table) if config.table else decode(words)
@@ -191,7 +222,8 @@ def _block_products_twin(words: jax.Array, scales, x, table, config: Config) -> 
     codes = (words[..., None] >> (8 * jnp.arange(4))) & 255
     codes = codes.reshape(WG_ROWS, _BLOCKS, 4, 8).swapaxes(2, 3)  # lane t has bytes 8t + q: here [.., q, t]
     pairs = table[...][codes, 0]
-    halves = jnp.stack([pairs << 16, pairs & np.uint32(0xFFFF0000)], -1)  # bfloat16 is the upper half of float32
+    # bfloat16 is the upper half of float32
+    halves = jnp.stack([pairs << 16, pairs & np.uint32(0xFFFF0000)], -1)
     weights = lax.bitcast_convert_type(halves, jnp.float32).reshape(WG_ROWS, _BLOCKS, BLOCK)
     columns = x[...].astype(jnp.float32).reshape(-1, _BLOCKS, BLOCK)
     for block in range(_BLOCKS):
@@ -199,18 +231,39 @@ def _block_products_twin(words: jax.Array, scales, x, table, config: Config) -> 
 
 
 class _Plan(NamedTuple):
-    """tiles: of each weight, `rows` rows of W each. The columns' chunks are cut into `splits` parts."""
+    """tiles: of each weight, `rows` rows of W each. The columns' chunks are cut into `splits` parts. rank: of the
+    adapters, 0 without."""
 
     tiles: tuple[int, ...]
     rows: int
     chunks: int
     splits: int
+    rank: int
 
 
-def _plan(outs: tuple[int, ...], width: int, config: Config) -> _Plan:
+class _Stages(NamedTuple):
+    """Refs in shared memory, by stage, and their barriers: `ready` to be read, `free` to be filled."""
+
+    x: Any  # bfloat16 [stages, N, CHUNK]
+    codes: Any  # int32 [stages, rows, CHUNK/8]
+    scales: Any  # float32 [stages, rows, CHUNK/64]
+    ready: Any
+    free: Any
+
+
+class _Constants(NamedTuple):
+    """Refs in shared memory that are filled once, and the barrier that says so."""
+
+    table: Any  # uint32 [256, 32]
+    xa: Any  # float32 [R, N], None without adapters
+    b: Any  # bfloat16 [R, rows], None without adapters
+    ready: Any
+
+
+def _plan(outs: Sequence[int], width: int, rank: int, config: Config) -> _Plan:
     rows = config.warpgroups * WG_ROWS
     tiles, chunks = tuple(out // rows for out in outs), width // CHUNK
-    return _Plan(tiles, rows, chunks, min(chunks, max(1, SMS // sum(tiles))))
+    return _Plan(tiles, rows, chunks, min(chunks, max(1, SMS // sum(tiles))), rank)
 
 
 def _part(plan: _Plan, index) -> tuple:
@@ -219,24 +272,40 @@ def _part(plan: _Plan, index) -> tuple:
     return first, (index + 1) * plan.chunks // plan.splits - first
 
 
-def _load(plan: _Plan, config: Config, x, weights, buffers, ready, free) -> None:
-    """The thread that copies: chunks of x, codes and scales into the stages, as these become free."""
-    tile, (first, count) = lax.axis_index("tile"), _part(plan, lax.axis_index("part"))
-    x_s, codes_s, scales_s = buffers
+def _of_each_weight(plan: _Plan, do: Callable) -> None:
+    """Calls do(i, rows) in the program of the CTAs whose tile is of weight i; rows: where the tile lies in it."""
+    tile, begin = lax.axis_index("tile"), 0
+    for i, tiles in enumerate(plan.tiles):
+
+        @pl.when((tile >= begin) & (tile < begin + tiles))
+        def _(i=i, begin=begin):
+            do(i, pl.ds((tile - begin) * plan.rows, plan.rows))
+
+        begin += tiles
+
+
+def _load(plan: _Plan, config: Config, given, constants: _Constants, stages: _Stages) -> None:
+    """The warpgroup that copies: constants, then chunks of x, codes and scales as stages become free."""
+    x, weights, table, lora = given
+    first, count = _part(plan, lax.axis_index("part"))
+    plgpu.copy_gmem_to_smem(table, constants.table, constants.ready)
+    if lora is not None:
+        xa, b = lora
+        rows = pl.ds(lax.axis_index("tile") * plan.rows, plan.rows)
+        plgpu.copy_gmem_to_smem(b.at[:, rows], constants.b, constants.ready)
+        _of_each_weight(plan, lambda i, _: plgpu.copy_gmem_to_smem(xa.at[i], constants.xa, constants.ready))
 
     def issue(chunk, slot):
-        start, begin = chunk * CHUNK, 0
-        plgpu.copy_gmem_to_smem(x.at[:, pl.ds(start, CHUNK)], x_s.at[slot], ready.at[slot])
-        for (codes, scales), tiles in zip(weights, plan.tiles, strict=True):
+        ready = stages.ready.at[slot]
+        words, blocks = pl.ds(chunk * (CHUNK // 8), CHUNK // 8), pl.ds(chunk * _BLOCKS, _BLOCKS)
 
-            @pl.when((tile >= begin) & (tile < begin + tiles))
-            def _(codes=codes, scales=scales, begin=begin):
-                rows = pl.ds((tile - begin) * plan.rows, plan.rows)
-                words, blocks = pl.ds(chunk * (CHUNK // 8), CHUNK // 8), pl.ds(chunk * _BLOCKS, _BLOCKS)
-                plgpu.copy_gmem_to_smem(codes.at[rows, words], codes_s.at[slot], ready.at[slot])
-                plgpu.copy_gmem_to_smem(scales.at[rows, blocks], scales_s.at[slot], ready.at[slot])
+        def weight(i, rows):
+            codes, scales = weights[i]
+            plgpu.copy_gmem_to_smem(codes.at[rows, words], stages.codes.at[slot], ready)
+            plgpu.copy_gmem_to_smem(scales.at[rows, blocks], stages.scales.at[slot], ready)
 
-            begin += tiles
+        _of_each_weight(plan, weight)
+        plgpu.copy_gmem_to_smem(x.at[:, pl.ds(chunk * CHUNK, CHUNK)], stages.x.at[slot], ready)
 
     @pl.loop(0, count + config.stages)
     def _(step):
@@ -244,30 +313,39 @@ def _load(plan: _Plan, config: Config, x, weights, buffers, ready, free) -> None
 
         @pl.when(step >= config.stages)
         def _():
-            plgpu.barrier_wait(free.at[slot])
+            plgpu.barrier_wait(stages.free.at[slot])
 
         @pl.when(step < count)
         def _():
             issue(first + step, slot)
 
 
-def _multiply(plan: _Plan, config: Config, products, wg, buffers, table, ready, free) -> jax.Array:
-    """A warpgroup that multiplies: float32 [64, N] of its rows of W over the CTA's columns."""
-    x_s, codes_s, scales_s = buffers
-    rows = pl.ds(wg * WG_ROWS, WG_ROWS)
-    _, count = _part(plan, lax.axis_index("part"))
+def _multiply(
+    plan: _Plan, config: Config, products: Callable, rows, constants: _Constants, stages: _Stages
+) -> jax.Array:
+    """A warpgroup that multiplies: float32 [64, N] of its rows of the tile over the CTA's columns."""
+    part, layout = lax.axis_index("part"), plgpu.Layout.WGMMA
+    plgpu.barrier_wait(constants.ready)
+    acc = plgpu.layout_cast(jnp.zeros((WG_ROWS, stages.x.shape[1]), jnp.float32), layout)
+
+    def rank(r, acc):
+        b = plgpu.load(constants.b.at[r, rows], layout=layout.reduce(1)).astype(jnp.float32)
+        xa = plgpu.load(constants.xa.at[r], layout=layout.reduce(0))
+        return acc + lax.broadcast_in_dim(b, acc.shape, [0]) * lax.broadcast_in_dim(xa, acc.shape, [1])
 
     def chunk(step, acc):
         slot = lax.rem(step, config.stages)
-        plgpu.barrier_wait(ready.at[slot])
-        words = plgpu.load(codes_s.at[slot, rows], layout=plgpu.Layout.WGMMA)
-        for scale, product in products(words, scales_s.at[slot, rows], x_s.at[slot], table, config):
+        plgpu.barrier_wait(stages.ready.at[slot])
+        words = plgpu.load(stages.codes.at[slot, rows], layout=layout)
+        scales, x = stages.scales.at[slot, rows], stages.x.at[slot]
+        for scale, product in products(words, scales, x, constants.table, config):
             acc += product * lax.broadcast_in_dim(scale, acc.shape, [0])
-        plgpu.barrier_arrive(free.at[slot])
+        plgpu.barrier_arrive(stages.free.at[slot])
         return acc
 
-    zeros = jnp.zeros((WG_ROWS, x_s.shape[1]), jnp.float32)
-    return lax.fori_loop(0, count, chunk, plgpu.layout_cast(zeros, plgpu.Layout.WGMMA))
+    if plan.rank:
+        acc = lax.fori_loop(0, jnp.where(part == 0, plan.rank, 0), rank, acc)
+    return lax.fori_loop(0, _part(plan, part)[1], chunk, acc)
 
 
 def _swizzled(*shape: int, dtype) -> plgpu.SMEM:
@@ -276,41 +354,44 @@ def _swizzled(*shape: int, dtype) -> plgpu.SMEM:
 
 
 def _scratch(tokens: int, plan: _Plan, config: Config) -> dict:
-    stages = config.stages
+    n, lora = config.stages, plan.rank > 0
     return {
-        "buffers": (
-            _swizzled(stages, tokens, CHUNK, dtype=jnp.bfloat16),
-            _swizzled(stages, plan.rows, CHUNK // 8, dtype=jnp.int32),
-            plgpu.SMEM((stages, plan.rows, _BLOCKS), jnp.float32),
+        "stages": _Stages(
+            _swizzled(n, tokens, CHUNK, dtype=jnp.bfloat16),
+            _swizzled(n, plan.rows, CHUNK // 8, dtype=jnp.int32),
+            plgpu.SMEM((n, plan.rows, _BLOCKS), jnp.float32),
+            plgpu.Barrier(num_barriers=n, num_arrivals=3),
+            plgpu.Barrier(num_barriers=n, num_arrivals=config.warpgroups),
         ),
-        "table_s": plgpu.SMEM((256, 32), jnp.uint32),
+        "constants": _Constants(
+            plgpu.SMEM((256, 32), jnp.uint32),
+            plgpu.SMEM((plan.rank, tokens), jnp.float32) if lora else None,
+            plgpu.SMEM((plan.rank, plan.rows), jnp.bfloat16) if lora else None,
+            plgpu.Barrier(num_barriers=1, num_arrivals=3 if lora else 1),
+        ),
         "out_s": plgpu.SMEM((plan.rows, tokens), jnp.float32),
-        "filled": plgpu.Barrier(num_barriers=1),
-        "ready": plgpu.Barrier(num_barriers=stages, num_arrivals=3),
-        "free": plgpu.Barrier(num_barriers=stages, num_arrivals=config.warpgroups),
     }
 
 
-def _call(x, weights, config: Config, interpret) -> jax.Array:
-    """x bfloat16 [N, in] in kernel order, N a multiple of 8 -> float32 [parts, sum(out), N]."""
+def _call(x, weights, lora, config: Config, interpret) -> jax.Array:
+    """x bfloat16 [N, in] in kernel order, N a multiple of 8; weights: (int32 codes, float32 scales) of each; lora:
+    (float32 [weights, R, N], bfloat16 [R, sum(out)]) or None -> float32 [parts, sum(out), N]."""
     tokens, width = x.shape
-    outs = tuple(codes.shape[0] for codes, _ in weights)
-    plan = _plan(outs, width, config)
+    outs = [codes.shape[0] for codes, _ in weights]
+    plan = _plan(outs, width, 0 if lora is None else lora[1].shape[0], config)
     products = _block_products if interpret is None else _block_products_twin
 
-    def body(x, weights, table, out, *, buffers, table_s, out_s, filled, ready, free):
+    def body(x, weights, table, lora, out, *, stages, constants, out_s):
         wg = lax.axis_index("wg")
 
         @pl.when(wg == config.warpgroups)
         def _():
-            plgpu.copy_gmem_to_smem(table, table_s, filled)
-            _load(plan, config, x, weights, buffers, ready, free)
+            _load(plan, config, (x, weights, table, lora), constants, stages)
 
         @pl.when(wg < config.warpgroups)
         def _():
-            plgpu.barrier_wait(filled)
             mine = pl.ds(wg * WG_ROWS, WG_ROWS)
-            out_s[mine] = _multiply(plan, config, products, wg, buffers, table_s, ready, free)
+            out_s[mine] = _multiply(plan, config, products, mine, constants, stages)
             plgpu.commit_smem()
             rows = pl.ds(lax.axis_index("tile") * plan.rows + wg * WG_ROWS, WG_ROWS)
             plgpu.copy_smem_to_gmem(out_s.at[mine], out.at[lax.axis_index("part"), rows])
@@ -327,39 +408,57 @@ def _call(x, weights, config: Config, interpret) -> jax.Array:
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
     )
-    return kernel(x, weights, jnp.asarray(_pairs()))
+    return kernel(x, weights, jnp.asarray(_pairs()), lora)
+
+
+def _lora(x: jax.Array, weights: tuple[NF4, ...], adapters: tuple, tokens: int):
+    """The adapters as `_call` takes them: x A of each, float32 [weights, R, N], and B side by side, [R, sum(out)]."""
+    ranks = [0 if adapter is None else adapter[0].shape[1] for adapter in adapters]
+    if not any(ranks):
+        return None
+    width, rank, a, b = x.shape[1], max(ranks), [], []
+    for weight, adapter in zip(weights, adapters, strict=True):
+        if adapter is None:
+            adapter = jnp.zeros((width, 0), x.dtype), jnp.zeros((0, weight.codes.shape[0]), x.dtype)
+        missing = rank - adapter[0].shape[1]
+        a.append(jnp.pad(adapter[0], ((0, 0), (0, missing))))
+        b.append(jnp.pad(adapter[1], ((0, missing), (0, 0))))
+    xa = jnp.dot(x, jnp.concatenate(a, 1), preferred_element_type=jnp.float32)
+    xa = jnp.pad(xa, ((0, tokens - len(x)), (0, 0))).reshape(tokens, len(weights), rank)
+    return xa.transpose(1, 2, 0), jnp.concatenate(b, 1)
 
 
 def nf4_matmul(
-    x: jax.Array, weights: tuple[NF4, ...], config: Config | None = None, interpret=None
+    x: jax.Array,
+    weights: tuple[NF4, ...],
+    adapters: tuple,
+    config: Config | None = None,
+    interpret: plgpu.InterpretGPUParams | None = None,
 ) -> jax.Array:
-    """x Wᵀ of weights that share x, side by side.
+    """x W_iᵀ + (x A_i) B_i of layers that share x, side by side.
 
     Args:
-      x: bfloat16 [M, in], M at most 64.
-      weights: [out_i, in] for which `supported` holds.
-      config: by default the one that suits M.
-      interpret: plgpu.InterpretGPUParams, to run on a CPU.
+      x: bfloat16 [M, in].
+      weights: [out_i, in]; a float32 absmax is read as it is, a double-quantised one decoded before.
+      adapters: bfloat16 (A [in, R_i], B [R_i, out_i]) for each weight, or None.
+      config: by default `config_for`'s.
+      interpret: to run on a CPU, with a twin for what the interpreter lacks.
 
     Returns:
       float32 [M, sum(out_i)].
     """
-    m = x.shape[0]
-    padded = jnp.pad(_in_kernel_order(x), ((0, -m % 8), (0, 0)))
+    m, tokens = len(x), _padded(len(x))
+    lora = _lora(x, weights, adapters, tokens)
     given = []
     for weight in weights:
         out, half = weight.codes.shape
         words = lax.bitcast_convert_type(weight.codes.reshape(out, half // 4, 4), jnp.int32)
         given.append((words, dequantize_absmax(weight)))
-    outs = tuple(codes.shape[0] for codes, _ in given)
-    parts = _call(padded, tuple(given), config or _config(len(padded), outs), interpret)
+    if config is None:
+        config = config_for(
+            m, [weight.codes.shape[0] for weight in weights], 0 if lora is None else lora[1].shape[0]
+        )
+        assert config is not None, "not supported"
+    padded = jnp.pad(_in_kernel_order(x), ((0, tokens - m), (0, 0)))
+    parts = _call(padded, tuple(given), lora, config, interpret)
     return parts.sum(0).T[:m]
-
-
-def _config(tokens: int, outs: tuple[int, ...]) -> Config:
-    """What suits a padded number of tokens: 256 rows of W a CTA where x leaves room for them in shared memory."""
-    widest = 4 if tokens <= 32 else 2
-    warpgroups = next(w for w in (4, 2, 1) if w <= widest and all(out % (w * WG_ROWS) == 0 for out in outs))
-    rows = warpgroups * WG_ROWS
-    stage = 2 * tokens * CHUNK + rows * (CHUNK // 2 + 4 * _BLOCKS)
-    return Config(warpgroups, min(8, (SHARED - _pairs().nbytes - 4 * rows * tokens) // stage))
