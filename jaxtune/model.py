@@ -253,8 +253,9 @@ class Model:
     def _reads_codes(self, rows: int) -> bool:
         """Whether every linear layer of the decoder can be multiplied from its codes. DoRA needs the weights' norms."""
         paths = {slot.path for name, slot in linear_slots(self.module).items() if name != "lm_head"}
-        codes = [self.base.get(f"{path}.codes") for path in paths]
-        if any(c is None for c in codes) or (self.lora is not None and self.lora.use_dora):
+        stored = (f"{path}.weight.codes" for path in paths)
+        codes = [self.base[path] for path in stored if path in self.base]
+        if len(codes) < len(paths) or (self.lora is not None and self.lora.use_dora):
             return False
         shapes = [(c.shape[-2], 2 * c.shape[-1]) for c in codes]
         ranks = (leaf.shape[-1] for path, leaf in self.trainable.items() if path.endswith("lora_A"))

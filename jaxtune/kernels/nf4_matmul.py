@@ -348,7 +348,7 @@ def _multiply(
     return lax.fori_loop(0, _part(plan, part)[1], chunk, acc)
 
 
-def _swizzled(*shape: int, dtype) -> plgpu.SMEM:
+def _swizzled(*shape: int, dtype):
     tiling = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(128)))
 
