@@ -380,16 +380,23 @@ def _call(x, weights, lora, config: Config, interpret) -> jax.Array:
     outs = [codes.shape[0] for codes, _ in weights]
     plan = _plan(outs, width, 0 if lora is None else lora[1].shape[0], config)
     products = _block_products if interpret is None else _block_products_twin
+    uneven = (
+        config.warpgroups == 2 and tokens > 32
+    )  # products of many tokens need more than their share of registers
 
     def body(x, weights, table, lora, out, *, stages, constants, out_s):
         wg = lax.axis_index("wg")
 
         @pl.when(wg == config.warpgroups)
         def _():
+            if uneven:
+                plgpu.set_max_registers(40, action="decrease")
             _load(plan, config, (x, weights, table, lora), constants, stages)
 
         @pl.when(wg < config.warpgroups)
         def _():
+            if uneven:
+                plgpu.set_max_registers(232, action="increase")
             mine = pl.ds(wg * WG_ROWS, WG_ROWS)
             out_s[mine] = _multiply(plan, config, products, mine, constants, stages)
             plgpu.commit_smem()
