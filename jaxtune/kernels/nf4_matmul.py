@@ -6,7 +6,7 @@ the tokens, padded to a multiple of 8, their short one, and a weight goes from i
 in which the unit reads it.
 
 What a byte of codes means comes from a table in shared memory of 256 pairs of bfloat16, once for each of the 32
-lanes, so that every lane has a bank to itself: one instruction and one load for two weights. The order of the columns
+lanes, so that every lane has a bank to itself: two instructions and one load for two weights. The order of the columns
 within a block is chosen for this (`_in_kernel_order`): x is permuted, which costs nothing beside W. Scales are
 applied to the float32 product of a block, not to its weights.
 
@@ -109,16 +109,16 @@ def _const(value: int) -> ir.Value:
 def _lookup_in_table(table: ir.Value):
     """words -> four bfloat16 pairs, from the table in shared memory."""
     i32 = ir.IntegerType.get_signless(32)
-    base = llvm.ptrtoint(i32, utils.memref_ptr(table))
     lane = arith.shli(arith.andi(utils.thread_idx(), _const(31)), _const(2))
+    column = arith.addi(lane, llvm.ptrtoint(i32, utils.memref_ptr(table)))
 
     def pairs(word):
         out = []
-        for byte in range(4):
-            # byte · 128 bytes; the lane's bank is or-ed in the same instruction
-            shift = 8 * byte - 7
-            moved = arith.shrui(word, _const(shift)) if shift > 0 else arith.shli(word, _const(-shift))
-            place = arith.addi(arith.ori(arith.andi(moved, _const(0x7F80)), lane), base)
+        for i in range(4):
+            byte = utils.prmt(
+                word, _const(0), _const(0x4440 + i)
+            )  # one instruction, as are shift and addition
+            place = arith.addi(arith.shli(byte, _const(7)), column)
             out.append(llvm.inline_asm(i32, [place], "ld.shared.b32 $0, [$1];", "=r,r"))
         return out
 
