@@ -147,7 +147,7 @@ class FastLanguageModel:
         double_quant = bool(nested.get("bnb_4bit_use_double_quant", False))
         dense = _plain_modules(checkpoint)
 
-        def recipe(nf4: bool):
+        def recipe(nf4: bool, double_quant: bool = double_quant):
             return models.build(config, as_dtype(dtype), nf4=nf4, double_quant=double_quant, dense=dense)
 
         module = recipe(nf4)

@@ -3,6 +3,8 @@
 y_i = x W_iᵀ + (x A_i) B_i for several layers of one input, such as q, k and v. `reference` says it in two products a
 layer. On a GPU that second, skinny one costs a quarter of the first, because y is read and written again; there one
 product over K = in + ranks does it all: [x | x A] [W | Bᵀ]ᵀ, and backwards [dx | d(xA)] = dy [W | Bᵀ].
+
+A batch of generation is too few rows to dequantise for; `nf4_matmul` reads the codes.
 """
 
 from typing import NamedTuple
@@ -10,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtune.kernels import target
+from jaxtune.kernels import nf4_matmul, target
 from jaxtune.kernels.keep import keep
 from jaxtune.quant import NF4, dequantize_nf4
 
@@ -69,6 +71,8 @@ def adapted_linear(x: jax.Array, weights: tuple, adapters: tuple) -> jax.Array:
     Returns:
       [..., sum of out_i] in x's dtype.
     """
+    if _reads_codes(x, weights, adapters):
+        return _from_codes(x.reshape(-1, x.shape[-1]), weights, adapters).reshape(*x.shape[:-1], -1)
     few = x.size // x.shape[-1] < FEW_ROWS
     if few or target.capability() is None or all(adapter is None for adapter in adapters):
         return reference(x, weights, adapters)
@@ -78,6 +82,34 @@ def adapted_linear(x: jax.Array, weights: tuple, adapters: tuple) -> jax.Array:
 def rows(weight: NF4 | jax.Array) -> int:
     """out of a stored weight [out, in]."""
     return (weight.codes if isinstance(weight, NF4) else weight).shape[0]
+
+
+def _reads_codes(x: jax.Array, weights: tuple, adapters: tuple) -> bool:
+    if not all(isinstance(weight, NF4) for weight in weights):
+        return False
+    width = x.shape[-1]
+    rank = max(0 if adapter is None else adapter.a.shape[1] for adapter in adapters)
+    shapes = [(rows(weight), width) for weight in weights]
+    return nf4_matmul.supported(x.size // width, x.dtype, shapes, rank)
+
+
+@jax.custom_vjp
+def _from_codes(x: jax.Array, weights: tuple, adapters: tuple) -> jax.Array:
+    """[N, in] -> [N, sum(out)]."""
+    return nf4_matmul.nf4_matmul(x, weights, adapters).astype(x.dtype)
+
+
+def _from_codes_forward(x, weights, adapters):
+    return _from_codes(x, weights, adapters), (x, weights, adapters)
+
+
+def _from_codes_backward(residuals, dy):
+    x, weights, adapters = residuals  # training on so few rows is no case to be fast in
+    dx, grads = jax.vjp(lambda x, adapters: reference(x, weights, adapters), x, adapters)[1](dy)
+    return dx, None, grads
+
+
+_from_codes.defvjp(_from_codes_forward, _from_codes_backward)
 
 
 def _joined_a(adapters: tuple) -> jax.Array:

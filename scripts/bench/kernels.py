@@ -3,7 +3,8 @@
     python scripts/bench/kernels.py [--rows 4096 8192] [--only linear attention]
 
 The limit of a line is the larger of its bytes over the copy bandwidth and its operations over the rate of a bf16
-product, both measured first on the same machine. Shapes are Llama-3.1-8B's.
+product, both measured first on the same machine. Shapes are Llama-3.1-8B's. `decode` is the few rows of generation,
+whatever --rows says: products chained in one program over weights that rotate, so that none is left in the cache.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from step import ceilings_here
 from jaxtune.kernels.attention import cudnn_attention
 from jaxtune.kernels.cross_entropy import Options, fused_cross_entropy
 from jaxtune.kernels.linear import Adapter, adapted_linear, dense, reference
-from jaxtune.quant import NF4
+from jaxtune.quant import NF4, dequantize_absmax
 
 D, F, HEADS, KV, H, VOCAB, RANK = 4096, 14336, 32, 8, 128, 128256, 16
 GROUPS = {"qkv": (D, (D, KV * H, KV * H)), "o": (D, (D,)), "gate_up": (D, (F, F)), "down": (F, (D,))}
@@ -36,6 +37,7 @@ class Case(NamedTuple):
     arguments: tuple
     flops: float
     moved: float
+    repeats: int = 1  # how often a call does it
 
 
 def random(seed: int, *shape: int, dtype=jnp.bfloat16) -> jax.Array:
@@ -49,6 +51,11 @@ def nf4(seed: int, out: int, width: int) -> NF4:
     scales = jax.random.bits(keys[1], (out, width // 64), jnp.uint8)
     groups = -(-scales.size // 256)
     return NF4(codes, scales, jnp.full(groups, 0.01, jnp.float32), jnp.float32(0.02))
+
+
+def single_quantised(weight: NF4) -> NF4:
+    """With float32 scales, as `generate` keeps them."""
+    return NF4(weight.codes, dequantize_absmax(weight))
 
 
 def differentiated(function: Callable) -> Callable:
@@ -116,7 +123,44 @@ def loss_cases(rows: int) -> Iterator[Case]:
     )
 
 
-CASES = {"linear": linear_cases, "attention": attention_cases, "loss": loss_cases}
+def chained(product: Callable, sets: list, x: jax.Array, flops: float, moved: float, name: str) -> Case:
+    """`product` of x with one set of weights after the other, each waiting for the last."""
+
+    def call(x, sets):
+        def body(_, x):
+            for given in sets:
+                y = jax.lax.optimization_barrier(product(x, *given))
+                x = x + (y[:, :1] * 1e-30).astype(x.dtype)
+            return x
+
+        return jax.lax.fori_loop(0, DECODE_ROUNDS, body, x)
+
+    return Case(name, call, (x, sets), flops, moved, DECODE_ROUNDS * len(sets))
+
+
+def decode_cases(rows: int) -> Iterator[Case]:
+    for name, (width, outs) in GROUPS.items():
+        x, total = random(1, rows, width), sum(outs)
+        adapters = tuple(
+            Adapter(random(i + 10, width, RANK), random(i + 20, RANK, out)) for i, out in enumerate(outs)
+        )
+        copies = 1 + int(DECODE_BYTES / (total * width / 2))
+        sets = [(tuple(single_quantised(nf4(9 * c + i, out, width)) for i, out in enumerate(outs)), adapters)
+                for c in range(copies)]  # fmt: skip
+        stored = sum(weight.codes.nbytes + weight.absmax.nbytes for weight in sets[0][0])
+        flops, small = 2.0 * rows * total * width, 2 * (x.size + rows * total)
+        for label, product in (("from the codes", adapted_linear), ("dequantise, product", reference)):
+            yield chained(product, sets, x, flops, small + stored, f"decode {name}: {label}")
+        copies = 1 + int(DECODE_BYTES / (total * width * 2))
+        sets = [(random(c, total, width),) for c in range(copies)]
+        dense_bytes = small + 2.0 * total * width
+        yield chained(lambda x, w: x @ w.T, sets, x, flops, dense_bytes, f"decode {name}: dense product")
+
+
+CASES = {"linear": linear_cases, "attention": attention_cases, "loss": loss_cases, "decode": decode_cases}
+DECODE_ROWS = [1, 8, 16, 32, 64]
+DECODE_BYTES = 180e6  # of weights that rotate: three times the cache
+DECODE_ROUNDS = 20
 
 
 def timed(case: Case) -> tuple[float, float, float]:
@@ -129,7 +173,7 @@ def timed(case: Case) -> tuple[float, float, float]:
         for _ in range(20):
             last = call(*case.arguments)
         jax.block_until_ready(last)
-        times.append((time.perf_counter() - began) / 20 * 1e6)
+        times.append((time.perf_counter() - began) / 20 / case.repeats * 1e6)
     return statistics.median(times), min(times), max(times)
 
 
@@ -144,8 +188,8 @@ def main() -> None:
     ceilings = ceilings_here()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {ceilings}")
     results = []
-    for rows in args.rows:
-        for kind in args.only:
+    for kind in args.only:
+        for rows in DECODE_ROWS if kind == "decode" else args.rows:
             for case in CASES[kind](rows):
                 median, low, high = timed(case)
                 limit = max(case.moved / ceilings.bandwidth, case.flops / ceilings.bf16) * 1e6

@@ -16,6 +16,7 @@ from transformers import (
 from jaxtune.fast import FastLanguageModel
 from jaxtune.generate import Sampling, TextStreamer
 from jaxtune.generate.sampling import filter_logits, penalise, sample
+from jaxtune.kernels import nf4_matmul, target
 from jaxtune.model import _logits
 
 FILTERS = {
@@ -100,6 +101,31 @@ def test_the_dense_copy_gives_the_same_tokens(model):
     got = _logits(dense_graph, model.trainable, dense, jnp.asarray(ids), positions, segments)
     np.testing.assert_array_equal(quantised, got)
     model.for_training()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_codes_with_decoded_scales_give_the_same_tokens(model, lora, monkeypatch):
+    """What a small batch reads on a Hopper GPU; here without the kernel."""
+    if lora:
+        model = FastLanguageModel.get_peft_model(model, r=4)
+    ids = np.array([[5, 6, 7, 8]])
+    want = model.generate(ids, max_new_tokens=12, eos_token_id=[])
+    monkeypatch.setattr(type(model), "_reads_codes", lambda self, rows: rows == 1)
+    _, base = model._weights_for(1)
+    scales = [leaf for path, leaf in base.items() if path.endswith(".absmax")]
+    assert scales and all(leaf.dtype == jnp.float32 for leaf in scales)
+    assert not any(path.endswith(("absmax_scale", "absmax_offset")) for path in base)
+    np.testing.assert_array_equal(model.generate(ids, max_new_tokens=12, eos_token_id=[]), want)
+    assert any(path.endswith(".codes") for path in model._weights()[1])  # nothing is kept
+
+
+def test_batches_that_read_the_codes(model, monkeypatch):
+    with target.tracing_for((9, 0)):
+        assert not model._reads_codes(1)  # float32, and too narrow
+        monkeypatch.setattr(nf4_matmul, "CHUNK", 64)
+        monkeypatch.setattr(model, "dtype", jnp.bfloat16)
+        assert [model._reads_codes(rows) for rows in (1, 64, 65)] == [True, True, False]
+    assert not model._reads_codes(1)
 
 
 def test_sampling_is_repeatable_by_seed(model):
