@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from step import ceilings_here
 
+from jaxtune.kernels import target
 from jaxtune.kernels.attention import cudnn_attention
 from jaxtune.kernels.cross_entropy import Options, fused_cross_entropy, token_log_probs
 from jaxtune.kernels.linear import Adapter, adapted_linear, dense, reference
@@ -114,7 +115,7 @@ def loss_cases(rows: int) -> Iterator[Case]:
     def log_probs(h, w, y):
         return token_log_probs(h, w, y, Options())
 
-    for impl in ("xla", "mosaic_gpu"):
+    for impl in ("xla", "mosaic_gpu") if target.capability() == (9, 0) else ("xla",):
         for dtype in (jnp.float32, jnp.bfloat16):
             for chunk in (512, 1024, 2048):
                 options = Options(chunk=chunk, logits_dtype=dtype, impl=impl)
