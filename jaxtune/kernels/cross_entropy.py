@@ -1,79 +1,191 @@
 """LM head and cross entropy in one pass over chunks of tokens: [tokens, vocabulary] logits never exist.
 
-The gradient is taken while a chunk's logits are at hand, in the forward pass (two matrix products in all, none
-recomputed). Rows with label -100 are sorted to the end and never visited, so they cost nothing.
+`fused_cross_entropy` takes the gradient while a chunk's logits are at hand, in the forward pass (two matrix products in
+all, none recomputed). `token_log_probs` is for losses whose gradient with respect to a token's log-probability is not
+known then (GRPO, DPO): it keeps one number a token and makes the logits again (three products). Rows with label -100
+are sorted to the end and never visited, so they cost nothing.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxtune.kernels import softmax_gradient, target
+
 IGNORE = -100
+AUTO = "xla"  # what impl="auto" means where the kernel applies: it has not been seen to win yet
 
 
 class Options(NamedTuple):
     """Static choices of the loss.
 
     chunk: tokens a chunk. softcap: logits become softcap·tanh(logits/softcap). logit_scale: logits are multiplied by
-    it first. train_head: also return the head's gradient.
+    it first (1/temperature in reinforcement learning). train_head: also return the head's gradient. logits_dtype: what
+    the product with the head is rounded to; all that follows is float32. impl: "xla", "mosaic_gpu" (one kernel for the
+    softmax and its gradient; raises where it does not apply) or "auto".
     """
 
     chunk: int = 1024
     softcap: float | None = None
     logit_scale: float = 1.0
     train_head: bool = False
+    logits_dtype: Any = jnp.float32
+    impl: str = "auto"
 
 
-def _chunk_logits(hidden, head, options):
-    logits = jnp.dot(hidden, head.T, preferred_element_type=jnp.float32) * options.logit_scale
+class _Statistics(NamedTuple):
+    """Of each row of logits, float32 [c]."""
+
+    lse: jax.Array
+    chosen: jax.Array  # the label's logit
+    top: jax.Array  # the largest
+    entropy: jax.Array | None = None
+
+
+def _product(hidden, head, options):
+    """Logits as they come from the product, [c, V]."""
+    return jnp.dot(hidden, head.T, preferred_element_type=options.logits_dtype)
+
+
+def _scaled(logits, options):
+    """The model's logits, float32 [c, V]."""
+    logits = logits.astype(jnp.float32) * options.logit_scale
     return logits if options.softcap is None else options.softcap * jnp.tanh(logits / options.softcap)
 
 
-def _logit_gradient(logits, lse, labels, weights, options):
-    """d(loss)/d(raw logits) of one chunk, float32 [c, V]."""
+def _two_passes(logits, entropy: bool):
+    """Of each row the maximum, Σ exp(x - maximum) and, for the entropy, Σ exp(x - maximum)·(x - maximum)."""
+    top = jnp.max(logits, axis=1)
+    below = logits - top[:, None]
+    total = jnp.sum(jnp.exp(below), axis=1)
+    return (top, total, jnp.sum(jnp.exp(below) * below, axis=1)) if entropy else (top, total)
+
+
+def _one_pass(logits, entropy: bool):
+    """`_two_passes` in one reduction: a GPU reads the logits once; a CPU is faster with two simple passes."""
+
+    def combine(a, b):
+        first = a[0] >= b[0]
+        high, low = (jax.tree.map(lambda x, y, f=f: jnp.where(f, x, y), a, b) for f in (first, ~first))
+        step = low[0] - high[0]
+        weight = jnp.exp(step)
+        sums = (high[0], high[1] + weight * low[1])
+        return (*sums, high[2] + weight * (low[2] + step * low[1])) if entropy else sums
+
+    nothing = jnp.finfo(jnp.float32).min / 2  # finite: a difference of two infinities is no number
+    parts = (logits, jnp.ones_like(logits), jnp.zeros_like(logits))[: 3 if entropy else 2]
+    start = tuple(map(jnp.float32, (nothing, 0, 0)))[: len(parts)]
+    return jax.lax.reduce(parts, start, combine, (1,))
+
+
+def _statistics(logits, labels, *, entropy: bool = False) -> _Statistics:
+    """Of scaled logits [c, V]."""
+    reduce = _two_passes if target.capability() is None else _one_pass
+    top, total, *moment = reduce(logits, entropy)
+    chosen = jnp.take_along_axis(logits, labels[:, None], 1)[:, 0]
+    spread = jnp.log(total) - moment[0] / total if entropy else None
+    return _Statistics(top + jnp.log(total), chosen, top, spread)
+
+
+def _logit_gradient(logits, lse, labels, weights, options, entropy=None, entropy_weights=None):
+    """Gradient of Σ weights·(-log p) + Σ entropy_weights·entropy by the product's logits, float32 [c, V]."""
     hot = jnp.arange(logits.shape[-1]) == labels[:, None]
-    grad = (jnp.exp(logits - lse[:, None]) - hot) * (weights * options.logit_scale)[:, None]
+    log_p = logits - lse[:, None]
+    p = jnp.exp(log_p)
+    grad = (p - hot) * weights[:, None]
+    if entropy is not None:
+        grad -= p * (log_p + entropy[:, None]) * entropy_weights[:, None]
+    grad *= options.logit_scale
     return grad if options.softcap is None else grad * (1 - (logits / options.softcap) ** 2)
 
 
-def _run(hidden, head, labels, options, differentiate):
-    """(loss sum, correct) and, when differentiating, (d hidden, d head or None)."""
-    tokens = hidden.shape[0]
+def _kernel_applies(logits, hidden, options) -> bool:
+    wanted = AUTO if options.impl == "auto" else options.impl
+    if wanted == "xla":
+        return False
+    applies = target.capability() == (9, 0) and options.softcap is None and hidden.dtype == jnp.bfloat16
+    applies = applies and softmax_gradient.supported(logits)
+    if not applies and options.impl != "auto":
+        raise ValueError(
+            f"impl={options.impl!r} is for bfloat16 hidden states on compute capability 9.0, without softcap; got "
+            f"{hidden.dtype}, {target.capability()}, {options.softcap}, logits {logits.dtype}{logits.shape}"
+        )
+    return applies
+
+
+def _loss_and_gradient(product, hidden, labels, weights, options) -> tuple[_Statistics, jax.Array]:
+    """Statistics and the gradient of the weighted loss by the product's logits, in hidden's dtype [c, V]."""
+    if not _kernel_applies(product, hidden, options):
+        logits = _scaled(product, options)
+        found = _statistics(logits, labels)
+        return found, _logit_gradient(logits, found.lse, labels, weights, options).astype(hidden.dtype)
+    top, lse, grad = softmax_gradient.softmax_gradient(product, weights, options.logit_scale)
+    chosen = _scaled(jnp.take_along_axis(product, labels[:, None], 1)[:, 0], options)
+    at_label = (jnp.exp(chosen - lse) - 1) * weights * options.logit_scale
+    every = jnp.arange(len(labels))
+    grad = grad.at[every, labels].set(
+        at_label.astype(grad.dtype), unique_indices=True, mode="promise_in_bounds"
+    )
+    return _Statistics(lse, chosen, top), grad
+
+
+def _fold(labels, options, visit: Callable, start):
+    """Folds visit(take, put, labels, weights, carry) over chunks of the rows that have a label.
+
+    take(x) gathers the chunk's rows of x, 0 past the last one; put(x, values) writes them. labels there are 0, weights
+    0 instead of 1.
+    """
+    tokens = labels.shape[0]
     chunk = min(options.chunk, tokens)
-    order = jnp.argsort(labels == IGNORE, stable=True)
-    order = jnp.pad(
-        order, (0, -tokens % chunk), constant_values=tokens
-    )  # out of range: gathers 0, scatters nothing
-    count = jnp.sum(labels != IGNORE)
-    train_head = differentiate and options.train_head
+    kept = labels != IGNORE
+    order = jnp.argsort(~kept, stable=True)
+    count = jnp.sum(kept)
+    # Out of range from there on: such a row gathers 0, whatever it holds, and scatters nothing.
+    order = jnp.where(jnp.arange(tokens) < count, order, tokens)
+    order = jnp.pad(order, (0, -tokens % chunk), constant_values=tokens)
 
     def body(i, carry):
-        loss, correct, d_hidden, d_head = carry
         rows = jax.lax.dynamic_slice(order, (i * chunk,), (chunk,))
-        x = hidden.at[rows].get(mode="fill", fill_value=0)
-        y = labels.at[rows].get(mode="fill", fill_value=IGNORE)
-        weights = (y != IGNORE).astype(jnp.float32)
-        y = jnp.maximum(y, 0)
-        logits = _chunk_logits(x, head, options)
-        lse = jax.nn.logsumexp(logits, axis=-1)
-        loss += jnp.sum(weights * (lse - jnp.take_along_axis(logits, y[:, None], 1)[:, 0]))
-        correct += jnp.sum(weights * (jnp.argmax(logits, -1) == y))
-        if differentiate:
-            grad = _logit_gradient(logits, lse, y, weights, options).astype(x.dtype)
-            d_hidden = d_hidden.at[rows].set(grad @ head, mode="drop")
-            if train_head:
-                d_head += jnp.dot(grad.T, x, preferred_element_type=jnp.float32)
-        return loss, correct, d_hidden, d_head
+        take = lambda x: x.at[rows].get(mode="fill", fill_value=0)  # noqa: E731
+        put = lambda x, values: x.at[rows].set(values, mode="drop")  # noqa: E731
+        return visit(take, put, take(labels), (rows < tokens).astype(jnp.float32), carry)
 
-    start = (
-        jnp.float32(0),
-        jnp.float32(0),
-        jnp.zeros_like(hidden) if differentiate else None,
-        jnp.zeros(head.shape, jnp.float32) if train_head else None,
-    )
     return jax.lax.fori_loop(0, -(-count // chunk), body, start)
+
+
+def _empty_gradients(hidden, head, options):
+    return jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32) if options.train_head else None
+
+
+def _through_product(grad, x, head, put, sums):
+    """Adds what a chunk's logit gradient gives to the sums (d hidden, d head or None)."""
+    d_hidden, d_head = sums
+    if d_head is not None:
+        d_head += jnp.dot(grad.T, x, preferred_element_type=jnp.float32)
+    return put(d_hidden, grad @ head), d_head
+
+
+def _run(hidden, head, labels, options, differentiate):
+    """((loss sum, correct), (d hidden, d head or None)); the latter None where not differentiating."""
+
+    def visit(take, put, y, weights, carry):
+        (loss, correct), sums = carry
+        x = take(hidden)
+        product = _product(x, head, options)
+        if differentiate:
+            found, grad = _loss_and_gradient(product, x, y, weights, options)
+            sums = _through_product(grad, x, head, put, sums)
+        else:
+            found = _statistics(_scaled(product, options), y)
+        loss += jnp.sum(weights * (found.lse - found.chosen))
+        correct += jnp.sum(weights * (found.chosen >= found.top))
+        return (loss, correct), sums
+
+    sums = _empty_gradients(hidden, head, options) if differentiate else None
+    return _fold(labels, options, visit, ((jnp.float32(0), jnp.float32(0)), sums))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -87,14 +199,15 @@ def fused_cross_entropy(
       options: static.
 
     Returns:
-      (loss sum, correct), float32 scalars; logits and sums are float32. Only the loss is differentiable.
+      (loss sum, correct), float32 scalars; sums are float32. Only the loss is differentiable. A label whose logit
+      equals the largest is ranked first, also where another token's does too (argmax would take the first of them).
     """
-    return _run(hidden, head, labels, options, differentiate=False)[:2]
+    return _run(hidden, head, labels, options, differentiate=False)[0]
 
 
 def _forward(hidden, head, labels, options):
-    loss, correct, d_hidden, d_head = _run(hidden, head, labels, options, differentiate=True)
-    return (loss, correct), (d_hidden, d_head, head[:0])
+    results, gradients = _run(hidden, head, labels, options, differentiate=True)
+    return results, (*gradients, head[:0])
 
 
 def _backward(options, residuals, cotangents):
@@ -105,3 +218,50 @@ def _backward(options, residuals, cotangents):
 
 
 fused_cross_entropy.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def token_log_probs(
+    hidden: jax.Array, head: jax.Array, labels: jax.Array, options: Options
+) -> tuple[jax.Array, jax.Array]:
+    """log p(label) of each row, and the entropy of the distribution that it is taken from.
+
+    Args:
+      hidden: [N, D]. head: [V, D], same dtype. labels: int32 [N], already shifted, -100 to leave a row out.
+      options: static; the distribution is softmax(softcapped logit_scale·logits). impl has no say: XLA's passes read
+        the logits once each way already.
+
+    Returns:
+      (log-probabilities, entropies in nats), float32 [N], 0 where the label is -100. Both are differentiable with
+      respect to hidden, and to head with options.train_head; what stays unused costs no memory traffic.
+    """
+    return _token_forward(hidden, head, labels, options)[0]
+
+
+def _token_forward(hidden, head, labels, options):
+    def visit(take, put, y, _, carry):
+        log_probs, entropies, lses = carry
+        found = _statistics(_scaled(_product(take(hidden), head, options), options), y, entropy=True)
+        return put(log_probs, found.chosen - found.lse), put(entropies, found.entropy), put(lses, found.lse)
+
+    nothing = jnp.zeros(labels.shape, jnp.float32)
+    log_probs, entropies, lse = _fold(labels, options, visit, (nothing, nothing, nothing))
+    return (log_probs, entropies), (hidden, head, labels, lse, entropies)
+
+
+def _token_backward(options, residuals, cotangents):
+    hidden, head, labels, lse, entropies = residuals
+    for_log_probs, for_entropies = cotangents
+
+    def visit(take, put, y, _, sums):
+        x = take(hidden)
+        logits = _scaled(_product(x, head, options), options)
+        upstream = (-take(for_log_probs), options, take(entropies), take(for_entropies))
+        grad = _logit_gradient(logits, take(lse), y, *upstream).astype(x.dtype)
+        return _through_product(grad, x, head, put, sums)
+
+    d_hidden, d_head = _fold(labels, options, visit, _empty_gradients(hidden, head, options))
+    return d_hidden, None if d_head is None else d_head.astype(head.dtype), None
+
+
+token_log_probs.defvjp(_token_forward, _token_backward)

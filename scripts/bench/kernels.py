@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from step import ceilings_here
 
+from jaxtune.kernels import target
 from jaxtune.kernels.attention import cudnn_attention
-from jaxtune.kernels.cross_entropy import Options, fused_cross_entropy
+from jaxtune.kernels.cross_entropy import Options, fused_cross_entropy, token_log_probs
 from jaxtune.kernels.linear import Adapter, adapted_linear, dense, reference
 from jaxtune.quant import NF4, dequantize_absmax
 
@@ -106,21 +107,32 @@ def attention_cases(rows: int) -> Iterator[Case]:
 
 
 def loss_cases(rows: int) -> Iterator[Case]:
+    """Limits: two products of the loss with its gradient, three where the logits are made again."""
     hidden, head = random(1, rows, D), random(2, VOCAB, D)
     labels = jax.random.randint(jax.random.key(3), (rows,), 0, VOCAB)
-    for chunk in (512, 1024, 2048):
-        call = jax.grad(lambda h, w, y, c=chunk: fused_cross_entropy(h, w, y, Options(chunk=c))[0])
-        moved = 2.0 * (2 * hidden.size + head.size)
-        yield Case(f"loss, chunks of {chunk}", call, (hidden, head, labels), 4.0 * rows * D * VOCAB, moved)
-    some = jnp.where(jnp.arange(rows) % 4 == 0, labels, -100)
-    call = jax.grad(lambda h, w, y: fused_cross_entropy(h, w, y, Options(chunk=1024))[0])
-    yield Case(
-        "loss, a quarter labelled",
-        call,
-        (hidden, head, some),
-        rows * D * VOCAB,
+    arguments, moved, product = (
+        (hidden, head, labels),
         2.0 * (2 * hidden.size + head.size),
+        2.0 * rows * D * VOCAB,
     )
+
+    def loss(options):
+        return jax.grad(lambda h, w, y: fused_cross_entropy(h, w, y, options)[0])
+
+    def log_probs(h, w, y):
+        return token_log_probs(h, w, y, Options())
+
+    for impl in ("xla", "mosaic_gpu") if target.capability() == (9, 0) else ("xla",):
+        for dtype in (jnp.float32, jnp.bfloat16):
+            for chunk in (512, 1024, 2048):
+                options = Options(chunk=chunk, logits_dtype=dtype, impl=impl)
+                name = f"loss, {impl}, {dtype.__name__} logits, chunks of {chunk}"
+                yield Case(name, loss(options), arguments, 2 * product, moved)
+    some = (hidden, head, jnp.where(jnp.arange(rows) % 4 == 0, labels, -100))
+    yield Case("loss, a quarter labelled", loss(Options()), some, product / 2, moved)
+    yield Case("log-probabilities", log_probs, arguments, product, moved - 2.0 * hidden.size)
+    step = jax.grad(lambda h, w, y: jnp.sum(log_probs(h, w, y)[0] ** 2))
+    yield Case("log-probabilities, both ways", step, arguments, 3 * product, moved)
 
 
 def chained(product: Callable, sets: list, x: jax.Array, flops: float, moved: float, name: str) -> Case:
@@ -197,7 +209,7 @@ def main() -> None:
                     {"rows": rows, "name": case.name, "us": median, "low": low, "high": high, "limit": limit}
                 )
                 print(
-                    f"{rows:6d} {case.name:44s} {median:10.1f} us ({low:.1f} to {high:.1f})  limit {limit:9.1f}",
+                    f"{rows:6d} {case.name:56s} {median:10.1f} us ({low:.1f} to {high:.1f})  limit {limit:9.1f}",
                     flush=True,
                 )
     Path(args.out, "kernels.json").write_text(json.dumps(results, indent=1))

@@ -1,0 +1,88 @@
+"""On an NVIDIA GPU (`pytest -m gpu`): the loss, its kernel and the log-probabilities beside float32 references."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tolerances import BF16, GPU_LOGITS
+
+from jaxtune.kernels import softmax_gradient as kernel
+from jaxtune.kernels import target
+from jaxtune.kernels.cross_entropy import Options, fused_cross_entropy, token_log_probs
+
+pytestmark = pytest.mark.gpu
+ROWS, WIDTH = 300, 256
+
+
+def needs_hopper() -> None:
+    if target.capability() != (9, 0):
+        pytest.skip("the kernel is for Hopper")
+
+
+def relative(got, want) -> float:
+    got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+    assert np.isfinite(got).all()
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def inputs(vocabulary: int):
+    keys = jax.random.split(jax.random.key(vocabulary), 4)
+    hidden, head = (jax.random.normal(k, (n, WIDTH)) for k, n in zip(keys, (ROWS, vocabulary), strict=False))
+    labels = jax.random.randint(keys[2], (ROWS,), 0, vocabulary)
+    labels = jnp.where(jax.random.uniform(keys[3], (ROWS,)) < 0.3, -100, labels)
+    return hidden.astype(jnp.bfloat16), (0.1 * head).astype(jnp.bfloat16), labels
+
+
+def exact(hidden, head, labels):
+    """(log-probabilities, entropies) [N] in float32."""
+    log_p = jax.nn.log_softmax(hidden.astype(jnp.float32) @ head.astype(jnp.float32).T)
+    chosen = jnp.take_along_axis(log_p, jnp.maximum(labels, 0)[:, None], 1)[:, 0]
+    entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=1)
+    return tuple(jnp.where(labels == -100, 0, x) for x in (chosen, entropy))
+
+
+@pytest.mark.parametrize("vocabulary", [32000, 49152, 128256, 151936])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("warpgroups", [1, 2, 4])
+def test_the_kernel(vocabulary, dtype, warpgroups):
+    needs_hopper()
+    logits = (4 * jax.random.normal(jax.random.key(1), (ROWS, vocabulary))).astype(dtype)
+    logits = logits.at[0].set(0).at[1, 5].set(90).at[2, vocabulary - 1].set(90)
+    weights = jax.random.uniform(jax.random.key(2), (ROWS,)).at[3].set(0)
+    plan = kernel.plan_for(vocabulary, dtype, warpgroups)
+    run = jax.jit(lambda x, w: kernel.softmax_gradient(x, w, 0.7, plan=plan))
+    got, want = run(logits, weights), jax.jit(lambda x, w: kernel.reference(x, w, 0.7))(logits, weights)
+    np.testing.assert_array_equal(got[0], want[0])
+    np.testing.assert_allclose(got[1], want[1], rtol=GPU_LOGITS)
+    assert relative(got[2], want[2]) <= BF16
+    for first, second in zip(got, run(logits, weights), strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("impl", ["xla", "mosaic_gpu"])
+@pytest.mark.parametrize("logits_dtype", [jnp.float32, jnp.bfloat16])
+def test_the_loss(impl, logits_dtype):
+    """Rows without label hold no number; a chunk of 128 makes the last one part empty."""
+    if impl == "mosaic_gpu":
+        needs_hopper()
+    hidden, head, labels = inputs(128256)
+    options = Options(chunk=128, logits_dtype=logits_dtype, impl=impl)
+    with jax.default_matmul_precision("highest"):
+        want, want_grad = jax.value_and_grad(lambda h: -exact(h, head, labels)[0].sum())(hidden)
+    poisoned = jnp.where((labels == -100)[:, None], jnp.nan, hidden)
+    loss = jax.jit(jax.value_and_grad(lambda h: fused_cross_entropy(h, head, labels, options), has_aux=True))
+    (got, _), grad = loss(poisoned)
+    assert relative(got, want) <= BF16 and relative(grad, want_grad) <= BF16
+
+
+@pytest.mark.parametrize("logits_dtype", [jnp.float32, jnp.bfloat16])
+def test_log_probabilities(logits_dtype):
+    hidden, head, labels = inputs(49152)
+    upstream = tuple(jax.random.normal(jax.random.key(9), (2, ROWS)))
+    options = Options(chunk=128, logits_dtype=logits_dtype)
+    with jax.default_matmul_precision("highest"):
+        want, vjp = jax.vjp(lambda h: exact(h, head, labels), hidden)
+        want_grad = vjp(upstream)[0]
+    got, vjp = jax.vjp(lambda h: token_log_probs(h, head, labels, options), hidden)
+    for ours, theirs in zip((*got, vjp(upstream)[0]), (*want, want_grad), strict=True):
+        assert relative(ours, theirs) <= BF16
