@@ -69,10 +69,14 @@ def adapted_linear(x: jax.Array, weights: tuple, adapters: tuple) -> jax.Array:
     Returns:
       [..., sum of out_i] in x's dtype.
     """
-    few = x.size // x.shape[-1] < FEW_ROWS
-    if few or target.capability() is None or all(adapter is None for adapter in adapters):
+    if is_few(x) or target.capability() is None or all(adapter is None for adapter in adapters):
         return reference(x, weights, adapters)
     return _joined(x.reshape(-1, x.shape[-1]), weights, adapters).reshape(*x.shape[:-1], -1)
+
+
+def is_few(x: jax.Array) -> bool:
+    """Whether x [..., in] has so few rows that its products are bound by reading the weights."""
+    return x.size // x.shape[-1] < FEW_ROWS
 
 
 def rows(weight: NF4 | jax.Array) -> int:
@@ -80,12 +84,12 @@ def rows(weight: NF4 | jax.Array) -> int:
     return (weight.codes if isinstance(weight, NF4) else weight).shape[0]
 
 
-def _joined_a(adapters: tuple) -> jax.Array:
+def joined_a(adapters: tuple) -> jax.Array:
     """The A of all layers side by side, [in, R]."""
     return jnp.concatenate([adapter.a for adapter in adapters if adapter is not None], axis=1)
 
 
-def _joined_b(weights: tuple, adapters: tuple) -> jax.Array:
+def joined_b(weights: tuple, adapters: tuple) -> jax.Array:
     """Their B on the diagonal of blocks, [R, sum(out)]."""
     blocks, before, after = [], 0, sum(map(rows, weights))
     for weight, adapter in zip(weights, adapters, strict=True):
@@ -101,23 +105,23 @@ def _stacked(weights: tuple, dtype) -> jax.Array:
     return jnp.concatenate([dense(weight, dtype) for weight in weights])
 
 
-def _tail(rank: int) -> int:
+def tail_columns(rank: int) -> int:
     return -(-rank // TAIL) * TAIL
 
 
 def _beside(weights: tuple, adapters: tuple, dtype) -> jax.Array:
     """[W | Bᵀ | 0], [sum(out), in + tail]."""
     with jax.named_scope("dequantise"):
-        b = _joined_b(weights, adapters).T
-        b = jnp.pad(b, ((0, 0), (0, _tail(b.shape[1]) - b.shape[1])))
+        b = joined_b(weights, adapters).T
+        b = jnp.pad(b, ((0, 0), (0, tail_columns(b.shape[1]) - b.shape[1])))
         return jnp.concatenate([_stacked(weights, dtype), b], axis=1)
 
 
 def _below(weights: tuple, adapters: tuple, dtype) -> jax.Array:
     """[W; Aᵀ; 0], [sum(out) + tail, in]."""
     with jax.named_scope("dequantise"):
-        a = _joined_a(adapters).T
-        return jnp.concatenate([_stacked(weights, dtype), jnp.pad(a, ((0, _tail(len(a)) - len(a)), (0, 0)))])
+        a = joined_a(adapters).T
+        return jnp.concatenate([_stacked(weights, dtype), jnp.pad(a, ((0, tail_columns(len(a)) - len(a)), (0, 0)))])
 
 
 def _widen(x: jax.Array, through: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -126,7 +130,7 @@ def _widen(x: jax.Array, through: jax.Array) -> tuple[jax.Array, jax.Array]:
     x is made in the wider buffer and the product is put beside it, so that nothing is copied where x is computed by
     a fusion.
     """
-    rank, tail = through.shape[1], _tail(through.shape[1])
+    rank, tail = through.shape[1], tail_columns(through.shape[1])
     wide = jnp.pad(x, ((0, 0), (0, tail)))
     with jax.named_scope("lora"):
         product = checkpoint_name(wide @ jnp.pad(through, ((0, tail), (0, 0))), "adapter")
@@ -140,16 +144,16 @@ def _joined(x: jax.Array, weights: tuple, adapters: tuple) -> jax.Array:
 
 
 def _joined_forward(x, weights, adapters):
-    wide, xa = _widen(x, _joined_a(adapters))
+    wide, xa = _widen(x, joined_a(adapters))
     return wide @ _beside(weights, adapters, x.dtype).T, (x, xa, weights, adapters)
 
 
 def _joined_backward(residuals, dy):
     x, xa, weights, adapters = residuals
     weights, dy = jax.lax.optimization_barrier((weights, dy))
-    a, width = _joined_a(adapters), x.shape[1]
+    a, width = joined_a(adapters), x.shape[1]
     if dy.shape[1] < 3 * width:
-        wide, dxa = _widen(dy, _joined_b(weights, adapters).T)
+        wide, dxa = _widen(dy, joined_b(weights, adapters).T)
         dx = wide @ _below(weights, adapters, dy.dtype)
     else:  # dy is the widest array: read it once and make two passes over dx
         both = dy @ _beside(weights, adapters, dy.dtype)
@@ -160,6 +164,11 @@ def _joined_backward(residuals, dy):
     with jax.named_scope("lora"):
         da = jnp.dot(x.T, dxa, preferred_element_type=jnp.float32)
         db = jnp.dot(xa.T, dy, preferred_element_type=jnp.float32)  # [R, sum(out)]
+    return dx, None, split_gradients(da, db, weights, adapters)
+
+
+def split_gradients(da: jax.Array, db: jax.Array, weights: tuple, adapters: tuple) -> tuple:
+    """The gradients of joined_a and joined_b as those of each layer's adapter."""
     grads, rank, row = [], 0, 0
     for weight, adapter in zip(weights, adapters, strict=True):
         grad = None
@@ -169,7 +178,7 @@ def _joined_backward(residuals, dy):
             rank = ranks.stop
         row += rows(weight)
         grads.append(grad)
-    return dx, None, tuple(grads)
+    return tuple(grads)
 
 
 _joined.defvjp(_joined_forward, _joined_backward)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxtune.kernels.linear import Adapter, adapted_linear, dense, frozen_linear
+from jaxtune.kernels.fp8 import fp8_linear
+from jaxtune.kernels.linear import Adapter, adapted_linear, dense, is_few
 from jaxtune.models.remat import keep
 from jaxtune.quant import BLOCK, NESTED_BLOCK, NF4
 
@@ -53,14 +54,16 @@ class Linear(nnx.Module):
     lora_scaling: Frozen | None = None  # [], 0 in a stacked layer that has no adapter
     dropout: float = 0.0
     dropout_salt: int = 0
+    fp8: bool = False  # whether the product with the frozen weight is taken in 8-bit floats (kernels.fp8)
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype):
         self.in_features, self.out_features = in_features, out_features
         self.weight = Frozen(Shape((out_features, in_features), dtype))
         self.bias = Frozen(Shape((out_features,), dtype)) if bias else None
 
-    def quantize(self, double_quant: bool) -> None:
+    def quantize(self, double_quant: bool, fp8: bool = False) -> None:
         self.weight = NF4Weight(self.out_features, self.in_features, double_quant)
+        self.fp8 = fp8
 
     def add_lora(self, name: str, rank: int, dropout: float, use_dora: bool) -> None:
         self.lora_A = nnx.LoRAParam(Shape((self.in_features, rank), jnp.float32))
@@ -93,7 +96,7 @@ class Linear(nnx.Module):
         if isinstance(self.weight, nnx.Param):  # full fine-tuning: a float32 master weight
             y = x @ self.weight[...].astype(x.dtype).T
         else:
-            y = frozen_linear(x, self._stored())
+            y = _products([self], x, [None])
         return y if self.lora_A is None else self._adapt(x, y, key)
 
     def _adapt(self, x: jax.Array, y: jax.Array, key: jax.Array | None) -> jax.Array:
@@ -106,7 +109,7 @@ class Linear(nnx.Module):
         update = (dropped @ adapter.a) @ adapter.b
         if self.lora_magnitude is None:
             return y + update
-        base = y if dropped is x else frozen_linear(dropped, self._stored())
+        base = y if dropped is x else _products([self], dropped, [None])
         scale = (self.lora_magnitude[...] / self._dora_norm()).astype(x.dtype)
         # a layer that layers_to_transform leaves out has scaling 0 and keeps its weight
         scale = jnp.where(self.lora_scaling[...] == 0, jnp.ones_like(scale), scale)
@@ -118,6 +121,13 @@ class Linear(nnx.Module):
         return jax.lax.stop_gradient(jnp.linalg.norm(dense(self._stored(), jnp.float32) + delta, axis=1))
 
 
+def _products(linears: list[Linear], x: jax.Array, adapters: list[Adapter | None]) -> jax.Array:
+    """The outputs of frozen layers with their adapters, side by side."""
+    weights = tuple(linear._stored() for linear in linears)
+    in_fp8 = all(linear.fp8 for linear in linears) and not is_few(x)
+    return (fp8_linear if in_fp8 else adapted_linear)(x, weights, tuple(adapters))
+
+
 def apply_together(
     linears: list[Linear], x: jax.Array, key: jax.Array | None, name: str | None = None
 ) -> list[jax.Array]:
@@ -126,8 +136,7 @@ def apply_together(
     name: what `Remat` calls the outputs, None for what is never kept.
     """
     if all(linear.is_plain(key) for linear in linears):
-        weights = tuple(linear._stored() for linear in linears)
-        y = adapted_linear(x, weights, tuple(linear.adapter(x.dtype) for linear in linears))
+        y = _products(linears, x, [linear.adapter(x.dtype) for linear in linears])
     else:
         y = jnp.concatenate([linear.apply_alone(x, key) for linear in linears], axis=-1)
     y = y if name is None else keep(y, name)
