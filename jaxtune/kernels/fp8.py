@@ -11,13 +11,15 @@ columns beside thousands; a second product would read and write all of y again. 
 and B are bfloat16 products of unrounded arrays.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxtune.kernels.linear import Adapter, joined_a, joined_b, rows, split_gradients, tail_columns
+from jaxtune.kernels.linear import Adapter, joined_a, joined_b, rows, tail_columns
 from jaxtune.quant import NF4, dequantize_nf4
 
 NEEDS = (8, 9)  # CUDA compute capability
@@ -74,58 +76,53 @@ def _parts(x: jax.Array, kind: _Kind, pick: tuple[int, ...]) -> jax.Array:
     return jnp.concatenate([parts[i] for i in pick], axis=1)
 
 
-def _left(x: jax.Array, extra: jax.Array, kind: _Kind, pick: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """x [N, K], extra float32 [N, R] -> ([x | parts of extra | 0] in 8 bits, scale of each row float32 [N, 1])."""
-    scale = _scale(jnp.maximum(_amax(x, 1), _amax(extra, 1)), kind)
+def _left(pieces: list, extra: jax.Array, kind: _Kind, pick: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """x_i [N, K_i], extra float32 [N, R] -> ([x_0 | x_1 … | parts of extra | 0] in 8 bits, rows' scales [N, 1])."""
+    scale = _scale(functools.reduce(jnp.maximum, (_amax(x, 1) for x in (*pieces, extra))), kind)
     inverse = 1 / scale
-    wide = jnp.pad(x, ((0, 0), (0, tail_columns(len(pick) * extra.shape[1])))).astype(jnp.float32)
-    wide = (wide * inverse).astype(kind.dtype)
-    return jax.lax.dynamic_update_slice(wide, _parts(extra * inverse, kind, pick), (0, x.shape[1])), scale
+    columns = [(x.astype(jnp.float32) * inverse).astype(kind.dtype) for x in pieces]
+    return jnp.concatenate([*columns, _padded(_parts(extra * inverse, kind, pick))], axis=1), scale
 
 
-def _right(stacked: jax.Array, beside: jax.Array, pick: tuple[int, ...]) -> jax.Array:
-    """Scaled W [O, K] and scaled LoRA columns [O, R], float32 -> [W | parts | 0] in e4m3."""
-    parts = _parts(beside, E4M3, pick)
-    parts = jnp.pad(parts, ((0, 0), (0, tail_columns(parts.shape[1]) - parts.shape[1])))
-    return jnp.concatenate([stacked.astype(E4M3.dtype), parts], axis=1)
+def _padded(columns: jax.Array) -> jax.Array:
+    rank = columns.shape[1]
+    return jnp.pad(columns, ((0, 0), (0, tail_columns(rank) - rank)))
 
 
-def _product(left: jax.Array, right: jax.Array, scale: jax.Array, dtype) -> jax.Array:
-    """(left rightᵀ) · scale [N, 1] in `dtype`; the sum is taken in float32."""
-    contract = (((1,), (1,)), ((), ()))
-    raw = jax.lax.dot_general(left, right, contract, preferred_element_type=dtype)
-    return raw * scale.astype(dtype)
+def _multiply(
+    pieces: list, through: jax.Array, beside: jax.Array, weights: tuple, kind: _Kind, transposed: bool
+) -> tuple[jax.Array, jax.Array]:
+    """(raw [N, O], scale [N, 1]) whose product is x Wᵀ + through besideᵀ, or with x W where `transposed`.
 
-
-def _multiply(x: jax.Array, through: jax.Array, beside: jax.Array, weights: tuple, kind: _Kind, transposed: bool):
-    """x Wᵀ + through besideᵀ (x W, transposed) in x's dtype, its rounding as the module says.
-
-    x [N, K], through [N, R], beside [O, R].
+    pieces: x [N, K] in pieces that lie side by side; through [N, R], beside [O, R].
     """
     terms = BACKWARD if kind is E5M2 else FORWARD
     with jax.named_scope("dequantise"):
-        weight_scale = _scale(jnp.max(jnp.stack([_weight_amax(w) for w in weights])), E4M3)
+        weight_scale = _scale(jnp.max(jnp.stack([_weight_amax(weight) for weight in weights])), E4M3)
         beside_scale = _scale(_amax(beside), E4M3)
-        stacked = jnp.concatenate([dequantize_nf4(w) / weight_scale for w in weights])
-        stacked = stacked.T if transposed else stacked
-        right = _right(stacked, beside.astype(jnp.float32) / beside_scale, tuple(r for _, r in terms))
+        stacked = jnp.concatenate([dequantize_nf4(weight) / weight_scale for weight in weights])
+        stacked = (stacked.T if transposed else stacked).astype(E4M3.dtype)
+        parts = _parts(beside.astype(jnp.float32) / beside_scale, E4M3, tuple(right for _, right in terms))
+        matrix = jnp.concatenate([stacked, _padded(parts)], axis=1)  # [O, K + tail]
     with jax.named_scope("quantise"):
         extra = through.astype(jnp.float32) * (beside_scale / weight_scale)
-        left, row_scale = _left(x, extra, kind, tuple(l for l, _ in terms))
-    return _product(left, right, row_scale * weight_scale, x.dtype)
+        wide, row_scale = _left(pieces, extra, kind, tuple(left for left, _ in terms))
+    contract = (((1,), (1,)), ((), ()))
+    raw = jax.lax.dot_general(wide, matrix, contract, preferred_element_type=through.dtype)
+    return raw, (row_scale * weight_scale).astype(raw.dtype)
 
 
-def reference(x: jax.Array, weights: tuple, adapters: tuple) -> jax.Array:
+def reference(x: jax.Array, weights: tuple, adapters: tuple) -> list[jax.Array]:
     """`fp8_linear` in two float32 products a layer, for x [N, in]: the 8-bit numbers multiplied exactly."""
-    x, parts = x.astype(jnp.float32), []
+    x, outputs = x.astype(jnp.float32), []
     for weight, adapter in zip(weights, adapters, strict=True):
         y = rounded(x, E4M3) @ rounded(dequantize_nf4(weight), E4M3, axis=None).T
-        parts.append(y if adapter is None else y + (x @ adapter.a) @ adapter.b)
-    return jnp.concatenate(parts, axis=1)
+        outputs.append(y if adapter is None else y + (x @ adapter.a) @ adapter.b)
+    return outputs
 
 
-def fp8_linear(x: jax.Array, weights: tuple[NF4, ...], adapters: tuple) -> jax.Array:
-    """`kernels.linear.adapted_linear` with x and the weights rounded to e4m3, and backwards dy to e5m2.
+def fp8_linear(x: jax.Array, weights: tuple[NF4, ...], adapters: tuple) -> list[jax.Array]:
+    """x W_iᵀ + (x A_i) B_i of layers that share x, with x and the weights rounded to e4m3, and backwards dy to e5m2.
 
     Args:
       x: bfloat16 or float32 [..., in].
@@ -133,38 +130,50 @@ def fp8_linear(x: jax.Array, weights: tuple[NF4, ...], adapters: tuple) -> jax.A
       adapters: an Adapter in x's dtype for each weight, or None.
 
     Returns:
-      [..., sum of out_i] in x's dtype.
+      [..., out_i] of each layer in x's dtype. They are apart, so that what computes their gradients can also take
+      the largest of each row, and no pass has to lay them side by side in bfloat16.
     """
     if all(adapter is None for adapter in adapters):  # then one of rank 0
         empty = Adapter(jnp.zeros((x.shape[-1], 0), x.dtype), jnp.zeros((0, rows(weights[0])), x.dtype))
         adapters = (empty, *adapters[1:])
-    return _adapted(x.reshape(-1, x.shape[-1]), weights, adapters).reshape(*x.shape[:-1], -1)
+    outputs = _adapted(x.reshape(-1, x.shape[-1]), weights, adapters)
+    return [y.reshape(*x.shape[:-1], -1) for y in outputs]
 
 
 @jax.custom_vjp
-def _adapted(x: jax.Array, weights: tuple, adapters: tuple) -> jax.Array:
+def _adapted(x: jax.Array, weights: tuple, adapters: tuple) -> list[jax.Array]:
     return _forward(x, weights, adapters)[0]
 
 
 def _forward(x, weights, adapters):
     with jax.named_scope("lora"):
         xa = checkpoint_name(x @ joined_a(adapters), "adapter")
-    y = _multiply(x, xa, joined_b(weights, adapters).T, weights, E4M3, transposed=False)
-    return y, (x, xa, weights, adapters)
+    raw, scale = _multiply([x], xa, joined_b(weights, adapters).T, weights, E4M3, transposed=False)
+    ends = np.cumsum([rows(weight) for weight in weights])[:-1]
+    return [part * scale for part in jnp.split(raw, ends, axis=1)], (x, xa, weights, adapters)
 
 
-def _backward(residuals, dy):
+def _backward(residuals, dys):
     x, xa, weights, adapters = residuals
-    # as in kernels.linear: without it XLA may keep the forward pass's 8-bit weights alive until here
-    weights, dy = jax.lax.optimization_barrier((weights, dy))
-    a, b = joined_a(adapters), joined_b(weights, adapters)
     with jax.named_scope("lora"):
-        dxa = dy @ b.T
-    dx = _multiply(dy, dxa, a, weights, E5M2, transposed=True)
+        dxa = [dy @ adapter.b.T for adapter, dy in zip(adapters, dys, strict=True) if adapter is not None]
+        dxa = jnp.concatenate(dxa, axis=1)  # [N, R]
+    # Without the barrier XLA may keep the forward pass's 8-bit weights alive until here. dys stay out of it, so that
+    # the largest of their rows are found where they are computed.
+    weights, dxa = jax.lax.optimization_barrier((weights, dxa))
+    raw, scale = _multiply(dys, dxa, joined_a(adapters), weights, E5M2, transposed=True)
     with jax.named_scope("lora"):
-        da = jnp.dot(x.T, dxa, preferred_element_type=jnp.float32)
-        db = jnp.dot(xa.T, dy, preferred_element_type=jnp.float32)
-    return dx, None, split_gradients(da, db, weights, adapters)
+        da = jnp.dot(x.T, dxa, preferred_element_type=jnp.float32)  # [in, R]
+        grads, rank = [], 0
+        for adapter, dy in zip(adapters, dys, strict=True):
+            if adapter is None:
+                grads.append(None)
+                continue
+            ranks = slice(rank, rank + len(adapter.b))
+            db = jnp.dot(xa[:, ranks].T, dy, preferred_element_type=jnp.float32)
+            grads.append(Adapter(da[:, ranks].astype(adapter.a.dtype), db.astype(adapter.b.dtype)))
+            rank = ranks.stop
+    return raw * scale, None, tuple(grads)
 
 
 _adapted.defvjp(_forward, _backward)

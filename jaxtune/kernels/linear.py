@@ -75,7 +75,7 @@ def adapted_linear(x: jax.Array, weights: tuple, adapters: tuple) -> jax.Array:
 
 
 def is_few(x: jax.Array) -> bool:
-    """Whether x [..., in] has so few rows that its products are bound by reading the weights."""
+    """Whether x [..., in] has so few rows that reading the weights is what its products cost."""
     return x.size // x.shape[-1] < FEW_ROWS
 
 
@@ -164,11 +164,6 @@ def _joined_backward(residuals, dy):
     with jax.named_scope("lora"):
         da = jnp.dot(x.T, dxa, preferred_element_type=jnp.float32)
         db = jnp.dot(xa.T, dy, preferred_element_type=jnp.float32)  # [R, sum(out)]
-    return dx, None, split_gradients(da, db, weights, adapters)
-
-
-def split_gradients(da: jax.Array, db: jax.Array, weights: tuple, adapters: tuple) -> tuple:
-    """The gradients of joined_a and joined_b as those of each layer's adapter."""
     grads, rank, row = [], 0, 0
     for weight, adapter in zip(weights, adapters, strict=True):
         grad = None
@@ -178,7 +173,7 @@ def split_gradients(da: jax.Array, db: jax.Array, weights: tuple, adapters: tupl
             rank = ranks.stop
         row += rows(weight)
         grads.append(grad)
-    return tuple(grads)
+    return dx, None, tuple(grads)
 
 
 _joined.defvjp(_joined_forward, _joined_backward)

@@ -96,7 +96,7 @@ class Linear(nnx.Module):
         if isinstance(self.weight, nnx.Param):  # full fine-tuning: a float32 master weight
             y = x @ self.weight[...].astype(x.dtype).T
         else:
-            y = _products([self], x, [None])
+            y = _products([self], x, [None])[0]
         return y if self.lora_A is None else self._adapt(x, y, key)
 
     def _adapt(self, x: jax.Array, y: jax.Array, key: jax.Array | None) -> jax.Array:
@@ -109,7 +109,7 @@ class Linear(nnx.Module):
         update = (dropped @ adapter.a) @ adapter.b
         if self.lora_magnitude is None:
             return y + update
-        base = y if dropped is x else _products([self], dropped, [None])
+        base = y if dropped is x else _products([self], dropped, [None])[0]
         scale = (self.lora_magnitude[...] / self._dora_norm()).astype(x.dtype)
         # a layer that layers_to_transform leaves out has scaling 0 and keeps its weight
         scale = jnp.where(self.lora_scaling[...] == 0, jnp.ones_like(scale), scale)
@@ -121,11 +121,19 @@ class Linear(nnx.Module):
         return jax.lax.stop_gradient(jnp.linalg.norm(dense(self._stored(), jnp.float32) + delta, axis=1))
 
 
-def _products(linears: list[Linear], x: jax.Array, adapters: list[Adapter | None]) -> jax.Array:
-    """The outputs of frozen layers with their adapters, side by side."""
+def _products(
+    linears: list[Linear], x: jax.Array, adapters: list[Adapter | None], name: str | None = None
+) -> list[jax.Array]:
+    """The outputs of frozen layers with their adapters, without biases."""
     weights = tuple(linear._stored() for linear in linears)
-    in_fp8 = all(linear.fp8 for linear in linears) and not is_few(x)
-    return (fp8_linear if in_fp8 else adapted_linear)(x, weights, tuple(adapters))
+    if all(linear.fp8 for linear in linears) and not is_few(x):
+        return _named(fp8_linear(x, weights, tuple(adapters)), name)
+    ends = np.cumsum([linear.out_features for linear in linears])[:-1]
+    return jnp.split(_named(adapted_linear(x, weights, tuple(adapters)), name), ends, axis=-1)
+
+
+def _named(y, name: str | None):
+    return y if name is None else keep(y, name)
 
 
 def apply_together(
@@ -136,14 +144,12 @@ def apply_together(
     name: what `Remat` calls the outputs, None for what is never kept.
     """
     if all(linear.is_plain(key) for linear in linears):
-        y = _products(linears, x, [linear.adapter(x.dtype) for linear in linears])
+        outputs = _products(linears, x, [linear.adapter(x.dtype) for linear in linears], name)
     else:
-        y = jnp.concatenate([linear.apply_alone(x, key) for linear in linears], axis=-1)
-    y = y if name is None else keep(y, name)
-    ends = np.cumsum([linear.out_features for linear in linears])[:-1]
+        outputs = _named([linear.apply_alone(x, key) for linear in linears], name)
     return [
-        part if linear.bias is None else part + linear.bias[...].astype(part.dtype)
-        for part, linear in zip(jnp.split(y, ends, axis=-1), linears, strict=True)
+        y if linear.bias is None else y + linear.bias[...].astype(y.dtype)
+        for y, linear in zip(outputs, linears, strict=True)
     ]
 
 
