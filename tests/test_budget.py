@@ -93,7 +93,7 @@ def test_a_step_is_compiled_once_for_each_shape():
             lambda trainable, state, base, batch, key: (trainable, state, {"loss": batch["input_ids"].sum()})
         )
 
-    model = SimpleNamespace(module=SimpleNamespace(config=CONFIG), dtype=jnp.float32)
+    model = SimpleNamespace(module=SimpleNamespace(config=CONFIG, fp8=False), dtype=jnp.float32)
     step = PlannedStep(make_step, model, "auto", budget_gb=1.0, announce=lines.append)
     for length in (8, 8, 16):
         _, _, metrics = step(

@@ -23,7 +23,9 @@ from jaxtune.kernels.linear import Adapter, joined_a, joined_b, rows, tail_colum
 from jaxtune.quant import NF4, dequantize_nf4
 
 NEEDS = (8, 9)  # CUDA compute capability
-SMALLEST = 2.0**-60  # an amax below this counts as this: scales and their products stay normal float32 numbers
+SMALLEST = (
+    2.0**-60
+)  # an amax below this counts as this: scales and their products stay normal float32 numbers
 
 
 class _Kind(NamedTuple):

@@ -121,7 +121,9 @@ def _below(weights: tuple, adapters: tuple, dtype) -> jax.Array:
     """[W; Aᵀ; 0], [sum(out) + tail, in]."""
     with jax.named_scope("dequantise"):
         a = joined_a(adapters).T
-        return jnp.concatenate([_stacked(weights, dtype), jnp.pad(a, ((0, tail_columns(len(a)) - len(a)), (0, 0)))])
+        return jnp.concatenate(
+            [_stacked(weights, dtype), jnp.pad(a, ((0, tail_columns(len(a)) - len(a)), (0, 0)))]
+        )
 
 
 def _widen(x: jax.Array, through: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -91,6 +91,7 @@ def build(
         for i in range(len(config.windows))
     ]
     model = CausalLM(config, dtype, skipped if nf4 else None)
+    model.fp8 = fp8
     if nf4:
         for name, slot in linear_slots(model).items():
             if name != "lm_head" and name not in dense:

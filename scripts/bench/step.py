@@ -83,7 +83,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", nargs="+", default=["4x2048"], help="rows x tokens")
     parser.add_argument("--remat", nargs="+", default=["none", "all"], help="see SFTConfig.remat; auto too")
     parser.add_argument("--documents", type=int, default=1, help="documents packed into a row")
-    parser.add_argument("--compute_dtype", choices=("bf16", "fp8"), default="bf16", help="of the frozen products")
+    parser.add_argument(
+        "--compute_dtype", choices=("bf16", "fp8"), default="bf16", help="of the frozen products"
+    )
     parser.add_argument("--optim", default="adamw_8bit")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=10)
@@ -114,8 +116,9 @@ class Bench:
             max_position_embeddings=131072, rope_theta=500000.0,
         )  # fmt: skip
         self.ceilings = roofline.H200
-        self.args, self.module = args, models.build(
-            config, jnp.bfloat16, nf4=True, fp8=args.compute_dtype == "fp8"
+        self.args, self.module = (
+            args,
+            models.build(config, jnp.bfloat16, nf4=True, fp8=args.compute_dtype == "fp8"),
         )
         lora.attach(self.module, lora.LoraConfig(r=args.rank))
         shapes, trained = leaf_shapes(self.module), trainable_paths(self.module)
@@ -271,7 +274,9 @@ def ceilings_here() -> roofline.Ceilings:
     )
     product = lambda a, b: jnp.dot(a, b.T, preferred_element_type=jnp.bfloat16)  # noqa: E731
     work = 2 * 8192 * 4096 * 14336
-    rates = [work / median(product, a.astype(kind), b.astype(kind)) for kind in (jnp.bfloat16, jnp.float8_e4m3fn)]
+    rates = [
+        work / median(product, a.astype(kind), b.astype(kind)) for kind in (jnp.bfloat16, jnp.float8_e4m3fn)
+    ]
     return roofline.Ceilings()._replace(bandwidth=copied, bf16=rates[0], fp8=rates[1])
 
 
@@ -344,7 +349,9 @@ def on_this_device(args: argparse.Namespace) -> list[Result]:
                 print("          took  ", result.took_ms, "\n          floor ", result.floor_ms, flush=True)
                 worst = sorted(result.kernels, key=lambda k: k["floor"] - k["ms"])[:25]
                 for k in worst:
-                    print(f"          {k['ms']:8.2f} ms, floor {k['floor']:8.2f}  {k['kind']:13s} {k['kernel'][:40]:40s} {k['op'][-60:]}")
+                    print(
+                        f"          {k['ms']:8.2f} ms, floor {k['floor']:8.2f}  {k['kind']:13s} {k['kernel'][:40]:40s} {k['op'][-60:]}"
+                    )
     return results
 
 
