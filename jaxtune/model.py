@@ -59,8 +59,8 @@ class Model:
     Attributes:
       config: transformers' config. tokenizer, checkpoint (`hub.Checkpoint`), name_or_path: where it came from.
       graphdef, trainable, base: the split model; flat dicts path -> array.
-      lora: LoraConfig, or None. dtype: of activations and unquantised frozen weights. compute_dtype: "fp8" or None, of the
-        products with NF4 weights. max_seq_length: tokens.
+      lora: LoraConfig, or None. dtype: of activations and unquantised frozen weights. max_seq_length: tokens.
+      compute_dtype: "fp8" where products with NF4 weights are taken in it, else None.
       slots: checkpoint module name -> Slot(path, index).
       gradient_checkpointing: what the trainer does unless told otherwise.
     """

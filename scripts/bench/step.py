@@ -116,10 +116,8 @@ class Bench:
             max_position_embeddings=131072, rope_theta=500000.0,
         )  # fmt: skip
         self.ceilings = roofline.H200
-        self.args, self.module = (
-            args,
-            models.build(config, jnp.bfloat16, nf4=True, fp8=args.compute_dtype == "fp8"),
-        )
+        self.args = args
+        self.module = models.build(config, jnp.bfloat16, nf4=True, fp8=args.compute_dtype == "fp8")
         lora.attach(self.module, lora.LoraConfig(r=args.rank))
         shapes, trained = leaf_shapes(self.module), trainable_paths(self.module)
         self.trainable: Any = {path: s for path, s in shapes.items() if path in trained}
