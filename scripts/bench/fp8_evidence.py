@@ -1,7 +1,7 @@
 """What compute_dtype="fp8" costs in accuracy: errors by layer on SmolLM2's weights, and loss curves beside bfloat16.
 
     python scripts/bench/fp8_evidence.py --out fp8_evidence              # a GPU, about 2 minutes
-    python scripts/bench/fp8_evidence.py --steps 6 --batch 2 --rows 60 --out /tmp/fp8     # a look on a CPU
+    python scripts/bench/fp8_evidence.py --steps 6 --batch 2 --rows 60 --evaluations 1 --out /tmp/fp8     # a look on a CPU
 
 Prints and writes (errors.json, curves.json, curves.png):
 1. By projection and layer, the relative error ‖y − y₃₂‖ / ‖y₃₂‖ of its output for the inputs that it really gets, y₃₂
@@ -36,7 +36,12 @@ from jaxtune.tasks import orders
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-SHARED = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}  # fmt: skip
+SHARED = {  # what has one input
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
 
 
 def arguments() -> argparse.Namespace:
@@ -49,6 +54,7 @@ def arguments() -> argparse.Namespace:
         "--rows", type=int, default=4000, help="of the shipped task; the first 1000 are shipped"
     )
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--evaluations", type=int, default=10, help="in a run; each reads all held-out rows")
     parser.add_argument("--batch", type=int, default=8, help="packed rows in a step")
     parser.add_argument("--max_length", type=int, default=256, help="tokens in a packed row")
     parser.add_argument("--learning_rate", type=float, default=2e-4)
@@ -91,7 +97,7 @@ def trainer(args: argparse.Namespace, compute_dtype: str | None, data_seed: int,
         output_dir=str(Path(args.out) / name), max_steps=args.steps, per_device_train_batch_size=args.batch,
         per_device_eval_batch_size=args.batch, max_length=args.max_length, packing=True, logging_steps=1,
         learning_rate=args.learning_rate, warmup_ratio=0.05, lr_scheduler_type="cosine", save_strategy="no",
-        eval_strategy="steps", eval_steps=max(1, args.steps // 10), disable_tqdm=True, data_seed=data_seed, **changes,
+        eval_strategy="steps", eval_on_start=True, eval_steps=max(1, args.steps // args.evaluations), disable_tqdm=True, data_seed=data_seed, **changes,
     )  # fmt: skip
     return SFTTrainer(
         model=model, args=config, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
@@ -125,13 +131,13 @@ def show_curves(found: dict[str, Any], folder: Path, title: str) -> None:
     figure.tight_layout()
     figure.savefig(folder / "curves.png", dpi=110)
     base = np.array(found["bf16"]["loss"])
-    print(
-        f"\n{'':20s}{'held-out loss':>14s}{'training, last tenth':>22s}{'mean |difference| from bf16':>29s}"
-    )
+    heads = ("held out before", "after", "training, last tenth", "mean |difference| from bf16")
+    print(f"\n{'':20s}" + "".join(f"{head:>{len(head) + 3}s}" for head in heads))
     for name, curve in found.items():
         loss = np.array(curve["loss"])
         end = loss[-max(1, len(loss) // 10) :].mean()
-        print(f"{name:20s}{curve['held_out'][-1][1]:14.4f}{end:22.4f}{np.abs(loss - base).mean():29.4f}")
+        values = (curve["held_out"][0][1], curve["held_out"][-1][1], end, np.abs(loss - base).mean())
+        print(f"{name:20s}" + "".join(f"{v:{len(h) + 3}.4f}" for v, h in zip(values, heads, strict=True)))
 
 
 class Recorder:

@@ -248,7 +248,7 @@ def profile(step, text: str, ceilings) -> tuple[dict[str, float], list[dict[str,
 
 
 def ceilings_here() -> roofline.Ceilings:
-    """Copy bandwidth and bf16 and fp8 product rates of this GPU, on random data: medians of 7 runs of 20 queued calls."""
+    """Copy bandwidth, bf16 and fp8 product rates of this GPU on random data: medians of 7 runs of 20 queued calls."""
     import jax
     import jax.numpy as jnp
 
@@ -345,11 +345,10 @@ def on_this_device(args: argparse.Namespace) -> list[Result]:
             print(result.line(), flush=True)
             if result.took_ms:
                 print("          took  ", result.took_ms, "\n          floor ", result.floor_ms, flush=True)
-                worst = sorted(result.kernels, key=lambda k: k["floor"] - k["ms"])[:25]
+                worst = sorted(result.kernels or [], key=lambda k: k["floor"] - k["ms"])[:25]
                 for k in worst:
-                    print(
-                        f"          {k['ms']:8.2f} ms, floor {k['floor']:8.2f}  {k['kind']:13s} {k['kernel'][:40]:40s} {k['op'][-60:]}"
-                    )
+                    where = f"{k['kind']:13s} {k['kernel'][:40]:40s} {k['op'][-60:]}"
+                    print(f"          {k['ms']:8.2f} ms, floor {k['floor']:8.2f}  {where}")
     return results
 
 

@@ -82,7 +82,7 @@ def test_the_joined_product_is_that_of_the_8_bit_numbers():
 
 @pytest.mark.parametrize("b_scale", [1e-6, 1e-3, 0.1, 30.0])
 def test_the_adapters_part_is_as_exact_as_bfloat16(b_scale):
-    """However large B is beside W: what the adapter adds to y and to dx, down to far below bfloat16's rounding of it."""
+    """However large B is beside W: what the adapter adds to y and to dx, down to far below their rounding."""
     weights, adapters = layers(256, (128, 128), (8, 8), b_scale=b_scale)
     rank0 = tuple(Adapter(ad.a[:, :0], ad.b[:0]) for ad in adapters)
     x, dy = normal(1, 32, 256), normal(2, 32, 256)
