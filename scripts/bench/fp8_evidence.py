@@ -1,7 +1,7 @@
 """What compute_dtype="fp8" costs in accuracy: errors by layer on SmolLM2's weights, and loss curves beside bfloat16.
 
-    python scripts/bench/fp8_evidence.py --out fp8_evidence              # a GPU, about 2 minutes
-    python scripts/bench/fp8_evidence.py --steps 6 --batch 2 --rows 60 --evaluations 1 --out /tmp/fp8     # a look on a CPU
+    python scripts/bench/fp8_evidence.py --out fp8_evidence                # a GPU, about 2 minutes
+    python scripts/bench/fp8_evidence.py --steps 6 --evaluations 1 --batch 2 --rows 60      # a look on a CPU
 
 Prints and writes (errors.json, curves.json, curves.png):
 1. By projection and layer, the relative error ‖y − y₃₂‖ / ‖y₃₂‖ of its output for the inputs that it really gets, y₃₂
@@ -89,7 +89,7 @@ def load(args: argparse.Namespace, compute_dtype: str | None, dtype: str = "bflo
     return FastLanguageModel.get_peft_model(model, lora_alpha=32), tokenizer
 
 
-def trainer(args: argparse.Namespace, compute_dtype: str | None, data_seed: int, **changes) -> SFTTrainer:
+def trainer(args: argparse.Namespace, compute_dtype: str | None, data_seed: int) -> SFTTrainer:
     model, tokenizer = load(args, compute_dtype)
     train, held_out = load_rows(args)
     name = f"{compute_dtype or 'bf16'}_{data_seed}"
@@ -97,7 +97,8 @@ def trainer(args: argparse.Namespace, compute_dtype: str | None, data_seed: int,
         output_dir=str(Path(args.out) / name), max_steps=args.steps, per_device_train_batch_size=args.batch,
         per_device_eval_batch_size=args.batch, max_length=args.max_length, packing=True, logging_steps=1,
         learning_rate=args.learning_rate, warmup_ratio=0.05, lr_scheduler_type="cosine", save_strategy="no",
-        eval_strategy="steps", eval_on_start=True, eval_steps=max(1, args.steps // args.evaluations), disable_tqdm=True, data_seed=data_seed, **changes,
+        eval_strategy="steps", eval_on_start=True, eval_steps=max(1, args.steps // args.evaluations),
+        disable_tqdm=True, data_seed=data_seed,
     )  # fmt: skip
     return SFTTrainer(
         model=model, args=config, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
