@@ -101,6 +101,7 @@ class PlannedStep:
         announce: Callable[[str], None] = tqdm.write,
     ):
         self._make_step, self._config = make_step, model.module.config
+        self._fp8 = model.module.fp8
         self._itemsize = jnp.dtype(model.dtype).itemsize
         self._fixed = None if remat == "auto" else Remat.parse(remat)
         self._budget_gb, self._announce = budget_gb, announce
@@ -129,6 +130,7 @@ class PlannedStep:
             itemsize=self._itemsize,
             budget=free_bytes(arguments) if self._budget_gb is None else int(self._budget_gb * 1e9),
             offload=jax.default_backend() == "gpu",
+            fp8=self._fp8,
         )
         _, rows, length = arguments[3]["input_ids"].shape
         self._announce(f"{rows} x {length} tokens: {choice}")
@@ -146,6 +148,7 @@ def choose(
     itemsize: int,
     budget: int,
     offload: bool,
+    fp8: bool = False,
 ) -> Choice:
     """The first of CHOICES whose compiled step needs at most `budget` bytes.
 
@@ -156,6 +159,7 @@ def choose(
       itemsize: bytes of an activation.
       budget: bytes.
       offload: whether SMALLEST may be tried.
+      fp8: whether the step multiplies in 8-bit floats, which its arguments do not tell.
 
     Raises:
       MemoryError: none fits; says what the smallest needs.
@@ -163,7 +167,8 @@ def choose(
     choices = [*CHOICES, SMALLEST] if offload else list(CHOICES)
     _, rows, length = arguments[3]["input_ids"].shape
     keeps = {remat: kept_bytes(remat, config, rows * length, itemsize) for remat in choices}
-    memory, base = _remembered(arguments), _size(arguments)
+    place, base = _place(arguments, fp8), _size(arguments)
+    memory = _remembered(place)
     measured = {remat: memory[str(remat)] for remat in choices if str(remat) in memory}
     for remat in choices:
         compiled = None
@@ -172,7 +177,7 @@ def choose(
                 continue
             compiled = compile_step(remat)
             measured[remat] = peak_bytes(compiled)
-            _remember(arguments, {str(r): n for r, n in measured.items()})
+            _remember(place, {str(r): n for r, n in measured.items()})
         if measured[remat] <= budget:
             needs = {str(r): _forecast(r, measured, keeps, base) for r in choices}
             return Choice(remat, compiled, needs, budget)
@@ -198,27 +203,25 @@ def _size(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
 
 
-def _place(arguments: tuple) -> Path | None:
+def _place(arguments: tuple, fp8: bool) -> Path | None:
     """The file that remembers what these shapes need on this device with these versions."""
     folder = cache_folder()
     if folder is None:
         return None
     shapes = [(jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype)) for path, leaf in
               jax.tree_util.tree_leaves_with_path(arguments)]  # fmt: skip
-    key = repr((shapes, jax.__version__, jax.devices()[0].device_kind))
+    key = repr((shapes, fp8, jax.__version__, jax.devices()[0].device_kind))
     return folder / "memory" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 
-def _remembered(arguments: tuple) -> dict[str, int]:
-    place = _place(arguments)
+def _remembered(place: Path | None) -> dict[str, int]:
     try:
         return {} if place is None else json.loads(place.read_text())
     except (OSError, ValueError):
         return {}
 
 
-def _remember(arguments: tuple, needs: dict[str, int]) -> None:
-    place = _place(arguments)
+def _remember(place: Path | None, needs: dict[str, int]) -> None:
     if place is None:
         return
     try:

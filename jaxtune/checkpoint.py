@@ -57,6 +57,7 @@ class Trained(Protocol):
     base: dict[str, jax.Array]
     lora: Any
     dtype: Any
+    compute_dtype: str | None
 
 
 def save_checkpoint(
@@ -165,6 +166,7 @@ def fingerprint(args: SFTConfig, num_steps: int, model: Trained, dataset: Datase
     run = {
         **settings,
         "dtype": str(np.dtype(model.dtype)),
+        "compute_dtype": model.compute_dtype,
         **{name: getattr(model.lora, name, None) for name in LORA_SETTINGS},
         "trained weights": {
             name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in model.trainable.items()

@@ -26,7 +26,7 @@ from jaxtune.data import (
     token_statistics,
     train_on_responses_only,
 )
-from jaxtune.fast import as_dtype
+from jaxtune.fast import as_dtype, in_fp8
 from jaxtune.job import load_rows, make_console, make_table, with_chat_template
 from jaxtune.lora import LoraConfig, attach, read_adapter, train_everything
 from jaxtune.models import build
@@ -80,7 +80,9 @@ def dry_run(job: Job, console: Console | None = None) -> None:
 
 def model_of_shapes(checkpoint: hub.Checkpoint, job: Job) -> CausalLM:
     """The model of a job with its adapter, every leaf a shape: nothing is read or allocated."""
-    module = build(checkpoint.config, as_dtype(job.model.dtype), nf4=_is_quantised(job))
+    dtype, nf4 = as_dtype(job.model.dtype), _is_quantised(job)
+    fp8 = in_fp8(job.model.compute_dtype, dtype, nf4=nf4)
+    module = build(checkpoint.config, dtype, nf4=nf4, fp8=fp8)
     if job.model.full_finetuning:
         train_everything(module)
     elif checkpoint.adapter is not None:

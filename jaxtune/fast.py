@@ -13,6 +13,8 @@ from jaxtune import hub, lora, models
 from jaxtune.arguments import sort_out
 from jaxtune.compile_cache import enable_compile_cache
 from jaxtune.config import LORA_TARGETS
+from jaxtune.kernels import target
+from jaxtune.kernels.fp8 import NEEDS as FP8_NEEDS
 from jaxtune.load import load_weights
 from jaxtune.lora import LoraConfig
 from jaxtune.model import Model
@@ -53,6 +55,33 @@ def as_dtype(dtype) -> Any:
     if name not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)} or None, got {dtype!r}")
     return DTYPES[name]
+
+
+def in_fp8(compute_dtype: str | None, dtype, *, nf4: bool) -> bool:
+    """Whether products with frozen weights are taken in 8-bit floats.
+
+    Raises:
+      ValueError: an unknown compute_dtype, or fp8 with weights, a dtype or a GPU that it does not go with.
+    """
+    if compute_dtype is None:
+        return False
+    if compute_dtype != "fp8":
+        raise ValueError(
+            f"compute_dtype={compute_dtype!r} is not supported; expected 'fp8', or None for all in dtype"
+        )
+    if not nf4:
+        raise ValueError(
+            'compute_dtype="fp8" multiplies by NF4 weights; load the model with load_in_4bit=True'
+        )
+    if dtype == jnp.float16:
+        raise ValueError('compute_dtype="fp8" needs dtype="bfloat16" or "float32", got float16')
+    found = target.capability()
+    if found is not None and found < FP8_NEEDS:
+        raise ValueError(
+            f'compute_dtype="fp8" needs a GPU of compute capability {FP8_NEEDS[0]}.{FP8_NEEDS[1]} or later (as H100, '
+            f"L4, RTX 40), this one has {found[0]}.{found[1]}; leave it out"
+        )
+    return True
 
 
 def _stretch(config, max_seq_length: int) -> None:
@@ -99,6 +128,7 @@ class FastLanguageModel:
         local_files_only: bool = False,
         cache_dir: str | None = None,
         gguf_file: str | None = None,
+        compute_dtype: str | None = None,
         **kwargs,
     ) -> tuple[Model, Any]:
         """Loads a checkpoint, its linear layers into NF4 unless told otherwise.
@@ -108,6 +138,9 @@ class FastLanguageModel:
           max_seq_length: tokens; beyond the model's own, RoPE is scaled linearly (llama3 and yarn keep theirs). None:
             the model's own.
           dtype: compute dtype; None is bfloat16 on an accelerator and float32 on a CPU.
+          compute_dtype: "fp8" multiplies by the NF4 weights in 8-bit floats, forward and for the input's gradient;
+            adapter, attention and loss stay in dtype. Fewer than kernels.linear.FEW_ROWS tokens, as in generation,
+            do not take part.
           load_in_4bit, load_in_16bit, full_finetuning: NF4 (the default), 16-bit LoRA, or every weight trained.
           rope_scaling: replaces the config's.
           use_gradient_checkpointing: False keeps every activation; else SFTConfig.remat says what is kept.
@@ -127,6 +160,7 @@ class FastLanguageModel:
         if len(chosen) > 1:
             raise ValueError(f"{' and '.join(chosen)} exclude each other; set one")
         nf4 = load_in_4bit is not False and chosen in ([], ["load_in_4bit"])
+        fp8 = in_fp8(compute_dtype, as_dtype(dtype), nf4=nf4)
         checkpoint = hub.resolve(
             model_name, revision=revision, token=token, local_files_only=local_files_only, cache_dir=cache_dir,
             gguf_file=gguf_file,
@@ -148,7 +182,9 @@ class FastLanguageModel:
         dense = _plain_modules(checkpoint)
 
         def recipe(nf4: bool, double_quant: bool = double_quant):
-            return models.build(config, as_dtype(dtype), nf4=nf4, double_quant=double_quant, dense=dense)
+            return models.build(
+                config, as_dtype(dtype), nf4=nf4, double_quant=double_quant, dense=dense, fp8=fp8 and nf4
+            )
 
         module = recipe(nf4)
         leaves = load_weights(checkpoint, module)

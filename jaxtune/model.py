@@ -79,6 +79,7 @@ class Model:
       config: transformers' config. tokenizer, checkpoint (`hub.Checkpoint`), name_or_path: where it came from.
       graphdef, trainable, base: the split model; flat dicts path -> array.
       lora: LoraConfig, or None. dtype: of activations and unquantised frozen weights. max_seq_length: tokens.
+      compute_dtype: "fp8" where products with NF4 weights are taken in it, else None.
       slots: checkpoint module name -> Slot(path, index).
       gradient_checkpointing: what the trainer does unless told otherwise.
     """
@@ -90,6 +91,7 @@ class Model:
         self.checkpoint, self.tokenizer = checkpoint, tokenizer
         self.config, self.name_or_path = checkpoint.config, checkpoint.name_or_path
         self.max_seq_length, self.dtype = max_seq_length, module.dtype
+        self.compute_dtype = "fp8" if module.fp8 else None
         self.lora: LoraConfig | None = None
         self.full_finetuning = False
         self.gradient_checkpointing = True

@@ -52,6 +52,15 @@ def test_with_room_nothing_is_recomputed_and_one_step_is_compiled(tried):
     assert str(choice.remat) == "none" and tried == ["none"] and choice.compiled.remat == choice.remat
 
 
+def test_what_fp8_needs_is_remembered_apart(tried):
+    for fp8 in (False, True, True):
+        choose(
+            lambda remat: tried.append(str(remat)) or compiled(remat), CONFIG, ARGUMENTS, itemsize=2,
+            budget=10**12, offload=False, fp8=fp8,
+        )  # fmt: skip
+    assert tried == ["none", "none"]
+
+
 @pytest.mark.parametrize("wanted", [str(remat) for remat in CHOICES])
 def test_the_fastest_that_fits_is_taken(tried, wanted):
     choice = plan(tried, need(wanted))
@@ -93,7 +102,7 @@ def test_a_step_is_compiled_once_for_each_shape():
             lambda trainable, state, base, batch, key: (trainable, state, {"loss": batch["input_ids"].sum()})
         )
 
-    model = SimpleNamespace(module=SimpleNamespace(config=CONFIG), dtype=jnp.float32)
+    model = SimpleNamespace(module=SimpleNamespace(config=CONFIG, fp8=False), dtype=jnp.float32)
     step = PlannedStep(make_step, model, "auto", budget_gb=1.0, announce=lines.append)
     for length in (8, 8, 16):
         _, _, metrics = step(

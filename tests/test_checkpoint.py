@@ -218,6 +218,7 @@ def test_fingerprint_names_what_differs():
         base={"a.weight": jnp.ones((4, 4)), "scale": jnp.float32(1), "codes": jnp.zeros((2, 3), jnp.uint8)},
         lora=SimpleNamespace(r=4, lora_alpha=8, lora_dropout=0.1, use_rslora=False, use_dora=False),
         dtype=jnp.bfloat16,
+        compute_dtype=None,
     )
     rows = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [4]}]
     args = SFTConfig(max_steps=10, warmup_ratio=0.1)
@@ -238,6 +239,7 @@ def test_fingerprint_names_what_differs():
         "seed": fingerprint(dataclasses.replace(args, seed=1)),
         "steps of the schedule": fingerprint(steps=11, args=dataclasses.replace(args, warmup_steps=1)),
         "dtype": fingerprint(dtype=jnp.float32),
+        "compute_dtype": fingerprint(compute_dtype="fp8"),
         "lora_alpha": fingerprint(lora=SimpleNamespace(**vars(model.lora) | {"lora_alpha": 16})),
         "trained weights": fingerprint(trainable={"a.lora_A": jnp.ones((4, 3))}),
         "frozen weights": fingerprint(base=model.base | {"scale": jnp.float32(2)}),

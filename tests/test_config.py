@@ -168,6 +168,13 @@ def test_load_arguments():
     with pytest.raises(ValueError, match="load_in_4bit and full_finetuning exclude each other"):
         LoadArguments(full_finetuning=True)
     assert LoadArguments(full_finetuning=True, load_in_4bit=False).full_finetuning
+    assert LoadArguments(compute_dtype="fp8").compute_dtype == "fp8"
+    with pytest.raises(ValueError, match=r"fp8.* multiplies by NF4 weights; set load_in_4bit=True"):
+        LoadArguments(compute_dtype="fp8", load_in_4bit=False, load_in_16bit=True)
+    with pytest.raises(ValueError, match="compute_dtype='int8' is not supported; expected one of 'fp8'"):
+        LoadArguments(compute_dtype="int8")
+    with pytest.raises(ValueError, match=r"give it to FastLanguageModel\.from_pretrained"):
+        SFTConfig(compute_dtype="fp8")
     with pytest.raises(ValueError, match="dtype='int8'"):
         LoadArguments(dtype="int8")
     assert "hf_secret" not in repr(LoadArguments(token="hf_secret"))

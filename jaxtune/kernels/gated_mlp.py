@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jaxtune.kernels import swiglu
 from jaxtune.kernels.keep import keep
 from jaxtune.kernels.linear import (
-    FEW_ROWS,
     Adapter,
     adapter_gradients,
     input_gradient,
+    is_few,
     joined_product,
     rows,
     skinny,
@@ -26,7 +26,7 @@ def supported(x: jax.Array, weights: tuple, adapters: tuple[Adapter | None, ...]
         return False
     tokens = x.size // x.shape[-1]
     ranks = sum(len(adapter.b) for adapter in (gate, up) if adapter is not None), len(down.b)
-    return tokens >= FEW_ROWS and swiglu.supported(tokens, rows(weights[0]), ranks, x.dtype)
+    return not is_few(x) and swiglu.supported(tokens, rows(weights[0]), ranks, x.dtype)
 
 
 def gated_mlp(x: jax.Array, weights: tuple, adapters: tuple[Adapter | None, ...]) -> jax.Array:

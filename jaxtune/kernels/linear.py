@@ -73,10 +73,14 @@ def adapted_linear(x: jax.Array, weights: tuple, adapters: tuple) -> jax.Array:
     """
     if _reads_codes(x, weights, adapters):
         return _from_codes(x.reshape(-1, x.shape[-1]), weights, adapters).reshape(*x.shape[:-1], -1)
-    few = x.size // x.shape[-1] < FEW_ROWS
-    if few or target.capability() is None or all(adapter is None for adapter in adapters):
+    if is_few(x) or target.capability() is None or all(adapter is None for adapter in adapters):
         return reference(x, weights, adapters)
     return _joined(x.reshape(-1, x.shape[-1]), weights, adapters).reshape(*x.shape[:-1], -1)
+
+
+def is_few(x: jax.Array) -> bool:
+    """Whether x [..., in] has so few rows that reading the weights is what its products cost."""
+    return x.size // x.shape[-1] < FEW_ROWS
 
 
 def rows(weight: NF4 | jax.Array) -> int:
@@ -112,12 +116,12 @@ def _from_codes_backward(residuals, dy):
 _from_codes.defvjp(_from_codes_forward, _from_codes_backward)
 
 
-def _joined_a(adapters: tuple) -> jax.Array:
+def joined_a(adapters: tuple) -> jax.Array:
     """The A of all layers side by side, [in, R]."""
     return jnp.concatenate([adapter.a for adapter in adapters if adapter is not None], axis=1)
 
 
-def _joined_b(weights: tuple, adapters: tuple) -> jax.Array:
+def joined_b(weights: tuple, adapters: tuple) -> jax.Array:
     """Their B on the diagonal of blocks, [R, sum(out)]."""
     blocks, before, after = [], 0, sum(map(rows, weights))
     for weight, adapter in zip(weights, adapters, strict=True):
@@ -133,23 +137,25 @@ def _stacked(weights: tuple, dtype) -> jax.Array:
     return jnp.concatenate([dense(weight, dtype) for weight in weights])
 
 
-def _tail(rank: int) -> int:
+def tail_columns(rank: int) -> int:
     return -(-rank // TAIL) * TAIL
 
 
 def _beside(weights: tuple, adapters: tuple, dtype) -> jax.Array:
     """[W | Bᵀ | 0], [sum(out), in + tail]."""
     with jax.named_scope("dequantise"):
-        b = _joined_b(weights, adapters).T
-        b = jnp.pad(b, ((0, 0), (0, _tail(b.shape[1]) - b.shape[1])))
+        b = joined_b(weights, adapters).T
+        b = jnp.pad(b, ((0, 0), (0, tail_columns(b.shape[1]) - b.shape[1])))
         return jnp.concatenate([_stacked(weights, dtype), b], axis=1)
 
 
 def _below(weights: tuple, adapters: tuple, dtype) -> jax.Array:
     """[W; Aᵀ; 0], [sum(out) + tail, in]."""
     with jax.named_scope("dequantise"):
-        a = _joined_a(adapters).T
-        return jnp.concatenate([_stacked(weights, dtype), jnp.pad(a, ((0, _tail(len(a)) - len(a)), (0, 0)))])
+        a = joined_a(adapters).T
+        return jnp.concatenate(
+            [_stacked(weights, dtype), jnp.pad(a, ((0, tail_columns(len(a)) - len(a)), (0, 0)))]
+        )
 
 
 def _widen(x: jax.Array, through: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -158,7 +164,7 @@ def _widen(x: jax.Array, through: jax.Array) -> tuple[jax.Array, jax.Array]:
     x is made in the wider buffer and the product is put beside it, so that nothing is copied where x is computed by
     a fusion.
     """
-    rank, tail = through.shape[1], _tail(through.shape[1])
+    rank, tail = through.shape[1], tail_columns(through.shape[1])
     wide = jnp.pad(x, ((0, 0), (0, tail)))
     with jax.named_scope("lora"):
         product = keep(wide @ jnp.pad(through, ((0, tail), (0, 0))), "adapter")
@@ -167,16 +173,16 @@ def _widen(x: jax.Array, through: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def joined_product(x: jax.Array, weights: tuple, adapters: tuple) -> tuple[jax.Array, jax.Array]:
     """x [N, in] -> (y [N, sum(out)], x A [N, R]) in one product over K = in + R."""
-    wide, xa = _widen(x, _joined_a(adapters))
+    wide, xa = _widen(x, joined_a(adapters))
     return wide @ _beside(weights, adapters, x.dtype).T, xa
 
 
 def input_gradient(dy: jax.Array, weights: tuple, adapters: tuple) -> tuple[jax.Array, jax.Array]:
     """dy [N, sum(out)] -> (dx [N, in], d(x A) [N, R]) of `joined_product`."""
-    a = _joined_a(adapters)
+    a = joined_a(adapters)
     width = a.shape[0]
     if dy.shape[1] < 3 * width:
-        wide, dxa = _widen(dy, _joined_b(weights, adapters).T)
+        wide, dxa = _widen(dy, joined_b(weights, adapters).T)
         return wide @ _below(weights, adapters, dy.dtype), dxa
     # dy is the widest array: read it once and make two passes over dx
     both = dy @ _beside(weights, adapters, dy.dtype)

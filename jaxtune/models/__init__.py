@@ -73,6 +73,7 @@ def build(
     nf4: bool = False,
     double_quant: bool = True,
     dense: frozenset[str] = frozenset(),
+    fp8: bool = False,
 ):
     """The CausalLM of a transformers config, its leaves shapes only; nothing is allocated.
 
@@ -81,6 +82,7 @@ def build(
       dtype: of the activations and of the weights that are not quantised.
       nf4: store the linear layers of the decoder (not the head) in NF4, their scales quantised if `double_quant`.
       dense: names of linear modules that are not quantised all the same.
+      fp8: multiply by the NF4 weights in 8-bit floats (kernels.fp8).
     """
     check_fields(hf)
     config = family(hf).config(hf)
@@ -89,10 +91,11 @@ def build(
         for i in range(len(config.windows))
     ]
     model = CausalLM(config, dtype, skipped if nf4 else None)
+    model.fp8 = fp8
     if nf4:
         for name, slot in linear_slots(model).items():
             if name != "lm_head" and name not in dense:
                 linear = module_at(model, slot.path)
                 check_quantisable((linear.out_features, linear.in_features), name)
-                linear.quantize(double_quant)
+                linear.quantize(double_quant, fp8)
     return model

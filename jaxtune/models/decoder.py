@@ -256,6 +256,7 @@ class CausalLM(nnx.Module):
     """
 
     lm_head: Linear | None = None  # None: tied to the embedding
+    fp8: bool = False  # whether its NF4 linears multiply in 8-bit floats
 
     def __init__(self, config: DecoderConfig, dtype, dense: Sequence[frozenset[str]] | None = None):
         self.plan = tuple(segments(list(zip(config.windows, dense or config.windows, strict=True))))

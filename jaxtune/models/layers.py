@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxtune.kernels.fp8 import fp8_linear
 from jaxtune.kernels.gated_mlp import gated_mlp, supported
 from jaxtune.kernels.keep import keep
-from jaxtune.kernels.linear import Adapter, adapted_linear, dense, frozen_linear
+from jaxtune.kernels.linear import Adapter, adapted_linear, dense, is_few
 from jaxtune.quant import BLOCK, NESTED_BLOCK, NF4
 
 Shape = jax.ShapeDtypeStruct
@@ -54,14 +55,16 @@ class Linear(nnx.Module):
     lora_scaling: Frozen | None = None  # [], 0 in a stacked layer that has no adapter
     dropout: float = 0.0
     dropout_salt: int = 0
+    fp8: bool = False  # whether the product with the frozen weight is taken in 8-bit floats (kernels.fp8)
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype):
         self.in_features, self.out_features = in_features, out_features
         self.weight = Frozen(Shape((out_features, in_features), dtype))
         self.bias = Frozen(Shape((out_features,), dtype)) if bias else None
 
-    def quantize(self, double_quant: bool) -> None:
+    def quantize(self, double_quant: bool, fp8: bool = False) -> None:
         self.weight = NF4Weight(self.out_features, self.in_features, double_quant)
+        self.fp8 = fp8
 
     def add_lora(self, name: str, rank: int, dropout: float, use_dora: bool) -> None:
         self.lora_A = nnx.LoRAParam(Shape((self.in_features, rank), jnp.float32))
@@ -94,7 +97,7 @@ class Linear(nnx.Module):
         if isinstance(self.weight, nnx.Param):  # full fine-tuning: a float32 master weight
             y = x @ self.weight[...].astype(x.dtype).T
         else:
-            y = frozen_linear(x, self._stored())
+            y = _products([self], x, [None])[0]
         return y if self.lora_A is None else self._adapt(x, y, key)
 
     def _adapt(self, x: jax.Array, y: jax.Array, key: jax.Array | None) -> jax.Array:
@@ -107,7 +110,7 @@ class Linear(nnx.Module):
         update = (dropped @ adapter.a) @ adapter.b
         if self.lora_magnitude is None:
             return y + update
-        base = y if dropped is x else frozen_linear(dropped, self._stored())
+        base = y if dropped is x else _products([self], dropped, [None])[0]
         scale = (self.lora_magnitude[...] / self._dora_norm()).astype(x.dtype)
         # a layer that layers_to_transform leaves out has scaling 0 and keeps its weight
         scale = jnp.where(self.lora_scaling[...] == 0, jnp.ones_like(scale), scale)
@@ -119,6 +122,21 @@ class Linear(nnx.Module):
         return jax.lax.stop_gradient(jnp.linalg.norm(dense(self._stored(), jnp.float32) + delta, axis=1))
 
 
+def _products(
+    linears: list[Linear], x: jax.Array, adapters: list[Adapter | None], name: str | None = None
+) -> list[jax.Array]:
+    """The outputs of frozen layers with their adapters, without biases."""
+    weights = tuple(linear._stored() for linear in linears)
+    if all(linear.fp8 for linear in linears) and not is_few(x):
+        return _named(fp8_linear(x, weights, tuple(adapters)), name)
+    ends = np.cumsum([linear.out_features for linear in linears])[:-1]
+    return jnp.split(_named(adapted_linear(x, weights, tuple(adapters)), name), ends, axis=-1)
+
+
+def _named(y, name: str | None):
+    return y if name is None else keep(y, name)
+
+
 def apply_together(
     linears: list[Linear], x: jax.Array, key: jax.Array | None, name: str | None = None
 ) -> list[jax.Array]:
@@ -127,21 +145,18 @@ def apply_together(
     name: what `Remat` calls the outputs, None for what is never kept.
     """
     if all(linear.is_plain(key) for linear in linears):
-        weights = tuple(linear._stored() for linear in linears)
-        y = adapted_linear(x, weights, tuple(linear.adapter(x.dtype) for linear in linears))
+        outputs = _products(linears, x, [linear.adapter(x.dtype) for linear in linears], name)
     else:
-        y = jnp.concatenate([linear.apply_alone(x, key) for linear in linears], axis=-1)
-    y = y if name is None else keep(y, name)
-    ends = np.cumsum([linear.out_features for linear in linears])[:-1]
+        outputs = _named([linear.apply_alone(x, key) for linear in linears], name)
     return [
-        part if linear.bias is None else part + linear.bias[...].astype(part.dtype)
-        for part, linear in zip(jnp.split(y, ends, axis=-1), linears, strict=True)
+        y if linear.bias is None else y + linear.bias[...].astype(y.dtype)
+        for y, linear in zip(outputs, linears, strict=True)
     ]
 
 
 def apply_gated(linears: list[Linear], x: jax.Array, key: jax.Array | None) -> jax.Array | None:
     """down(silu(gate(x))·up(x)) in one operation, or None where there is none for these layers."""
-    if not all(linear.is_plain(key) and linear.bias is None for linear in linears):
+    if not all(linear.is_plain(key) and linear.bias is None and not linear.fp8 for linear in linears):
         return None
     weights = tuple(linear._stored() for linear in linears)
     adapters = tuple(linear.adapter(x.dtype) for linear in linears)

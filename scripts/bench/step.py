@@ -83,6 +83,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", nargs="+", default=["4x2048"], help="rows x tokens")
     parser.add_argument("--remat", nargs="+", default=["none", "all"], help="see SFTConfig.remat; auto too")
     parser.add_argument("--documents", type=int, default=1, help="documents packed into a row")
+    parser.add_argument(
+        "--compute_dtype", choices=("bf16", "fp8"), default="bf16", help="of the frozen products"
+    )
     parser.add_argument("--optim", default="adamw_8bit")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=10)
@@ -113,7 +116,8 @@ class Bench:
             max_position_embeddings=131072, rope_theta=500000.0,
         )  # fmt: skip
         self.ceilings = roofline.H200
-        self.args, self.module = args, models.build(config, jnp.bfloat16, nf4=True)
+        self.args = args
+        self.module = models.build(config, jnp.bfloat16, nf4=True, fp8=args.compute_dtype == "fp8")
         lora.attach(self.module, lora.LoraConfig(r=args.rank))
         shapes, trained = leaf_shapes(self.module), trainable_paths(self.module)
         self.trainable: Any = {path: s for path, s in shapes.items() if path in trained}
