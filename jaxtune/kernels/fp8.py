@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxtune.kernels.keep import keep
 from jaxtune.kernels.linear import Adapter, joined_a, joined_b, rows, tail_columns
+from jaxtune.kernels.nf4_matrix import nf4_matrix
 from jaxtune.quant import NF4, dequantize_nf4
 
 NEEDS = (8, 9)  # CUDA compute capability
@@ -102,10 +103,10 @@ def _multiply(
     with jax.named_scope("dequantise"):
         weight_scale = _scale(jnp.max(jnp.stack([_weight_amax(weight) for weight in weights])), E4M3)
         beside_scale = _scale(_amax(beside), E4M3)
-        stacked = jnp.concatenate([dequantize_nf4(weight) / weight_scale for weight in weights])
-        stacked = (stacked.T if transposed else stacked).astype(E4M3.dtype)
         parts = _parts(beside.astype(jnp.float32) / beside_scale, E4M3, tuple(right for _, right in terms))
-        matrix = jnp.concatenate([stacked, _padded(parts)], axis=1)  # [O, K + tail]
+        matrix = nf4_matrix(
+            weights, _padded(parts), scale=weight_scale, transposed=transposed
+        )  # [O, K + tail]
     with jax.named_scope("quantise"):
         extra = through.astype(jnp.float32) * (beside_scale / weight_scale)
         wide, row_scale = _left(pieces, extra, kind, tuple(left for left, _ in terms))
