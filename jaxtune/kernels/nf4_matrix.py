@@ -3,15 +3,15 @@
 W is the dequantised weights one below the other, E what stands beside (or below) them: the adapters' B or A. In
 bfloat16, or in 8-bit floats, there also as Wᵀ: products of 8-bit floats read both sides along their inner axis.
 
-XLA's fusion of the same reaches half of the memory's speed in bfloat16 and a fifth in 8 bits. Here every load and store
-is 8 or 16 bytes a thread and whole sectors a warp. A code's value comes from the lane of that number (`shfl` takes a
-lane number modulo 32, so that nothing needs to be masked): a shift, a shuffle and a multiplication a weight. The arithmetic is
+XLA's fusion of the same reaches half of the memory's speed in bfloat16 and a fifth in 8 bits. Here every load and
+store is 8 or 16 bytes a thread and whole sectors a warp. A code's value comes from the lane of that number (`shfl` takes
+it modulo 32, so that nothing needs to be masked): a shift, a shuffle and a multiplication a weight. The arithmetic is
 `quant.dequantize_nf4`'s, in float32, rounded once.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -127,6 +127,10 @@ def _int(value: int) -> ir.Value:
     return utils.c(int(np.uint32(value).view(np.int32)), _i32())
 
 
+def _inline(*arguments: Any, **options: Any) -> Any:
+    return llvm.inline_asm(*arguments, **options)
+
+
 def _at(ref: ir.Value, offset: ir.Value) -> ir.Value:
     """Address in global memory, `offset` (unsigned 32-bit) bytes behind a ref's first."""
     pointer = utils.memref_ptr(ref)
@@ -168,20 +172,15 @@ def _lane_table() -> ir.Value:
 
 def _value(table: ir.Value, word: ir.Value, nibble: int) -> ir.Value:
     index = word if nibble == 0 else arith.shrui(word, _int(4 * nibble))
-    return llvm.inline_asm(
-        _f32(),
-        [table, index],
-        "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;",
-        "=f,f,r",
-        has_side_effects=True,
-    )
+    shuffle = "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;"
+    return _inline(_f32(), [table, index], shuffle, "=f,f,r", has_side_effects=True)
 
 
 def _packed(low: ir.Value, high: ir.Value, itemsize: int) -> ir.Value:
     """Two float32 as two neighbouring elements: 32 bits of bfloat16, 16 bits of e4m3."""
     name, kind, register = {2: ("bf16x2", _i32(), "r"), 1: ("satfinite.e4m3x2", None, "h")}[itemsize]
     kind = kind or ir.IntegerType.get_signless(16)
-    return llvm.inline_asm(kind, [high, low], f"cvt.rn.{name}.f32 $0, $1, $2;", f"={register},f,f")
+    return _inline(kind, [high, low], f"cvt.rn.{name}.f32 $0, $1, $2;", f"={register},f,f")
 
 
 def _words(values: list[ir.Value], itemsize: int) -> list[ir.Value]:
