@@ -4,7 +4,7 @@ W is the dequantised weights one below the other, E what stands beside (or below
 bfloat16, or in 8-bit floats, there also as Wᵀ: products of 8-bit floats read both sides along their inner axis.
 
 XLA's fusion of the same reaches half of the memory's speed in bfloat16 and a fifth in 8 bits. Here every load and
-store is 8 or 16 bytes a thread and whole sectors a warp. A code's value comes from the lane of that number (`shfl` takes
+store is 8 or 16 bytes a thread and whole sectors a warp. A code's value is in the lane of that number (`shfl` takes
 it modulo 32, so that nothing needs to be masked): a shift, a shuffle and a multiplication a weight. The arithmetic is
 `quant.dequantize_nf4`'s, in float32, rounded once.
 """
