@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.kernels.keep import keep
-from jaxtune.kernels.linear import Adapter, joined_a, joined_b, rows, tail_columns
+from jaxtune.kernels.linear import Adapter, apart, joined_a, joined_b, rows, tail_columns
 from jaxtune.kernels.nf4_matrix import nf4_matrix
 from jaxtune.quant import NF4, dequantize_nf4
 
@@ -161,9 +161,8 @@ def _backward(residuals, dys):
     with jax.named_scope("lora"):
         dxa = [dy @ adapter.b.T for adapter, dy in zip(adapters, dys, strict=True) if adapter is not None]
         dxa = jnp.concatenate(dxa, axis=1)  # [N, R]
-    # Without the barrier XLA may keep the forward pass's 8-bit weights alive until here. dys stay out of it, so that
-    # the largest of their rows are found where they are computed.
-    weights, dxa = jax.lax.optimization_barrier((weights, dxa))
+    # dys stay out of it, so that the largest of their rows are found where they are computed
+    weights, dxa = apart(weights, dxa)
     raw, scale = _multiply(dys, dxa, joined_a(adapters), weights, E5M2, transposed=True)
     with jax.named_scope("lora"):
         da = jnp.dot(x.T, dxa, preferred_element_type=jnp.float32)  # [in, R]

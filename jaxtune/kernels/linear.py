@@ -40,9 +40,31 @@ def _frozen_forward(x, weight):
     return frozen_linear(x, weight), weight
 
 
+def apart(weights: tuple, dy):
+    """The weights and the gradient dy (a pytree), such that XLA does not take what the backward pass makes of them for
+    what the forward pass has made, and keep that until here.
+
+    A barrier before something small does it; before the codes, a GPU would copy them out of their stack.
+    """
+    marks = [_mark(weight) for weight in weights]
+    marks, dy = jax.lax.optimization_barrier((marks, dy))
+    return tuple(_marked(weight, mark) for weight, mark in zip(weights, marks, strict=True)), dy
+
+
+def _mark(weight: NF4 | jax.Array) -> jax.Array:
+    if not isinstance(weight, NF4):
+        return weight
+    return weight.absmax if weight.absmax_offset is None else weight.absmax_offset
+
+
+def _marked(weight: NF4 | jax.Array, mark: jax.Array) -> NF4 | jax.Array:
+    if not isinstance(weight, NF4):
+        return mark
+    return weight._replace(**{"absmax" if weight.absmax_offset is None else "absmax_offset": mark})
+
+
 def _frozen_backward(weight, dy):
-    # Without the barrier XLA may keep the forward pass's dequantised copy alive until here.
-    weight, dy = jax.lax.optimization_barrier((weight, dy))
+    (weight,), dy = apart((weight,), dy)
     return dy @ dense(weight, dy.dtype), None
 
 
@@ -217,7 +239,7 @@ def _joined_forward(x, weights, adapters):
 
 def _joined_backward(residuals, dy):
     x, xa, weights, adapters = residuals
-    weights, dy = jax.lax.optimization_barrier((weights, dy))
+    weights, dy = apart(weights, dy)
     dx, dxa = input_gradient(dy, weights, adapters)
     return dx, None, adapter_gradients(skinny(x, dxa), skinny(xa, dy), weights, adapters)
 
