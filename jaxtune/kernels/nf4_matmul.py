@@ -104,7 +104,7 @@ def _const(value: int) -> ir.Value:
     return utils.c(int(np.uint32(value).view(np.int32)), ir.IntegerType.get_signless(32))
 
 
-def _pairs_of(word: ir.Value, table: ir.Value) -> list[ir.Value]:
+def _pairs_of(word: ir.Value, table: ir.Value) -> list:
     """Eight codes in 32 bits -> their four bfloat16 pairs, from `_pairs` in shared memory."""
     i32 = ir.IntegerType.get_signless(32)
     lane = arith.shli(arith.andi(utils.thread_idx(), _const(31)), _const(2))
@@ -384,8 +384,11 @@ def _call(x, weights, lora, config: Config, interpret) -> jax.Array:
     return kernel(x, weights, jnp.asarray(_pairs()), lora)
 
 
-def _lora(x: jax.Array, weights: tuple[NF4, ...], adapters: tuple, tokens: int):
-    """The adapters as `_call` takes them: x A of each, float32 [weights, R, N], and B side by side, [R, sum(out)]."""
+def _lora(x: jax.Array, weights: tuple[NF4, ...], adapters: tuple):
+    """The adapters as `_call` takes them: x A of each, float32 [weights, R, N], and B side by side, [R, sum(out)].
+
+    x [N, in] is in kernel order and A follows it: the other way both orders of x would be written.
+    """
     ranks = [0 if adapter is None else adapter[0].shape[1] for adapter in adapters]
     if not any(ranks):
         return None
@@ -396,9 +399,9 @@ def _lora(x: jax.Array, weights: tuple[NF4, ...], adapters: tuple, tokens: int):
         missing = rank - adapter[0].shape[1]
         a.append(jnp.pad(adapter[0], ((0, 0), (0, missing))))
         b.append(jnp.pad(adapter[1], ((0, missing), (0, 0))))
-    xa = jnp.dot(x, jnp.concatenate(a, 1), preferred_element_type=jnp.float32)
-    xa = jnp.pad(xa, ((0, tokens - len(x)), (0, 0))).reshape(tokens, len(weights), rank)
-    return xa.transpose(1, 2, 0), jnp.concatenate(b, 1)
+    a_transposed = _in_kernel_order(jnp.concatenate(a, 1).T)  # [weights · R, in]
+    xa = jnp.dot(a_transposed, x.T, preferred_element_type=jnp.float32)
+    return xa.reshape(len(weights), rank, len(x)), jnp.concatenate(b, 1)
 
 
 def nf4_matmul(
@@ -420,8 +423,9 @@ def nf4_matmul(
     Returns:
       float32 [M, sum(out_i)].
     """
-    m, tokens = len(x), _padded(len(x))
-    lora = _lora(x, weights, adapters, tokens)
+    m = len(x)
+    x = jnp.pad(_in_kernel_order(x), ((0, _padded(m) - m), (0, 0)))
+    lora = _lora(x, weights, adapters)
     given = []
     for weight in weights:
         out, half = weight.codes.shape
@@ -432,6 +436,5 @@ def nf4_matmul(
             m, [weight.codes.shape[0] for weight in weights], 0 if lora is None else lora[1].shape[0]
         )
         assert config is not None, "not supported"
-    padded = jnp.pad(_in_kernel_order(x), ((0, tokens - m), (0, 0)))
-    parts = _call(padded, tuple(given), lora, config, interpret)
+    parts = _call(x, tuple(given), lora, config, interpret)
     return parts.sum(0).T[:m]
