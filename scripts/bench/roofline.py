@@ -34,7 +34,10 @@ H200 = Ceilings()  # as measured on one, see docs/benchmarks.md
 
 
 class Kernel(NamedTuple):
-    """One instruction: times run, kind, bytes moved and operations of one run, seconds of all at best."""
+    """One instruction: times run, kind, bytes moved and operations of one run, seconds of all at best.
+
+    inner: the library call or custom kernel inside a fusion with slices of stacks; traces name that.
+    """
 
     name: str
     kind: str
@@ -43,6 +46,7 @@ class Kernel(NamedTuple):
     flops: float
     seconds: float
     op_name: str
+    inner: str = ""
 
 
 class Instruction(NamedTuple):
@@ -160,31 +164,26 @@ def kernels(text: str, ceilings: Ceilings = H200, unknown_trips: int = 8) -> lis
     found: list[Kernel] = []
 
     def add(i: Instruction, types: dict[str, str], times: int) -> None:
-        op_name = re.search(r'op_name="([^"]*)"', i.text)
-        name = op_name[1] if op_name else ""
-        moved, flops, kind = (
-            size(i.type) + sum(size(types.get(o, "")) for o in i.operands),
-            0.0,
-            "element-wise",
-        )
-        rate = ceilings.bf16
+        moved, hero = size(i.type) + sum(size(types.get(o, "")) for o in i.operands), i
         if i.op in ("fusion", "fusion-start"):
             body = computations[called(i, "calls")]
-            moved = moved_by_fusion(body)
-            for dot in (inner for inner in body if inner.op == "dot"):  # a product that XLA made a kernel for
-                _, flops, skinny = product(dot, {inner.name: inner.type for inner in body})
-                kind = "lora" if skinny else "products"
-        elif i.op == "custom-call" and "$fmha" in i.text:
-            kind, flops, rate = "attention", attention(i, types), ceilings.attention
-        elif (i.op == "custom-call" and "$matmul" in i.text) or "__cublas$gemm" in i.text:
-            moved, flops, skinny = product(i, types)
+            moved, types = moved_by_fusion(body), {inner.name: inner.type for inner in body}
+            # a product that XLA made a kernel for, or a call that reads and writes slices of stacks
+            hero = next((inner for inner in body if inner.op in ("dot", "custom-call")), i)
+        op_name = re.search(r'op_name="([^"]*)"', hero.text)
+        name, kind, flops, rate = op_name[1] if op_name else "", "element-wise", 0.0, ceilings.bf16
+        if hero.op == "custom-call" and "$fmha" in hero.text:
+            kind, flops, rate = "attention", attention(hero, types), ceilings.attention
+        elif hero.op == "dot" or "$matmul" in hero.text or "__cublas$gemm" in hero.text:
+            read, flops, skinny = product(hero, types)
+            moved = read if hero is i else moved
             kind = "lora" if skinny else "products"
-            rate = ceilings.fp8 if "f8e" in types[i.operands[0]] else rate
+            rate = ceilings.fp8 if "f8e" in types[hero.operands[0]] else rate
         elif i.op.startswith("copy"):
             kind = "copies"
         seconds = times * max(moved / ceilings.bandwidth, flops / rate)
         kind = kind if kind in ("attention", "lora") else kind_of(i, name, kind)
-        found.append(Kernel(i.name, kind, times, moved, flops, seconds, name))
+        found.append(Kernel(i.name, kind, times, moved, flops, seconds, name, hero.name))
 
     def walk(computation: str, times: int) -> None:
         types = {i.name: i.type for i in computations[computation]}

@@ -51,6 +51,34 @@ ENTRY %main (a: bf16[4,256,512]) -> bf16[4,128,256] {
 """
 
 
+SLICED = """HloModule step
+
+%inside (p0: bf16[4,256,512], p1: s32[], p2: bf16[128,512]) -> bf16[128,256] {
+  %p0 = bf16[4,256,512]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %cut = bf16[1,256,512]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,256,512}
+  %flat = bf16[256,512]{1,0} bitcast(%cut)
+  %p2 = bf16[128,512]{1,0} parameter(2)
+  ROOT %hero = bf16[128,256]{1,0} custom-call(%p2, %flat), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}
+}
+
+ENTRY %main (a: bf16[4,256,512], i: s32[], x: bf16[128,512]) -> bf16[128,256] {
+  %a = bf16[4,256,512]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %x = bf16[128,512]{1,0} parameter(2)
+  ROOT %sliced = bf16[128,256]{1,0} fusion(%a, %i, %x), kind=kCustom, calls=%inside
+}
+"""
+
+
+def test_a_call_inside_a_fusion_with_slices_is_counted_as_itself():
+    (row,) = roofline.kernels(SLICED)
+    assert (row.name, row.inner, row.kind) == ("sliced", "hero", "products")
+    assert row.flops == 2 * 128 * 256 * 512
+    assert row.bytes == 2 * (128 * 512 + 256 * 512 + 128 * 256) + 4
+
+
 def test_every_kernel_is_counted_as_often_as_it_runs():
     ceilings = roofline.Ceilings(bandwidth=1e9, bf16=1e12)
     rows = {row.name: row for row in roofline.kernels(PROGRAM, ceilings)}
