@@ -84,9 +84,21 @@ def _padded(rows: int) -> int:
 
 
 @cache
+def values() -> np.ndarray:
+    """The 16 values as bfloat16: all the nearest but two, which go the other way.
+
+    With all of them nearest a weight would be 0.05 % of a standard deviation too large on average. Random errors of a
+    row's weights cancel, a common one is added up by whatever mean x has: 1.5 % of y for a constant x.
+    """
+    nearest = NF4_CODE.astype(jnp.bfloat16)
+    other = nearest.view(np.uint16) + np.where(np.abs(nearest.astype(np.float32)) < np.abs(NF4_CODE), 1, -1)
+    return np.where(np.isin(np.arange(16), (3, 8)), other.astype(np.uint16).view(jnp.bfloat16), nearest)
+
+
+@cache
 def _pairs() -> np.ndarray:
     """uint32 [256, 32]: the two bfloat16 that a byte stands for, its high nibble's in the low half."""
-    bits = NF4_CODE.astype(jnp.bfloat16).view(np.uint16).astype(np.uint32)
+    bits = values().view(np.uint16).astype(np.uint32)
     byte = np.arange(256)
     return np.repeat((bits[byte >> 4] | bits[byte & 15] << 16)[:, None], 32, 1)
 

@@ -15,7 +15,7 @@ from jaxtune.kernels import nf4_matmul as kernel
 from jaxtune.kernels import target
 from jaxtune.kernels.linear import Adapter, adapted_linear, reference
 from jaxtune.kernels.nf4_matmul import Config, config_for, nf4_matmul, supported
-from jaxtune.quant import NF4, quantize_nf4
+from jaxtune.quant import NF4, NF4_CODE, quantize_nf4
 
 GROUPS = {
     "qkv": (4096, (4096, 1024, 1024)),
@@ -133,3 +133,17 @@ def test_gradients_are_those_of_two_products(monkeypatch):
     for ours, theirs in zip(probe(), want, strict=True):
         difference = np.abs((ours - theirs).astype(np.float32)).max()
         assert difference <= GRADIENT * np.abs(theirs.astype(np.float32)).max()
+
+
+def test_the_values_have_no_common_error():
+    """Of weights as they are: normal, in blocks of 64."""
+    weights = np.random.default_rng(0).normal(size=(20000, 64)).astype(np.float32)
+    scaled = weights / np.abs(weights).max(1, keepdims=True)
+    error = kernel.values().astype(np.float32) - NF4_CODE
+    codes = np.searchsorted((NF4_CODE[1:] + NF4_CODE[:-1]) / 2, scaled)
+    assert (
+        abs(error[codes].mean())
+        < 1e-5
+        < abs((NF4_CODE.astype(jnp.bfloat16).astype(np.float32) - NF4_CODE)[codes].mean())
+    )
+    assert np.abs(error).max() <= 2.0**-8
