@@ -22,7 +22,7 @@ from jaxtune.hub import BnbTensor, Checkpoint
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.layers import NF4Weight
 from jaxtune.models.names import Leaves, Slot, expected_names, leaf_shapes, module_at
-from jaxtune.quant import dequantize_nf4, from_bnb, quantize_nf4
+from jaxtune.quant import dequantize_nf4, from_bnb, on_device, quantize_nf4
 
 # Under way at a time. Of an 8B model each is at most 117 MB, but for the embedding and the head (1.05 GB).
 TENSORS_AHEAD = 4
@@ -83,7 +83,7 @@ def _convert(value: np.ndarray | BnbTensor, target, dtype, name: str) -> dict[st
     elif isinstance(target, NF4Weight):
         stored = quantize_nf4(value, double_quant=target.absmax_scale is not None)
     else:
-        array = jnp.array(value)  # copied, on a CPU too: no leaf shares the pages of a file
+        array = on_device(value)
         return {"": array if array.dtype == dtype else _cast(array, dtype)}
     if isinstance(target, NF4Weight):
         return {f".{field}": leaf for field, leaf in stored._asdict().items() if leaf is not None}

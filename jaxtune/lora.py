@@ -206,15 +206,12 @@ def initialise(model: CausalLM, base: Leaves, config: LoraConfig, names: set[str
     # A head that `attach` untied starts as the embedding.
     if model.lm_head is not None and "lm_head.weight" not in base:
         base["lm_head.weight"] = base["model.embed_tokens.weight"]
-    trained = sorted(trainable_paths(model))
-    factors = [path for path in trained if path.endswith((".lora_A", ".lora_B"))]
-    # One program, where one for each shape and operation would be compiled.
-    trainable = jax.jit(lambda: {path: _initial(path, shapes[path].shape, config) for path in factors})()
-    for path in trained:
+    trainable: Leaves = {}
+    for path in sorted(trainable_paths(model)):
         module_path, leaf = path.rsplit(".", 1)
-        if path in trainable:
-            continue
-        if leaf == "lora_magnitude":
+        if leaf in ("lora_A", "lora_B"):
+            trainable[path] = _initial(path, shapes[path].shape, config)
+        elif leaf == "lora_magnitude":
             trainable[path] = _magnitudes(model, base, module_path, shapes[path].shape)
         else:
             trainable[path] = jnp.asarray(base[path], jnp.float32)

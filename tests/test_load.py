@@ -1,4 +1,4 @@
-"""Loading: what is missing or left over is named, and memory stays at the finished model plus one tensor."""
+"""Loading: what is missing or left over is named, and memory stays at the finished model plus what is under way."""
 
 import subprocess
 import sys
@@ -99,6 +99,19 @@ def test_one_program_writes_all_weights_of_a_shape(layers, tiny_model_dir):
     load._write.clear_cache()
     loaded(tiny_model_dir("llama", num_hidden_layers=layers), 4)
     assert load._write._cache_size() == 5  # q and o, k and v, gate and up, down, norms
+
+
+def test_no_leaf_shares_the_memory_of_the_file(tiny_model_dir):
+    read, checkpoint = [], hub.resolve(str(tiny_model_dir("llama")))
+
+    def remembered(name):
+        read.append(hub.Checkpoint.read(checkpoint, name))
+        return read[-1]
+
+    object.__setattr__(checkpoint, "read", remembered)
+    leaves = load.load_weights(checkpoint, models.build(checkpoint.config, jnp.float32, nf4=False))
+    inside = [value.ctypes.data + at for value in read for at in range(0, value.nbytes, 64)]
+    assert not {leaf.unsafe_buffer_pointer() for leaf in leaves.values()} & set(inside)
 
 
 def test_no_more_are_begun_than_asked_for_and_they_come_in_order():
