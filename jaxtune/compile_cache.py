@@ -32,6 +32,8 @@ def enable_compile_cache() -> None:
     except OSError:  # no home to write to: every run compiles
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    if jax.default_backend() == "gpu":
+    gpu = jax.default_backend() == "gpu"
+    # Loading and setting up are dozens of small programs; on a GPU each takes 0.1 s or more to compile.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0 if gpu else 0.5)
+    if gpu:
         jax.config.update("jax_persistent_cache_enable_xla_caches", "xla_gpu_per_fusion_autotune_cache_dir")

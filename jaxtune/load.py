@@ -1,10 +1,17 @@
-"""Streams a checkpoint into a model's leaves, one tensor at a time, quantised on arrival.
+"""Streams a checkpoint into a model's leaves, a few tensors at a time, quantised on arrival.
 
 The leaves are allocated once; every tensor is read, converted on the device and written into its layer in place, so
-the peak is the finished model plus one tensor. The 16-bit model never exists whole.
+the peak is the finished model plus the tensors under way. The 16-bit model never exists whole.
+
+On an accelerator a few tensors are under way at a time: while one is copied from the file's pages, another is on the
+bus or being quantised, and the scales of a third are quantised in turn on the host.
 """
 
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +21,44 @@ from tqdm.auto import tqdm
 from jaxtune.hub import BnbTensor, Checkpoint
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.layers import NF4Weight
-from jaxtune.models.names import Leaves, expected_names, leaf_shapes, module_at
-from jaxtune.quant import dequantize_nf4, from_bnb, quantize_nf4
+from jaxtune.models.names import Leaves, Slot, expected_names, leaf_shapes, module_at
+from jaxtune.quant import dequantize_nf4, from_bnb, on_device, quantize_nf4
+
+# Under way at a time. Of an 8B model each is at most 117 MB, but for the embedding and the head (1.05 GB).
+TENSORS_AHEAD = 4
+
+
+@partial(jax.jit, static_argnums=0)
+def _blank(shapes: tuple[tuple[str, tuple[int, ...], Any], ...]) -> Leaves:
+    """Zeros for every (path, shape, dtype): one program, where one a shape would each be compiled."""
+    return {path: jnp.zeros(shape, dtype) for path, shape, dtype in shapes}
 
 
 @partial(jax.jit, donate_argnums=0)
-def _write(stack: jax.Array, value: jax.Array, index: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, value.astype(stack.dtype), index, 0)
+def _write(stacks: dict[str, Any], values: dict[str, Any], index) -> dict[str, Any]:
+    """Puts the fields of one weight into row `index` of their stacks, in place; one program for weights of a shape."""
+
+    def put(stack: jax.Array, value: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(stack, value.astype(stack.dtype), index, 0)
+
+    return jax.tree.map(put, stacks, values)
 
 
 @partial(jax.jit, static_argnums=1)
 def _cast(value: jax.Array, dtype) -> jax.Array:
     return value.astype(dtype)
+
+
+def in_order[T](call: Callable[..., T], arguments: Iterable[tuple], ahead: int) -> Iterator[T]:
+    """call(*a) of each of `arguments`, in their order, at most `ahead` of them begun and not yet taken."""
+    waiting: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(ahead) as pool:
+        for each in arguments:
+            if len(waiting) == ahead:
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(call, *each))
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def check_names(found: set[str], expected: set[str], tied: bool) -> None:
@@ -43,21 +76,29 @@ def check_names(found: set[str], expected: set[str], tied: bool) -> None:
         )
 
 
-def _convert(value: np.ndarray | BnbTensor, target, dtype, name: str) -> dict[str, jax.Array]:
+def _convert(value: np.ndarray | BnbTensor, target, dtype, name: str) -> dict[str, Any]:
     """One tensor as the leaves it becomes: {"": array} or the fields of an NF4 weight."""
     if isinstance(value, BnbTensor):
         stored = from_bnb(value.tensors, name)
     elif isinstance(target, NF4Weight):
         stored = quantize_nf4(value, double_quant=target.absmax_scale is not None)
     else:
-        return {"": _cast(jnp.asarray(value), dtype)}
+        array = on_device(value)
+        return {"": array if array.dtype == dtype else _cast(array, dtype)}
     if isinstance(target, NF4Weight):
         return {f".{field}": leaf for field, leaf in stored._asdict().items() if leaf is not None}
     return {"": dequantize_nf4(stored, dtype)}
 
 
-def load_weights(checkpoint: Checkpoint, model: CausalLM, *, progress: bool = True) -> Leaves:
+def load_weights(
+    checkpoint: Checkpoint, model: CausalLM, *, progress: bool = True, ahead: int | None = None
+) -> Leaves:
     """Fills the leaves of a model of shapes (before any adapter is attached) from a checkpoint.
+
+    Args:
+      checkpoint, model: from, into.
+      progress: show a bar.
+      ahead: tensors under way at a time; None: TENSORS_AHEAD, on a CPU 1, where they share cores and memory.
 
     Returns:
       path -> array, on the default device.
@@ -67,25 +108,34 @@ def load_weights(checkpoint: Checkpoint, model: CausalLM, *, progress: bool = Tr
     """
     expected = expected_names(model)
     check_names(set(checkpoint.names()), set(expected), model.lm_head is None)
-    leaves = {path: jnp.zeros(s.shape, s.dtype) for path, s in leaf_shapes(model).items()}
+    if ahead is None:
+        ahead = 1 if jax.default_backend() == "cpu" else TENSORS_AHEAD
+    leaves = _blank(
+        tuple((p, s.shape, s.dtype) for p, s in leaf_shapes(model).items() if p.startswith("model.layers."))
+    )
+
+    def fetch(name: str, slot: Slot, leaf: str) -> tuple[Slot, str, dict[str, Any]]:
+        target, value = getattr(module_at(model, slot.path), leaf), checkpoint.read(name)
+        shape = leaf_shapes_of(target)
+        if tuple(value.shape) != shape:
+            raise ValueError(
+                f"{name}: config.json asks for shape {list(shape)}, the checkpoint has {list(tuple(value.shape))}"
+            )
+        return slot, leaf, _convert(value, target, model.dtype, name)
+
     bar = tqdm(
-        expected.items(),
+        in_order(fetch, ((name, *where) for name, where in expected.items()), ahead),
         desc="Loading weights",
+        total=len(expected),
         unit="tensor",
         disable=None if progress else True,
         leave=False,
     )
-    for name, (slot, leaf) in bar:
-        target = getattr(module_at(model, slot.path), leaf)
-        value = checkpoint.read(name)
-        shapes = leaf_shapes_of(target)
-        if tuple(value.shape) != shapes:
-            raise ValueError(
-                f"{name}: config.json asks for shape {list(shapes)}, the checkpoint has {list(tuple(value.shape))}"
-            )
-        for field, array in _convert(value, target, model.dtype, name).items():
-            path = f"{slot.path}.{leaf}{field}"
-            leaves[path] = array if slot.index is None else _write(leaves[path], array, slot.index)
+    for slot, leaf, fields in bar:
+        place = f"{slot.path}.{leaf}"
+        if slot.index is not None:
+            fields = _write({field: leaves[place + field] for field in fields}, fields, np.int32(slot.index))
+        leaves |= {place + field: array for field, array in fields.items()}
     return leaves
 
 

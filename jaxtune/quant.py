@@ -152,6 +152,14 @@ def _quantize_absmax(absmax: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.flo
     return codes.reshape(-1)[: flat.size].reshape(absmax.shape), scale, offset
 
 
+def on_device(x: np.ndarray | jax.Array) -> jax.Array:
+    """A host array on the default device, never sharing its memory (a CPU would, with the pages of a mapped file).
+
+    jnp.asarray would compile a copy for each shape and hold the array twice while it runs.
+    """
+    return jax.device_put(x, may_alias=False)
+
+
 def quantize_nf4(w: jax.Array | np.ndarray, double_quant: bool = True) -> NF4:
     """Quantises a float matrix [out, in] (in a multiple of 64) to NF4, as bitsandbytes does.
 
@@ -163,11 +171,11 @@ def quantize_nf4(w: jax.Array | np.ndarray, double_quant: bool = True) -> NF4:
       ValueError: the shape is no matrix of whole blocks.
     """
     check_quantisable(w.shape)
-    codes, absmax = _quantize_blocks(jnp.asarray(w))
+    codes, absmax = _quantize_blocks(jax.device_put(w))
     if not double_quant:
         return NF4(codes, absmax)
     nested, scale, offset = _quantize_absmax(np.asarray(absmax))
-    return NF4(codes, jnp.asarray(nested), jnp.asarray(scale), jnp.asarray(offset))
+    return NF4(codes, on_device(nested), on_device(scale), on_device(offset))
 
 
 def dequantize_absmax(w: NF4) -> jax.Array:
@@ -246,11 +254,11 @@ def from_bnb(tensors: Mapping[str, np.ndarray], name: str = "weight") -> NF4:
         raise ValueError(f"{name}: its quant_map is not the NF4 map")
     out, width = state["shape"]
     check_quantisable((out, width), name)
-    codes = jnp.asarray(_from_bnb_order(np.asarray(tensors["weight"])).reshape(out, width // 2))
-    absmax = jnp.asarray(tensors["weight.absmax"].reshape(out, width // BLOCK))
+    codes = on_device(_from_bnb_order(np.asarray(tensors["weight"])).reshape(out, width // 2))
+    absmax = on_device(tensors["weight.absmax"].reshape(out, width // BLOCK))
     if "weight.nested_absmax" not in tensors:
         return NF4(codes, absmax)
     if not np.array_equal(tensors["weight.nested_quant_map"], dynamic_map()):
         raise ValueError(f"{name}: its nested_quant_map is not the signed dynamic map")
-    offset = jnp.float32(state["nested_offset"])
-    return NF4(codes, absmax, jnp.asarray(tensors["weight.nested_absmax"]), offset)
+    offset = on_device(np.float32(state["nested_offset"]))
+    return NF4(codes, absmax, on_device(tensors["weight.nested_absmax"]), offset)

@@ -216,7 +216,7 @@ class SFTTrainer:
         warmup = args.num_warmup_steps(num_steps)
         schedule = make_schedule(args.lr_scheduler_type, args.learning_rate, num_steps, warmup)
         optimizer = make_optimizer(args, num_steps, model.trainable)
-        self.opt_state = optimizer.init(model.trainable)
+        self.opt_state = jax.jit(optimizer.init)(model.trainable)  # one program, not one a shape
         norm, noise = args.max_grad_norm, args.neftune_noise_alpha
         self._train_step = PlannedStep(
             lambda remat: make_train_step(

@@ -1,8 +1,11 @@
-"""Loading: what is missing or left over is named, and memory stays at the finished model plus one tensor."""
+"""Loading: what is missing or left over is named, and memory stays at the finished model plus what is under way."""
 
 import subprocess
 import sys
+import threading
+import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
@@ -11,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tolerances import LOGITS
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from jaxtune import hub, load, models
 from jaxtune.fast import FastLanguageModel
 
 
@@ -77,10 +81,72 @@ def test_only_one_of_the_modes(tiny_model_dir):
         FastLanguageModel.from_pretrained(tiny_model_dir("llama"), load_in_4bit=True, load_in_16bit=True)
 
 
+def loaded(folder, ahead):
+    checkpoint = hub.resolve(str(folder))
+    return load.load_weights(checkpoint, models.build(checkpoint.config, jnp.bfloat16, nf4=True), ahead=ahead)
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "llama_bias", "mistral_window"])
+def test_tensors_under_way_together_give_the_same_leaves(family, tiny_model_dir):
+    one, four = (loaded(tiny_model_dir(family), ahead) for ahead in (1, 4))
+    assert one.keys() == four.keys()
+    for path, leaf in one.items():
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(four[path]), err_msg=path)
+
+
+@pytest.mark.parametrize("layers", [2, 5])
+def test_one_program_writes_all_weights_of_a_shape(layers, tiny_model_dir):
+    load._write.clear_cache()
+    loaded(tiny_model_dir("llama", num_hidden_layers=layers), 4)
+    assert load._write._cache_size() == 5  # q and o, k and v, gate and up, down, norms
+
+
+def test_no_leaf_shares_the_memory_of_the_file(tiny_model_dir):
+    read, checkpoint = [], hub.resolve(str(tiny_model_dir("llama")))
+
+    def remembered(name):
+        read.append(hub.Checkpoint.read(checkpoint, name))
+        return read[-1]
+
+    object.__setattr__(checkpoint, "read", remembered)
+    leaves = load.load_weights(checkpoint, models.build(checkpoint.config, jnp.float32, nf4=False))
+    inside = [value.ctypes.data + at for value in read for at in range(0, value.nbytes, 64)]
+    assert not {leaf.unsafe_buffer_pointer() for leaf in leaves.values()} & set(inside)
+
+
+def test_no_more_are_begun_than_asked_for_and_they_come_in_order():
+    begun, lock, together = [], threading.Lock(), [0]
+
+    def call(i):
+        with lock:
+            begun.append(i)
+            together[0] = max(together[0], len(begun) - taken)
+        time.sleep(0.001 * (i % 3))
+        return i
+
+    taken, results = 0, []
+    for result in load.in_order(call, ((i,) for i in range(20)), 3):
+        taken += 1
+        results.append(result)
+    assert results == list(range(20))
+    assert together[0] <= 3 + 1  # the one that is being taken has made room for the next
+
+
+def test_what_goes_wrong_in_a_tensor_under_way_is_raised():
+    def call(i):
+        if i == 5:
+            raise ValueError("tensor 5")
+        return i
+
+    with pytest.raises(ValueError, match="tensor 5"):
+        list(load.in_order(call, ((i,) for i in range(20)), 3))
+
+
 PEAK = """
 import resource, sys
 import numpy as np
 import jax.numpy as jnp
+from jaxtune import hub, load, models
 from jaxtune.fast import FastLanguageModel
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 warm, _ = FastLanguageModel.from_pretrained(sys.argv[1], dtype="bfloat16", max_seq_length=None)
