@@ -16,6 +16,7 @@ from flax import nnx
 
 from jaxtune.kernels import target
 from jaxtune.kernels.cross_entropy import IGNORE, Options, fused_cross_entropy
+from jaxtune.models.decoder import CausalLM
 from jaxtune.models.names import Leaves, join
 from jaxtune.models.remat import Remat
 
@@ -30,6 +31,7 @@ class Trainable(Protocol):
     """What a step needs of a model."""
 
     graphdef: nnx.GraphDef
+    module: CausalLM
 
 
 def targets(labels: jax.Array, segment_ids: jax.Array) -> jax.Array:
@@ -87,7 +89,7 @@ def clip(grads: Leaves, max_norm: float | None) -> tuple[Leaves, jax.Array]:
     return jax.tree.map(lambda g: g * factor, grads), norm
 
 
-def compiler_options(remat: Remat) -> dict[str, bool] | None:
+def compiler_options(remat: Remat, fp8: bool) -> dict[str, bool] | None:
     """XLA's options for a step on a GPU; see docs/benchmarks.md for what each was worth."""
     if target.capability() is None:
         return None
@@ -95,6 +97,10 @@ def compiler_options(remat: Remat) -> dict[str, bool] | None:
     options = {"xla_gpu_enable_dus_accumulator_zero_init_elimination": True}
     if remat.offload:  # copies to and from the host run beside the products
         options["xla_gpu_enable_latency_hiding_scheduler"] = True
+    if (
+        fp8
+    ):  # trying Triton's kernels for 8-bit products takes 80 s of compilation, and the libraries' are faster
+        options["xla_gpu_enable_triton_gemm"] = False
     return options
 
 
@@ -110,7 +116,7 @@ def make_train_step(
     """The jitted training step of a model; compiled once for each batch shape.
 
     Args:
-      model: gives the graphdef.
+      model: gives the graphdef, and its module whether it multiplies in 8 bits.
       optimizer: acts on the flat trainable leaves.
       max_grad_norm: clip to this global norm.
       neftune_alpha: strength of embedding noise, None for none.
@@ -161,7 +167,7 @@ def make_train_step(
         }
         return optax.apply_updates(trainable, updates), opt_state, metrics
 
-    return jax.jit(step, donate_argnums=(0, 1), compiler_options=compiler_options(remat))
+    return jax.jit(step, donate_argnums=(0, 1), compiler_options=compiler_options(remat, model.module.fp8))
 
 
 def make_eval_step(

@@ -31,7 +31,10 @@ def compiled_memory(layers: int, remat: str):
     columns = ("input_ids", "labels", "positions", "segment_ids")
     batch = {column: jax.ShapeDtypeStruct((2, 1, TOKENS), jnp.int32) for column in columns}
     step = make_train_step(
-        SimpleNamespace(graphdef=nnx.split(module)[0]), optimizer, remat=Remat.parse(remat), loss_chunk=64
+        SimpleNamespace(graphdef=nnx.split(module)[0], module=module),
+        optimizer,
+        remat=Remat.parse(remat),
+        loss_chunk=64,
     )
     arguments = (trainable, jax.eval_shape(optimizer.init, trainable), base, batch, jax.random.key(0))
     analysis = step.lower(*arguments).compile().memory_analysis()

@@ -61,7 +61,12 @@ def tiny_llama(fp8=False):
     trainable = {path: leaf for path, leaf in leaves.items() if path in trained}
     base = {path: leaf for path, leaf in leaves.items() if path not in trained}
     return SimpleNamespace(
-        graphdef=nnx.split(module)[0], trainable=trainable, base=base, batch=batch, config=module.config
+        graphdef=nnx.split(module)[0],
+        module=module,
+        trainable=trainable,
+        base=base,
+        batch=batch,
+        config=module.config,
     )
 
 
@@ -141,7 +146,7 @@ def test_kept_bytes_are_what_the_backward_pass_gets(name, request):
 @pytest.mark.parametrize("text", ["all+offload", "attention+offload"])
 def test_offloaded_layer_inputs_leave_the_device(model, text):
     """Lowered for a GPU: layer inputs, and nothing else, are put into pinned host memory."""
-    step = make_train_step(SimpleNamespace(graphdef=model.graphdef), optax.sgd(1.0), remat=Remat.parse(text))
+    step = make_train_step(model, optax.sgd(1.0), remat=Remat.parse(text))
     batch = {name: column[None] for name, column in model.batch.items()}
     arguments = (model.trainable, optax.sgd(1.0).init(model.trainable), model.base, batch, jax.random.key(0))
     lowered = step.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
@@ -166,7 +171,7 @@ def test_a_gpu_step_lowers_with_cudnn_attention(documents, text):
     batch["starts"] = jax.ShapeDtypeStruct((2, 2, documents), jnp.int32)
     optimizer = optax.adamw(1e-4)
     with target.tracing_for((9, 0)):
-        graph = SimpleNamespace(graphdef=nnx.split(module)[0])
+        graph = SimpleNamespace(graphdef=nnx.split(module)[0], module=module)
         step = make_train_step(graph, optimizer, remat=Remat.parse(text))
         arguments = (trainable, jax.eval_shape(optimizer.init, trainable), base, batch, jax.random.key(0))
         program = step.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
