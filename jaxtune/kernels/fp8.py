@@ -111,13 +111,18 @@ def dot8(left: jax.Array, right: jax.Array, dtype) -> jax.Array:
 
 def multiply(
     pieces: list, through: jax.Array, beside: jax.Array, weights: tuple, kind: _Kind, transposed: bool
-) -> tuple[jax.Array, jax.Array]:
-    """(raw [N, O], float32 scale [N, 1]) whose product is x Wᵀ + through besideᵀ, or with x W where `transposed`.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """raw [N, O] and scale, whose product is x Wᵀ + through besideᵀ, or with x W where `transposed`; and a bound.
 
-    They stay apart so that whoever reads raw multiplies on the way: no pass has to. |raw| is at most K times the
-    tops of both sides.
+    They stay apart so that whoever reads raw multiplies on the way: no pass has to.
 
-    pieces: x [N, K] in pieces that lie side by side; through [N, R], beside [O, R].
+    Args:
+      pieces: x [N, K] in pieces that lie side by side.
+      through, beside: [N, R], [O, R].
+
+    Returns:
+      raw; its rows' scales, powers of two, float32 [N, 1]; what the rows' largest |raw · scale| is at most (by Cauchy
+      and Schwarz, knowing of the right side only that it stays below E4M3.top), float32 [N, 1].
     """
     terms = BACKWARD if kind is E5M2 else FORWARD
     with jax.named_scope("dequantise"):
@@ -127,7 +132,9 @@ def multiply(
     with jax.named_scope("quantise"):
         extra = through.astype(jnp.float32) * (beside_scale / weight_scale)
         wide, row_scale = _left(pieces, extra, kind, tuple(left for left, _ in terms))
-    return dot8(wide, matrix, through.dtype), row_scale * weight_scale
+        scale = row_scale * weight_scale
+        norm = jnp.linalg.norm(wide.astype(jnp.float32), axis=1, keepdims=True)
+    return dot8(wide, matrix, through.dtype), scale, norm * scale * (wide.shape[1] ** 0.5 * E4M3.top)
 
 
 def scaled(raw: jax.Array, scale: jax.Array) -> jax.Array:
@@ -138,7 +145,8 @@ def product(x: jax.Array, weights: tuple, adapters: tuple) -> tuple[jax.Array, j
     """(raw, scale) of x [N, in] through the layers side by side, and x A [N, R]."""
     with jax.named_scope("lora"):
         xa = keep(x @ joined_a(adapters), "adapter")
-    return *multiply([x], xa, joined_b(weights, adapters).T, weights, E4M3, transposed=False), xa
+    raw, scale, _ = multiply([x], xa, joined_b(weights, adapters).T, weights, E4M3, transposed=False)
+    return raw, scale, xa
 
 
 def reference(x: jax.Array, weights: tuple, adapters: tuple) -> list[jax.Array]:
@@ -193,7 +201,7 @@ def _backward(_, residuals, dys):
     # Without the barrier XLA may keep the forward pass's 8-bit weights alive until here. dys stay out of it, so that
     # the largest of their rows are found where they are computed.
     weights, dxa = jax.lax.optimization_barrier((weights, dxa))
-    raw, scale = multiply(dys, dxa, joined_a(adapters), weights, E5M2, transposed=True)
+    raw, scale, _ = multiply(dys, dxa, joined_a(adapters), weights, E5M2, transposed=True)
     with jax.named_scope("lora"):
         da = jnp.dot(x.T, dxa, preferred_element_type=jnp.float32)  # [in, R]
         grads, rank = [], 0

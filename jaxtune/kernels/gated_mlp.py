@@ -27,9 +27,9 @@ def joinable(adapters: tuple[Adapter | None, ...]) -> bool:
 
 def supported(x: jax.Array, weights: tuple, adapters: tuple[Adapter | None, ...]) -> bool:
     """Whether the kernel behind the backward pass takes x [..., D] and the gate, up and down layers."""
-    if not joinable(adapters):
-        return False
     gate, up, down = adapters
+    if down is None or not joinable(adapters):
+        return False
     tokens = x.size // x.shape[-1]
     ranks = sum(len(adapter.b) for adapter in (gate, up) if adapter is not None), len(down.b)
     return not is_few(x) and swiglu.supported(tokens, rows(weights[0]), ranks, x.dtype)

@@ -38,7 +38,8 @@ def reference(
       float32 [F, S].
     """
     columns = None if scales is None else [scale[:, None] for scale in scales]
-    act, d_gate, d_up = _pointwise(d_act, *jnp.split(gate_up, 2, axis=1), columns)
+    gate, up = jnp.split(gate_up, 2, axis=1)
+    act, d_gate, d_up = _pointwise(d_act, gate, up, columns)
     exact = jnp.concatenate([d_gate, d_up], axis=1)
     d_gate_up = exact.astype(gate_up.dtype)
     db = jnp.dot(d_gate_up.T, xa, preferred_element_type=jnp.float32)
@@ -155,10 +156,11 @@ def kernel(d_act, gate_up, xa, d_xa, scales=None, interpret: Any = None):
     ranks = xa.shape[1], d_xa.shape[1]
     padded = _padded(ranks)
     xa, d_xa = (jnp.pad(x, ((0, 0), (0, padded - x.shape[1]))) for x in (xa, d_xa))
-    slots = (2, 2, TILE, TILE)  # by turns, d(gate) and d(up)
-    scratch = [plgpu.SMEM(shape, jnp.bfloat16, transforms=_transforms(padded)) for shape in (slots[2:], slots)]
+    shapes = ((TILE, TILE), (2, 2, TILE, TILE))  # act; by turns, d(gate) and d(up)
+    scratch = [plgpu.SMEM(shape, jnp.bfloat16, transforms=_transforms(padded)) for shape in shapes]
     if scales is not None:
-        scratch.append(plgpu.SMEM(slots, jnp.float8_e5m2, transforms=(plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(TILE))))
+        swizzled = plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(TILE)
+        scratch.append(plgpu.SMEM(shapes[1], jnp.float8_e5m2, transforms=swizzled))
     call = plgpu.kernel(
         partial(_body, steps, blocks, scales is not None),
         out_type=[
