@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from jaxtune.generate.sampling import Sampling, penalise, sample
+from jaxtune.kernels.keep import keeping_nothing
 from jaxtune.models.decoder import Cache, CausalLM
 from jaxtune.models.names import Leaves, join
 
@@ -92,7 +93,8 @@ def _decode(graphdef, trainable, base, state: State, *, steps, sampling, stop, p
         cache, index = state.cache, state.cache.index
         positions = jax.lax.dynamic_slice_in_dim(cache.positions, index, 1, 1)
         ones = jnp.ones_like(positions)
-        hidden, cache = model.hidden(model.embed(state.last[:, None]), positions, ones, cache=cache)
+        with keeping_nothing():
+            hidden, cache = model.hidden(model.embed(state.last[:, None]), positions, ones, cache=cache)
         key, now = jax.random.split(state.key)
         token, seen = _choose(model, hidden[:, 0], state.seen, now, sampling)
         token = jnp.where(state.done, pad, token)

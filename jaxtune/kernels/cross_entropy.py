@@ -8,32 +8,27 @@ are sorted to the end and never visited, so they cost nothing.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxtune.kernels import softmax_gradient, target
+from jaxtune.kernels import target
 
 IGNORE = -100
-AUTO = "xla"  # what impl="auto" means where the kernel applies: it has not been seen to win yet
 
 
 class Options(NamedTuple):
     """Static choices of the loss.
 
     chunk: tokens a chunk. softcap: logits become softcap·tanh(logits/softcap). logit_scale: logits are multiplied by
-    it first (1/temperature in reinforcement learning). train_head: also return the head's gradient. logits_dtype: what
-    the product with the head is rounded to; all that follows is float32. impl: "xla", "mosaic_gpu" (one kernel for the
-    softmax and its gradient; raises where it does not apply) or "auto".
+    it first (1/temperature in reinforcement learning). train_head: also return the head's gradient.
     """
 
     chunk: int = 1024
     softcap: float | None = None
     logit_scale: float = 1.0
     train_head: bool = False
-    logits_dtype: Any = jnp.float32
-    impl: str = "auto"
 
 
 class _Statistics(NamedTuple):
@@ -45,14 +40,9 @@ class _Statistics(NamedTuple):
     entropy: jax.Array | None = None
 
 
-def _product(hidden, head, options):
-    """Logits as they come from the product, [c, V]."""
-    return jnp.dot(hidden, head.T, preferred_element_type=options.logits_dtype)
-
-
-def _scaled(logits, options):
+def _chunk_logits(hidden, head, options):
     """The model's logits, float32 [c, V]."""
-    logits = logits.astype(jnp.float32) * options.logit_scale
+    logits = jnp.dot(hidden, head.T, preferred_element_type=jnp.float32) * options.logit_scale
     return logits if options.softcap is None else options.softcap * jnp.tanh(logits / options.softcap)
 
 
@@ -102,36 +92,6 @@ def _logit_gradient(logits, lse, labels, weights, options, entropy=None, entropy
     return grad if options.softcap is None else grad * (1 - (logits / options.softcap) ** 2)
 
 
-def _kernel_applies(logits, hidden, options) -> bool:
-    wanted = AUTO if options.impl == "auto" else options.impl
-    if wanted == "xla":
-        return False
-    applies = target.capability() == (9, 0) and options.softcap is None and hidden.dtype == jnp.bfloat16
-    applies = applies and softmax_gradient.supported(logits)
-    if not applies and options.impl != "auto":
-        raise ValueError(
-            f"impl={options.impl!r} is for bfloat16 hidden states on compute capability 9.0, without softcap; got "
-            f"{hidden.dtype}, {target.capability()}, {options.softcap}, logits {logits.dtype}{logits.shape}"
-        )
-    return applies
-
-
-def _loss_and_gradient(product, hidden, labels, weights, options) -> tuple[_Statistics, jax.Array]:
-    """Statistics and the gradient of the weighted loss by the product's logits, in hidden's dtype [c, V]."""
-    if not _kernel_applies(product, hidden, options):
-        logits = _scaled(product, options)
-        found = _statistics(logits, labels)
-        return found, _logit_gradient(logits, found.lse, labels, weights, options).astype(hidden.dtype)
-    top, lse, grad = softmax_gradient.softmax_gradient(product, weights, options.logit_scale)
-    chosen = _scaled(jnp.take_along_axis(product, labels[:, None], 1)[:, 0], options)
-    at_label = (jnp.exp(chosen - lse) - 1) * weights * options.logit_scale
-    every = jnp.arange(len(labels))
-    grad = grad.at[every, labels].set(
-        at_label.astype(grad.dtype), unique_indices=True, mode="promise_in_bounds"
-    )
-    return _Statistics(lse, chosen, top), grad
-
-
 def _fold(labels, options, visit: Callable, start):
     """Folds visit(take, put, labels, weights, carry) over chunks of the rows that have a label.
 
@@ -174,12 +134,11 @@ def _run(hidden, head, labels, options, differentiate):
     def visit(take, put, y, weights, carry):
         (loss, correct), sums = carry
         x = take(hidden)
-        product = _product(x, head, options)
+        logits = _chunk_logits(x, head, options)
+        found = _statistics(logits, y)
         if differentiate:
-            found, grad = _loss_and_gradient(product, x, y, weights, options)
+            grad = _logit_gradient(logits, found.lse, y, weights, options).astype(x.dtype)
             sums = _through_product(grad, x, head, put, sums)
-        else:
-            found = _statistics(_scaled(product, options), y)
         loss += jnp.sum(weights * (found.lse - found.chosen))
         correct += jnp.sum(weights * (found.chosen >= found.top))
         return (loss, correct), sums
@@ -228,8 +187,7 @@ def token_log_probs(
 
     Args:
       hidden: [N, D]. head: [V, D], same dtype. labels: int32 [N], already shifted, -100 to leave a row out.
-      options: static; the distribution is softmax(softcapped logit_scale·logits). impl has no say: XLA's passes read
-        the logits once each way already.
+      options: static; the distribution is softmax(softcapped logit_scale·logits).
 
     Returns:
       (log-probabilities, entropies in nats), float32 [N], 0 where the label is -100. Both are differentiable with
@@ -241,7 +199,7 @@ def token_log_probs(
 def _token_forward(hidden, head, labels, options):
     def visit(take, put, y, _, carry):
         log_probs, entropies, lses = carry
-        found = _statistics(_scaled(_product(take(hidden), head, options), options), y, entropy=True)
+        found = _statistics(_chunk_logits(take(hidden), head, options), y, entropy=True)
         return put(log_probs, found.chosen - found.lse), put(entropies, found.entropy), put(lses, found.lse)
 
     nothing = jnp.zeros(labels.shape, jnp.float32)
@@ -255,7 +213,7 @@ def _token_backward(options, residuals, cotangents):
 
     def visit(take, put, y, _, sums):
         x = take(hidden)
-        logits = _scaled(_product(x, head, options), options)
+        logits = _chunk_logits(x, head, options)
         upstream = (-take(for_log_probs), options, take(entropies), take(for_entropies))
         grad = _logit_gradient(logits, take(lse), y, *upstream).astype(x.dtype)
         return _through_product(grad, x, head, put, sums)

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.kernels.keep import keep
-from jaxtune.kernels.linear import Adapter, joined_a, joined_b, rows, tail_columns
+from jaxtune.kernels.linear import Adapter, apart, joined_a, joined_b, rows, tail_columns
+from jaxtune.kernels.nf4_matrix import nf4_matrix
 from jaxtune.quant import NF4, dequantize_nf4
 
 NEEDS = (8, 9)  # CUDA compute capability
@@ -91,11 +92,9 @@ def _padded(columns: jax.Array) -> jax.Array:
     return jnp.pad(columns, ((0, 0), (0, tail_columns(rank) - rank)))
 
 
-def weights8(weights: tuple, transposed: bool) -> tuple[jax.Array, jax.Array]:
-    """(e4m3 W [sum(out), in], or Wᵀ; their one scale []), to be called under the scope `dequantise`."""
-    scale = power_of_two(jnp.max(jnp.stack([_weight_amax(weight) for weight in weights])), E4M3)
-    stacked = jnp.concatenate([dequantize_nf4(weight) / scale for weight in weights])
-    return (stacked.T if transposed else stacked).astype(E4M3.dtype), scale
+def scale_of(weights: tuple) -> jax.Array:
+    """The one scale [] of weights in e4m3."""
+    return power_of_two(jnp.max(jnp.stack([_weight_amax(weight) for weight in weights])), E4M3)
 
 
 def parts8(x: jax.Array, pick: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
@@ -126,9 +125,9 @@ def multiply(
     """
     terms = BACKWARD if kind is E5M2 else FORWARD
     with jax.named_scope("dequantise"):
-        stacked, weight_scale = weights8(weights, transposed)
+        weight_scale = scale_of(weights)
         parts, beside_scale = parts8(beside, tuple(right for _, right in terms))
-        matrix = jnp.concatenate([stacked, parts], axis=1)  # [O, K + tail]
+        matrix = nf4_matrix(weights, parts, scale=weight_scale, transposed=transposed)  # [O, K + tail]
     with jax.named_scope("quantise"):
         extra = through.astype(jnp.float32) * (beside_scale / weight_scale)
         wide, row_scale = _left(pieces, extra, kind, tuple(left for left, _ in terms))
@@ -198,9 +197,8 @@ def _backward(_, residuals, dys):
     with jax.named_scope("lora"):
         dxa = [dy @ adapter.b.T for adapter, dy in zip(adapters, dys, strict=True) if adapter is not None]
         dxa = jnp.concatenate(dxa, axis=1)  # [N, R]
-    # Without the barrier XLA may keep the forward pass's 8-bit weights alive until here. dys stay out of it, so that
-    # the largest of their rows are found where they are computed.
-    weights, dxa = jax.lax.optimization_barrier((weights, dxa))
+    # dys stay out of it, so that the largest of their rows are found where they are computed
+    weights, dxa = apart(weights, dxa)
     raw, scale, _ = multiply(dys, dxa, joined_a(adapters), weights, E5M2, transposed=True)
     with jax.named_scope("lora"):
         da = jnp.dot(x.T, dxa, preferred_element_type=jnp.float32)  # [in, R]

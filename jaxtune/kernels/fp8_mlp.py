@@ -12,9 +12,10 @@ has 32 octaves, and of a row with n columns at most √n·2^(L - 32) is lost bel
 import jax
 import jax.numpy as jnp
 
-from jaxtune.kernels.fp8 import E5M2, dot8, multiply, parts8, power_of_two, product, scaled, weights8
+from jaxtune.kernels.fp8 import E5M2, dot8, multiply, parts8, power_of_two, product, scale_of, scaled
 from jaxtune.kernels.keep import keep
-from jaxtune.kernels.linear import Adapter, adapter_gradients, joined_a, joined_b, skinny
+from jaxtune.kernels.linear import Adapter, adapter_gradients, apart, joined_a, joined_b, skinny
+from jaxtune.kernels.nf4_matrix import nf4_matrix
 from jaxtune.kernels.swiglu import swiglu_backward
 from jaxtune.kernels.swiglu8 import swiglu8
 
@@ -44,7 +45,7 @@ def _backward(residuals, dy):
     x, xa, raw, scale, top, act_a, weights, adapters = residuals
     with jax.named_scope("lora"):
         d_act_a = dy @ adapters[2].b.T
-    weights, d_act_a = jax.lax.optimization_barrier((weights, d_act_a))  # as in fp8
+    weights, d_act_a = apart(weights, d_act_a)
     d_act, d_scale, bound = multiply(
         [dy], d_act_a, joined_a(adapters[2:]), weights[2:], E5M2, transposed=True
     )
@@ -66,9 +67,11 @@ def _through(left, scale, weights, transposed, into, out) -> tuple[jax.Array, ja
     """
     (rank, width), dtype = out.shape, out.dtype
     with jax.named_scope("dequantise"):
-        matrix, weight_scale = weights8(weights, transposed)
+        weight_scale = scale_of(weights)
         parts, into_scale = parts8(into, (0, 1))
-        matrix = jnp.concatenate([matrix, parts.T])  # [O + tail, K]
+        matrix = nf4_matrix(
+            weights, parts.T, scale=weight_scale, below=True, transposed=transposed
+        )  # [O + tail, K]
     raw = dot8(left, matrix, dtype)
     with jax.named_scope("lora"):
         high, low = raw[:, width : width + rank], raw[:, width + rank : width + 2 * rank]

@@ -11,6 +11,7 @@ from jaxtune.kernels.keep import keep
 from jaxtune.kernels.linear import (
     Adapter,
     adapter_gradients,
+    apart,
     input_gradient,
     is_few,
     joined_product,
@@ -55,7 +56,7 @@ def _forward(x, weights, adapters):
 
 def _backward(residuals, dy):
     x, xa, gate_up, act_a, weights, adapters = residuals
-    weights, dy = jax.lax.optimization_barrier((weights, dy))
+    weights, dy = apart(weights, dy)
     d_act, d_act_a = input_gradient(dy, weights[2:], adapters[2:])
     with jax.named_scope("swiglu"):
         d_gate_up, db, da_down = swiglu.swiglu_backward(d_act, gate_up, xa, d_act_a)

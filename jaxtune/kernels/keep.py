@@ -1,11 +1,26 @@
 """Marking what a layer may keep for its backward pass; `models.remat` chooses among the marks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.kernels import target
+
+_nothing = ContextVar("nothing", default=False)
+
+
+@contextmanager
+def keeping_nothing() -> Iterator[None]:
+    """Programs traced inside have no backward pass: without the barriers XLA makes fewer kernels of them."""
+    token = _nothing.set(True)
+    try:
+        yield
+    finally:
+        _nothing.reset(token)
 
 
 def keep(x: Any, name: str) -> Any:
@@ -14,6 +29,6 @@ def keep(x: Any, name: str) -> Any:
     On a GPU behind a barrier: without it XLA fuses the product that makes an array with the copy into the stack of
     kept ones, and runs it again for whoever else reads it.
     """
-    if target.capability() is not None:
+    if target.capability() is not None and not _nothing.get():
         x = jax.lax.optimization_barrier(x)
     return jax.tree.map(lambda leaf: checkpoint_name(leaf, name), x)

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from jaxtune.kernels import nf4_matmul, target
 from jaxtune.kernels.keep import keep
-from jaxtune.quant import NF4, dequantize_nf4
+from jaxtune.kernels.nf4_matrix import dense, nf4_matrix
+from jaxtune.quant import NF4
 
 FEW_ROWS = (
     256  # of x: below, as in generation, writing the joined matrix costs more than a second pass over y
@@ -29,11 +30,6 @@ class Adapter(NamedTuple):
     b: jax.Array
 
 
-def dense(weight: NF4 | jax.Array, dtype) -> jax.Array:
-    """A stored weight as [out, in] in `dtype`."""
-    return dequantize_nf4(weight, dtype) if isinstance(weight, NF4) else weight.astype(dtype)
-
-
 @jax.custom_vjp
 def frozen_linear(x: jax.Array, weight: NF4 | jax.Array) -> jax.Array:
     """x [..., in] times weight [out, in] transposed -> [..., out] in x's dtype; the weight gets no gradient."""
@@ -44,9 +40,31 @@ def _frozen_forward(x, weight):
     return frozen_linear(x, weight), weight
 
 
+def apart(weights: tuple, dy):
+    """The weights and the gradient dy (a pytree), such that XLA does not take what the backward pass makes of them for
+    what the forward pass has made, and keep that until here.
+
+    A barrier before something small does it; before the codes, a GPU would copy them out of their stack.
+    """
+    marks = [_mark(weight) for weight in weights]
+    marks, dy = jax.lax.optimization_barrier((marks, dy))
+    return tuple(_marked(weight, mark) for weight, mark in zip(weights, marks, strict=True)), dy
+
+
+def _mark(weight: NF4 | jax.Array) -> jax.Array:
+    if not isinstance(weight, NF4):
+        return weight
+    return weight.absmax if weight.absmax_offset is None else weight.absmax_offset
+
+
+def _marked(weight: NF4 | jax.Array, mark: jax.Array) -> NF4 | jax.Array:
+    if not isinstance(weight, NF4):
+        return mark
+    return weight._replace(**{"absmax" if weight.absmax_offset is None else "absmax_offset": mark})
+
+
 def _frozen_backward(weight, dy):
-    # Without the barrier XLA may keep the forward pass's dequantised copy alive until here.
-    weight, dy = jax.lax.optimization_barrier((weight, dy))
+    (weight,), dy = apart((weight,), dy)
     return dy @ dense(weight, dy.dtype), None
 
 
@@ -132,30 +150,26 @@ def joined_b(weights: tuple, adapters: tuple) -> jax.Array:
     return jnp.concatenate(blocks)
 
 
-def _stacked(weights: tuple, dtype) -> jax.Array:
-    """The dequantised weights, [sum(out), in]."""
-    return jnp.concatenate([dense(weight, dtype) for weight in weights])
-
-
 def tail_columns(rank: int) -> int:
     return -(-rank // TAIL) * TAIL
 
 
-def _beside(weights: tuple, adapters: tuple, dtype) -> jax.Array:
+def _padded(columns: jax.Array) -> jax.Array:
+    """[N, R] -> [N, tail]."""
+    rank = columns.shape[1]
+    return jnp.pad(columns, ((0, 0), (0, tail_columns(rank) - rank)))
+
+
+def _beside(weights: tuple, adapters: tuple) -> jax.Array:
     """[W | Bᵀ | 0], [sum(out), in + tail]."""
     with jax.named_scope("dequantise"):
-        b = joined_b(weights, adapters).T
-        b = jnp.pad(b, ((0, 0), (0, tail_columns(b.shape[1]) - b.shape[1])))
-        return jnp.concatenate([_stacked(weights, dtype), b], axis=1)
+        return nf4_matrix(weights, _padded(joined_b(weights, adapters).T))
 
 
-def _below(weights: tuple, adapters: tuple, dtype) -> jax.Array:
+def _below(weights: tuple, adapters: tuple) -> jax.Array:
     """[W; Aᵀ; 0], [sum(out) + tail, in]."""
     with jax.named_scope("dequantise"):
-        a = joined_a(adapters).T
-        return jnp.concatenate(
-            [_stacked(weights, dtype), jnp.pad(a, ((0, tail_columns(len(a)) - len(a)), (0, 0)))]
-        )
+        return nf4_matrix(weights, _padded(joined_a(adapters)).T, below=True)
 
 
 def _widen(x: jax.Array, through: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -174,7 +188,7 @@ def _widen(x: jax.Array, through: jax.Array) -> tuple[jax.Array, jax.Array]:
 def joined_product(x: jax.Array, weights: tuple, adapters: tuple) -> tuple[jax.Array, jax.Array]:
     """x [N, in] -> (y [N, sum(out)], x A [N, R]) in one product over K = in + R."""
     wide, xa = _widen(x, joined_a(adapters))
-    return wide @ _beside(weights, adapters, x.dtype).T, xa
+    return wide @ _beside(weights, adapters).T, xa
 
 
 def input_gradient(dy: jax.Array, weights: tuple, adapters: tuple) -> tuple[jax.Array, jax.Array]:
@@ -183,9 +197,9 @@ def input_gradient(dy: jax.Array, weights: tuple, adapters: tuple) -> tuple[jax.
     width = a.shape[0]
     if dy.shape[1] < 3 * width:
         wide, dxa = _widen(dy, joined_b(weights, adapters).T)
-        return wide @ _below(weights, adapters, dy.dtype), dxa
+        return wide @ _below(weights, adapters), dxa
     # dy is the widest array: read it once and make two passes over dx
-    both = dy @ _beside(weights, adapters, dy.dtype)
+    both = dy @ _beside(weights, adapters)
     dxa = both[:, width : width + a.shape[1]]
     with jax.named_scope("lora"):
         # without the barrier XLA copies the slice to add to it inside the skinny product
@@ -225,7 +239,7 @@ def _joined_forward(x, weights, adapters):
 
 def _joined_backward(residuals, dy):
     x, xa, weights, adapters = residuals
-    weights, dy = jax.lax.optimization_barrier((weights, dy))
+    weights, dy = apart(weights, dy)
     dx, dxa = input_gradient(dy, weights, adapters)
     return dx, None, adapter_gradients(skinny(x, dxa), skinny(xa, dy), weights, adapters)
 

@@ -42,12 +42,10 @@ _BLOCKS = CHUNK // BLOCK
 
 
 class Config(NamedTuple):
-    """warpgroups: that multiply, each with 64 rows of W. stages: chunks in flight. table: lookup in shared memory, or
-    in registers by byte permutation."""
+    """warpgroups: that multiply, each with 64 rows of W. stages: chunks in flight."""
 
     warpgroups: int
     stages: int
-    table: bool = True
 
 
 def reference(x: jax.Array, weights: tuple[NF4, ...], adapters: tuple) -> jax.Array:
@@ -106,61 +104,30 @@ def _const(value: int) -> ir.Value:
     return utils.c(int(np.uint32(value).view(np.int32)), ir.IntegerType.get_signless(32))
 
 
-def _lookup_in_table(table: ir.Value):
-    """words -> four bfloat16 pairs, from the table in shared memory."""
+def _pairs_of(word: ir.Value, table: ir.Value) -> list:
+    """Eight codes in 32 bits -> their four bfloat16 pairs, from `_pairs` in shared memory."""
     i32 = ir.IntegerType.get_signless(32)
     lane = arith.shli(arith.andi(utils.thread_idx(), _const(31)), _const(2))
     column = arith.addi(lane, llvm.ptrtoint(i32, utils.memref_ptr(table)))
-
-    def pairs(word):
-        out = []
-        for i in range(4):
-            byte = utils.prmt(
-                word, _const(0), _const(0x4440 + i)
-            )  # one instruction, as are shift and addition
-            place = arith.addi(arith.shli(byte, _const(7)), column)
-            out.append(llvm.inline_asm(i32, [place], "ld.shared.b32 $0, [$1];", "=r,r"))
-        return out
-
-    return pairs
+    out = []
+    for i in range(4):
+        # one instruction, as are shift and addition
+        byte = utils.prmt(word, _const(0), _const(0x4440 + i))
+        place = arith.addi(arith.shli(byte, _const(7)), column)
+        out.append(llvm.inline_asm(i32, [place], "ld.shared.b32 $0, [$1];", "=r,r"))
+    return out
 
 
-def _lookup_in_registers():
-    """words -> four bfloat16 pairs: the table's byte planes lie in registers, `prmt` picks four bytes at once."""
-    raw = NF4_CODE.astype(jnp.bfloat16).view(np.uint8).reshape(16, 2)
-    planes = [[_const(v) for v in np.ascontiguousarray(raw[:, p]).view(np.uint32)] for p in range(2)]
-
-    def plane(table, codes, upper):
-        below, above = utils.prmt(table[0], table[1], codes), utils.prmt(table[2], table[3], codes)
-        return utils.prmt(below, above, upper)
-
-    def pairs(word):
-        out = []
-        index = arith.andi(word, _const(0x77777777))
-        top = arith.andi(arith.shrui(word, _const(1)), _const(0x44444444))
-        for half in range(2):  # four codes each
-            shift = _const(16 * half)
-            codes = arith.shrui(index, shift)
-            upper = arith.ori(arith.andi(arith.shrui(top, shift), _const(0x4444)), _const(0x3210))
-            low, high = (plane(table, codes, upper) for table in planes)
-            out += [utils.prmt(low, high, _const(selector)) for selector in (0x4051, 0x6273)]
-        return out
-
-    return pairs
-
-
-def _weights_in_registers(words: jax.Array, table, block: int, config: Config) -> jax.Array:
+def _weights_in_registers(words: jax.Array, table, block: int) -> jax.Array:
     """Codes int32 [64, in a chunk/8] -> the unscaled weights of one block, bfloat16 [64, 64]; inline PTX."""
     layout = plgpu.Layout.WGMMA
-    arguments = (layout, plgpu.RefType()) if config.table else (layout,)
 
     @plgpu.inline_mgpu(
-        arg_types=arguments, return_type=plgpu.ShapeDtypeStruct((WG_ROWS, BLOCK), jnp.bfloat16, layout=layout)
+        arg_types=(layout, plgpu.RefType()),
+        return_type=plgpu.ShapeDtypeStruct((WG_ROWS, BLOCK), jnp.bfloat16, layout=layout),
     )
-    def decode(_, words, *table):
-        lookup = _lookup_in_table(*table) if table else _lookup_in_registers()
-        bf16, i32 = ir.BF16Type.get(), ir.IntegerType.get_signless(32)
-        pair = ir.VectorType.get((2,), bf16)
+    def decode(_, words, table):
+        pair, one = ir.VectorType.get((2,), ir.BF16Type.get()), ir.IntegerType.get_signless(32)
         mine = words[:, WORDS * block : WORDS * (block + 1)].registers
         out = np.empty(layout.to_mgpu().registers_shape((WG_ROWS, BLOCK)), object)
         # a thread has rows r and r + 8 of its warp's 16, and of each 8 columns the two from 2·(its lane % 4)
@@ -168,12 +135,12 @@ def _weights_in_registers(words: jax.Array, table, block: int, config: Config) -
         for row in range(2):
             for i in range(2):
                 word = vector.extract(by_row[row], [], [i])
-                for byte, value in enumerate(lookup(word)):
-                    bits = vector.broadcast(ir.VectorType.get((1,), i32), value)
+                for byte, value in enumerate(_pairs_of(word, table)):
+                    bits = vector.broadcast(ir.VectorType.get((1,), one), value)
                     out_by_row[4 * i + byte, row] = vector.bitcast(pair, bits)
         return FragmentedArray(_registers=out, _layout=layout.to_mgpu(), _is_signed=None)
 
-    return decode(words, table) if config.table else decode(words)
+    return decode(words, table)
 
 
 def _scales_in_registers(scales: jax.Array) -> list[jax.Array]:
@@ -201,13 +168,13 @@ def _scales_in_registers(scales: jax.Array) -> list[jax.Array]:
     return load(scales)
 
 
-def _block_products(words: jax.Array, scales, x, table, config: Config) -> Iterator[tuple]:
+def _block_products(words: jax.Array, scales, x, table) -> Iterator[tuple]:
     """Of each block of a chunk: its scales, float32 [64], and its unscaled product, float32 [64, N].
 
     words: codes int32 [64, in/8]. scales: ref [64, blocks]. x: ref [N, in]. table: ref of `_pairs`.
     """
     for block, scale in enumerate(_scales_in_registers(scales)):
-        weights = _weights_in_registers(words, table, block, config)
+        weights = _weights_in_registers(words, table, block)
 
         def multiply(acc, block=block, weights=weights):
             plgpu.wgmma(acc, weights, x.at[:, pl.ds(block * BLOCK, BLOCK)].T)
@@ -216,9 +183,8 @@ def _block_products(words: jax.Array, scales, x, table, config: Config) -> Itera
         yield scale, pl.run_scoped(multiply, plgpu.ACC((WG_ROWS, x.shape[0]), jnp.float32))
 
 
-def _block_products_twin(words: jax.Array, scales, x, table, config: Config) -> Iterator[tuple]:
+def _block_products_twin(words: jax.Array, scales, x, table) -> Iterator[tuple]:
     """The same in jnp for the interpreter, which has neither inline code nor operands of wgmma in registers."""
-    del config
     codes = (words[..., None] >> (8 * jnp.arange(4))) & 255
     codes = codes.reshape(WG_ROWS, _BLOCKS, 4, 8).swapaxes(2, 3)  # lane t has bytes 8t + q: here [.., q, t]
     pairs = table[...][codes, 0]
@@ -338,7 +304,7 @@ def _multiply(
         plgpu.barrier_wait(stages.ready.at[slot])
         words = plgpu.load(stages.codes.at[slot, rows], layout=layout)
         scales, x = stages.scales.at[slot, rows], stages.x.at[slot]
-        for scale, product in products(words, scales, x, constants.table, config):
+        for scale, product in products(words, scales, x, constants.table):
             acc += product * lax.broadcast_in_dim(scale, acc.shape, [0])
         plgpu.barrier_arrive(stages.free.at[slot])
         return acc
@@ -418,8 +384,11 @@ def _call(x, weights, lora, config: Config, interpret) -> jax.Array:
     return kernel(x, weights, jnp.asarray(_pairs()), lora)
 
 
-def _lora(x: jax.Array, weights: tuple[NF4, ...], adapters: tuple, tokens: int):
-    """The adapters as `_call` takes them: x A of each, float32 [weights, R, N], and B side by side, [R, sum(out)]."""
+def _lora(x: jax.Array, weights: tuple[NF4, ...], adapters: tuple):
+    """The adapters as `_call` takes them: x A of each, float32 [weights, R, N], and B side by side, [R, sum(out)].
+
+    x [N, in] is in kernel order and A follows it: the other way both orders of x would be written.
+    """
     ranks = [0 if adapter is None else adapter[0].shape[1] for adapter in adapters]
     if not any(ranks):
         return None
@@ -430,9 +399,9 @@ def _lora(x: jax.Array, weights: tuple[NF4, ...], adapters: tuple, tokens: int):
         missing = rank - adapter[0].shape[1]
         a.append(jnp.pad(adapter[0], ((0, 0), (0, missing))))
         b.append(jnp.pad(adapter[1], ((0, missing), (0, 0))))
-    xa = jnp.dot(x, jnp.concatenate(a, 1), preferred_element_type=jnp.float32)
-    xa = jnp.pad(xa, ((0, tokens - len(x)), (0, 0))).reshape(tokens, len(weights), rank)
-    return xa.transpose(1, 2, 0), jnp.concatenate(b, 1)
+    a_transposed = _in_kernel_order(jnp.concatenate(a, 1).T)  # [weights · R, in]
+    xa = jnp.dot(a_transposed, x.T, preferred_element_type=jnp.float32)
+    return xa.reshape(len(weights), rank, len(x)), jnp.concatenate(b, 1)
 
 
 def nf4_matmul(
@@ -454,8 +423,9 @@ def nf4_matmul(
     Returns:
       float32 [M, sum(out_i)].
     """
-    m, tokens = len(x), _padded(len(x))
-    lora = _lora(x, weights, adapters, tokens)
+    m = len(x)
+    x = jnp.pad(_in_kernel_order(x), ((0, _padded(m) - m), (0, 0)))
+    lora = _lora(x, weights, adapters)
     given = []
     for weight in weights:
         out, half = weight.codes.shape
@@ -466,6 +436,5 @@ def nf4_matmul(
             m, [weight.codes.shape[0] for weight in weights], 0 if lora is None else lora[1].shape[0]
         )
         assert config is not None, "not supported"
-    padded = jnp.pad(_in_kernel_order(x), ((0, tokens - m), (0, 0)))
-    parts = _call(padded, tuple(given), lora, config, interpret)
+    parts = _call(x, tuple(given), lora, config, interpret)
     return parts.sum(0).T[:m]

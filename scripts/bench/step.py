@@ -116,7 +116,7 @@ class Bench:
             max_position_embeddings=131072, rope_theta=500000.0,
         )  # fmt: skip
         self.ceilings = roofline.H200
-        self.args = args
+        self.args, self.config = args, config
         self.module = models.build(config, jnp.bfloat16, nf4=True, fp8=args.compute_dtype == "fp8")
         lora.attach(self.module, lora.LoraConfig(r=args.rank))
         shapes, trained = leaf_shapes(self.module), trainable_paths(self.module)
@@ -218,17 +218,23 @@ def device_events(trace) -> Iterator[tuple[str, float, float]]:
                     yield name, event.start_ns, event.start_ns + event.duration_ns
 
 
-def profile(step, text: str, ceilings) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Milliseconds of each kind of kernel in one step and `gaps`, when none ran; and each kernel beside its floor."""
+def profile(
+    step, text: str, ceilings, unknown_trips: int = 8
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Milliseconds of each kind of kernel in one step and `gaps`, when none ran; and each kernel beside its floor.
+
+    A kernel's `launches` are counted as they happened. unknown_trips: as of `roofline.kernels`.
+    """
     import jax
 
-    rows = {row.name: row for row in roofline.kernels(text, ceilings)}
+    rows = {row.name: row for row in roofline.kernels(text, ceilings, unknown_trips)}
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             step()
         trace = jax.profiler.ProfileData.from_file(str(next(Path(folder).rglob("*.xplane.pb"))))
     events = sorted(device_events(trace), key=lambda event: event[1])
     took: collections.Counter[str] = collections.Counter()
+    launches = collections.Counter(name for name, _, _ in events)
     for name, start, end in events:
         took[name] += (end - start) / 1e6
     kinds: collections.Counter[str] = collections.Counter()
@@ -238,7 +244,7 @@ def profile(step, text: str, ceilings) -> tuple[dict[str, float], list[dict[str,
         kinds[row.kind if row else "other"] += milliseconds
         floor, where = (row.seconds * 1e3, row.op_name) if row else (0.0, "")
         table.append({"kernel": name, "ms": round(milliseconds, 3), "floor": round(floor, 3), "op": where,
-                      "kind": row.kind if row else "other"})  # fmt: skip
+                      "kind": row.kind if row else "other", "launches": launches[name]})  # fmt: skip
     busy, end = 0.0, events[0][1]
     for _, start, stop in events:
         busy += max(0.0, stop - max(start, end))

@@ -10,7 +10,7 @@ from tolerances import BF16
 
 from jaxtune.kernels import target
 from jaxtune.kernels.linear import Adapter, adapted_linear
-from jaxtune.kernels.nf4_matmul import Config, nf4_matmul, reference, supported
+from jaxtune.kernels.nf4_matmul import nf4_matmul, reference, supported
 from jaxtune.quant import quantize_nf4
 
 pytestmark = pytest.mark.gpu
@@ -58,12 +58,6 @@ def test_layers_that_share_x(m):
 def test_large_layers(m, width, out):
     arguments = given(m, width, (out,), (None,))
     check(jax.jit(nf4_matmul)(*arguments), arguments)
-
-
-@pytest.mark.parametrize("m", [8, 64])
-def test_lookup_in_registers(m):
-    arguments = given(m, 1024, (512,), (16,))
-    check(jax.jit(lambda *a: nf4_matmul(*a, Config(2, 3, table=False)))(*arguments), arguments)
 
 
 def test_it_repeats_to_the_bit():

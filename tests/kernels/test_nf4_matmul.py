@@ -100,12 +100,6 @@ def test_few_rows_compile_for_cuda(group, rows):
     assert text.count("custom_call @mosaic_gpu") == 1
 
 
-def test_lookup_in_registers_compiles_for_cuda():
-    x, weights, adapters = shapes(8, *GROUPS["o"], 16)
-    program = jax.jit(lambda x, *a: nf4_matmul(x[:, 0], *a, Config(4, 4, table=False)))
-    program.trace(x, weights, adapters).lower(lowering_platforms=("cuda",))
-
-
 def test_what_is_supported():
     bf16, shape = jnp.bfloat16, [(4096, 4096)]
     assert not supported(8, bf16, shape, 16)  # no Hopper GPU here
