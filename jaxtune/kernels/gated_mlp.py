@@ -20,10 +20,16 @@ from jaxtune.kernels.linear import (
 )
 
 
+def joinable(adapters: tuple[Adapter | None, ...]) -> bool:
+    """Whether the kernel has adapters of gate and up, and of down, to take the gradients of."""
+    gate, up, down = adapters
+    return down is not None and not (gate is None and up is None)
+
+
 def supported(x: jax.Array, weights: tuple, adapters: tuple[Adapter | None, ...]) -> bool:
     """Whether the kernel behind the backward pass takes x [..., D] and the gate, up and down layers."""
     gate, up, down = adapters
-    if down is None or (gate is None and up is None):
+    if down is None or not joinable(adapters):
         return False
     tokens = x.size // x.shape[-1]
     ranks = sum(len(adapter.b) for adapter in (gate, up) if adapter is not None), len(down.b)

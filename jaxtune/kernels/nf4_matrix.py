@@ -55,11 +55,11 @@ def nf4_matrix(
     below: bool = False,
     transposed: bool = False,
 ) -> jax.Array:
-    """[W | extra], [W; extra] (`below`) or [Wᵀ | extra] (`transposed`) in extra's dtype.
+    """[W | extra] or [W; extra] (`below`), with Wᵀ for W where `transposed`, in extra's dtype.
 
     Args:
       weights: [out_i, in], NF4 for the kernel.
-      extra: [sum(out), E], [E, in] or [in, E].
+      extra: [sum(out), E], [E, in], or of Wᵀ's sides.
       scale: float32 [], a power of two that W is divided by.
     """
     if supported(weights, extra, below, transposed):
@@ -325,7 +325,7 @@ def _plan(weights: Sequence[NF4], extra: jax.Array, scaled: bool, below: bool, t
         assert count is not None
         parts.append(_Part(first, count, refs, row, out, width, nested))
         first, row, ref = first + count, row + out, refs.stop
-    extra_at = sum(outs) * pitch if below else inner * itemsize
+    extra_at = (width if transposed else sum(outs)) * pitch if below else inner * itemsize
     extra_row, copies = extra.shape[1] * itemsize, extra.size * itemsize // (VECTOR * THREADS * UNROLL)
     return _Plan(tuple(parts), itemsize, pitch, transposed, scaled, first, copies, extra_row, extra_at)
 

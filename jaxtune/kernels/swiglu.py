@@ -22,7 +22,7 @@ MAX_RANK = 64  # of gate and up together: the products of more would not stay in
 
 
 def reference(
-    d_act: jax.Array, gate_up: jax.Array, xa: jax.Array, d_xa: jax.Array
+    d_act: jax.Array, gate_up: jax.Array, xa: jax.Array, d_xa: jax.Array, scales: tuple | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What the kernel computes, in three passes.
 
@@ -31,23 +31,30 @@ def reference(
       gate_up: [N, 2F].
       xa: [N, R], x A of gate and up side by side.
       d_xa: [N, S], the gradient of act A in the layer that reads act.
+      scales: float32 [N] by which the rows of d_act and of gate_up are to be multiplied, or None.
 
     Returns:
-      d(gate_up) [N, 2F] in gate_up's dtype; d(gate_up)ᵀ·xa, float32 [2F, R]; actᵀ·d_xa, float32 [F, S].
+      d(gate_up) [N, 2F] in gate_up's dtype, or e5m2 with scales; d(gate_up)ᵀ·xa, float32 [2F, R]; actᵀ·d_xa,
+      float32 [F, S].
     """
-    act, d_gate, d_up = _pointwise(d_act, *jnp.split(gate_up, 2, axis=1))
-    d_gate_up = jnp.concatenate([d_gate, d_up], axis=1)
+    columns = None if scales is None else [scale[:, None] for scale in scales]
+    gate, up = jnp.split(gate_up, 2, axis=1)
+    act, d_gate, d_up = _pointwise(d_act, gate, up, columns)
+    exact = jnp.concatenate([d_gate, d_up], axis=1)
+    d_gate_up = exact.astype(gate_up.dtype)
     db = jnp.dot(d_gate_up.T, xa, preferred_element_type=jnp.float32)
-    return d_gate_up, db, jnp.dot(act.T, d_xa, preferred_element_type=jnp.float32)
+    da = jnp.dot(act.astype(gate_up.dtype).T, d_xa, preferred_element_type=jnp.float32)
+    return d_gate_up if scales is None else exact.astype(jnp.float8_e5m2), db, da
 
 
-def _pointwise(d_act, gate, up):
-    """(act, d_gate, d_up) in gate's dtype, computed in float32."""
-    d_act, wide, up = (x.astype(jnp.float32) for x in (d_act, gate, up))
-    sigmoid = 1 / (1 + jnp.exp(-wide))
-    silu = wide * sigmoid
-    d_gate = d_act * up * (sigmoid + silu * (1 - sigmoid))
-    return tuple(x.astype(gate.dtype) for x in (silu * up, d_gate, d_act * silu))
+def _pointwise(d_act, gate, up, scales):
+    """(act, d_gate, d_up) in float32; scales: None, or of the rows of d_act and of gate and up, as columns."""
+    d_act, gate, up = (x.astype(jnp.float32) for x in (d_act, gate, up))
+    if scales is not None:
+        d_act, gate, up = d_act * scales[0], gate * scales[1], up * scales[1]
+    sigmoid = 1 / (1 + jnp.exp(-gate))
+    silu = gate * sigmoid
+    return silu * up, d_act * up * (sigmoid + silu * (1 - sigmoid)), d_act * silu
 
 
 def supported(rows: int, ffn: int, ranks: tuple[int, int], dtype) -> bool:
@@ -62,12 +69,12 @@ def supported(rows: int, ffn: int, ranks: tuple[int, int], dtype) -> bool:
     )
 
 
-def swiglu_backward(d_act, gate_up, xa, d_xa):
+def swiglu_backward(d_act, gate_up, xa, d_xa, scales=None):
     """`reference`, by the kernel where it is supported."""
     rows, ffn = d_act.shape
     if supported(rows, ffn, (xa.shape[1], d_xa.shape[1]), gate_up.dtype):
-        return kernel(d_act, gate_up, xa, d_xa)
-    return reference(d_act, gate_up, xa, d_xa)
+        return kernel(d_act, gate_up, xa, d_xa, scales)
+    return reference(d_act, gate_up, xa, d_xa, scales)
 
 
 def _padded(ranks: tuple[int, int]) -> int:
@@ -80,8 +87,15 @@ def _transforms(padded: int) -> tuple:
     return plgpu.TilingTransform((8, padded)), plgpu.SwizzleTransform(2 * padded)
 
 
-def _body(steps, blocks, d_act, gate_up, xa, d_xa, d_gate_up, db, da, act, out):
-    """One block: a column of TILE features, `steps` tiles of rows; see `kernel`. act and out are shared memory."""
+def _body(steps, blocks, scaled, *refs):
+    """One block: a column of TILE features, `steps` tiles of rows; see `kernel`.
+
+    scaled: whether the rows' scales follow the other inputs. act, exact and written are shared memory: act, d(gate)
+    and d(up) as the matrix units read them, and, where scaled, the latter two in e5m2.
+    """
+    (d_act, gate_up, xa, d_xa), scales, refs = refs[:4], refs[4 : 4 + 2 * scaled], refs[4 + 2 * scaled :]
+    d_gate_up, db, da, act, exact, *written = refs
+    written = written[0] if scaled else exact
     column, part = jax.lax.axis_index("column"), jax.lax.axis_index("part")
     padded = xa.shape[1]
     halves = column, column + blocks  # tiles of gate and of up
@@ -92,27 +106,34 @@ def _body(steps, blocks, d_act, gate_up, xa, d_xa, d_gate_up, db, da, act, out):
         )
 
     def scope(d_gate_xa, d_up_xa, act_d_xa):
-        def step(indices, d_act, gate, up, xa, d_xa):
+        def step(indices, d_act, gate, up, xa, d_xa, *scales):
             (i,) = indices
             slot = jax.lax.rem(i, 2)
-            d_gate, d_up = out.at[slot, 0], out.at[slot, 1]
             plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # the copies of two steps ago have left this slot
-            act[...], d_gate[...], d_up[...] = _pointwise(d_act[...], gate[...], up[...])
+            columns = [jax.lax.broadcast_in_dim(scale[...], (TILE, TILE), (0,)) for scale in scales]
+            act_tile, *tiles = _pointwise(d_act[...], gate[...], up[...], columns or None)
+            act[...] = act_tile.astype(act.dtype)
+            for half, values in enumerate(tiles):
+                exact[slot, half] = values.astype(exact.dtype)
+                if scaled:
+                    written[slot, half] = values.astype(written.dtype)
             plgpu.commit_smem()
             for half, at in enumerate(halves):
                 rows, columns = pl.ds((part * steps + i) * TILE, TILE), pl.ds(at * TILE, TILE)
-                plgpu.copy_smem_to_gmem(out.at[slot, half], d_gate_up.at[rows, columns])
-            plgpu.wgmma(d_gate_xa, d_gate.transpose((1, 0)), xa)
-            plgpu.wgmma(d_up_xa, d_up.transpose((1, 0)), xa)
+                plgpu.copy_smem_to_gmem(written.at[slot, half], d_gate_up.at[rows, columns])
+            plgpu.wgmma(d_gate_xa, exact.at[slot, 0].transpose((1, 0)), xa)
+            plgpu.wgmma(d_up_xa, exact.at[slot, 1].transpose((1, 0)), xa)
             plgpu.wgmma(act_d_xa, act.transpose((1, 0)), d_xa)
             plgpu.wgmma_wait(0)
 
+        vector = plgpu.BlockSpec((TILE,), lambda i: (part * steps + i,))
         plgpu.emit_pipeline(
             step,
             grid=(steps,),
-            in_specs=[tile(column), *map(tile, halves), tile(0, padded), tile(0, padded)],
+            in_specs=[tile(column), *map(tile, halves), tile(0, padded), tile(0, padded)]
+            + [vector] * len(scales),
             max_concurrent_steps=2,
-        )(d_act, gate_up, gate_up, xa, d_xa)
+        )(d_act, gate_up, gate_up, xa, d_xa, *scales)
         return d_gate_xa[...], d_up_xa[...], act_d_xa[...]
 
     accumulators = [plgpu.ACC((TILE, padded), jnp.float32)] * 3
@@ -123,7 +144,7 @@ def _body(steps, blocks, d_act, gate_up, xa, d_xa, d_gate_up, db, da, act, out):
     da[part, pl.ds(column * TILE, TILE)] = act_d_xa
 
 
-def kernel(d_act, gate_up, xa, d_xa, interpret: Any = None):
+def kernel(d_act, gate_up, xa, d_xa, scales=None, interpret: Any = None):
     """`reference` in one pass: blocks of 64 features walk down the tokens and keep the skinny products in registers.
 
     interpret: plgpu.InterpretGPUParams to run on a CPU.
@@ -135,21 +156,23 @@ def kernel(d_act, gate_up, xa, d_xa, interpret: Any = None):
     ranks = xa.shape[1], d_xa.shape[1]
     padded = _padded(ranks)
     xa, d_xa = (jnp.pad(x, ((0, 0), (0, padded - x.shape[1]))) for x in (xa, d_xa))
+    shapes = ((TILE, TILE), (2, 2, TILE, TILE))  # act; by turns, d(gate) and d(up)
+    scratch = [plgpu.SMEM(shape, jnp.bfloat16, transforms=_transforms(padded)) for shape in shapes]
+    if scales is not None:
+        swizzled = plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(TILE)
+        scratch.append(plgpu.SMEM(shapes[1], jnp.float8_e5m2, transforms=swizzled))
     call = plgpu.kernel(
-        partial(_body, steps, blocks),
+        partial(_body, steps, blocks, scales is not None),
         out_type=[
-            jax.ShapeDtypeStruct(gate_up.shape, gate_up.dtype),
+            jax.ShapeDtypeStruct(gate_up.shape, gate_up.dtype if scales is None else jnp.float8_e5m2),
             jax.ShapeDtypeStruct((parts, 2 * ffn, padded), jnp.float32),
             jax.ShapeDtypeStruct((parts, ffn, padded), jnp.float32),
         ],
-        scratch_types=[
-            plgpu.SMEM(shape, jnp.bfloat16, transforms=_transforms(padded))
-            for shape in ((TILE, TILE), (2, 2, TILE, TILE))
-        ],
+        scratch_types=scratch,
         grid=(blocks, parts),
         grid_names=("column", "part"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
     )
-    d_gate_up, db, da = call(d_act, gate_up, xa, d_xa)
+    d_gate_up, db, da = call(d_act, gate_up, xa, d_xa, *(scales or ()))
     return d_gate_up, db.sum(0)[:, : ranks[0]], da.sum(0)[:, : ranks[1]]

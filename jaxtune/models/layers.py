@@ -11,7 +11,8 @@ import numpy as np
 from flax import nnx
 
 from jaxtune.kernels.fp8 import fp8_linear
-from jaxtune.kernels.gated_mlp import gated_mlp, supported
+from jaxtune.kernels.fp8_mlp import fp8_gated_mlp
+from jaxtune.kernels.gated_mlp import gated_mlp, joinable, supported
 from jaxtune.kernels.keep import keep
 from jaxtune.kernels.linear import Adapter, adapted_linear, dense, is_few
 from jaxtune.quant import BLOCK, NESTED_BLOCK, NF4
@@ -128,7 +129,7 @@ def _products(
     """The outputs of frozen layers with their adapters, without biases."""
     weights = tuple(linear._stored() for linear in linears)
     if all(linear.fp8 for linear in linears) and not is_few(x):
-        return _named(fp8_linear(x, weights, tuple(adapters)), name)
+        return fp8_linear(x, weights, tuple(adapters), name)
     ends = np.cumsum([linear.out_features for linear in linears])[:-1]
     return jnp.split(_named(adapted_linear(x, weights, tuple(adapters)), name), ends, axis=-1)
 
@@ -156,11 +157,17 @@ def apply_together(
 
 def apply_gated(linears: list[Linear], x: jax.Array, key: jax.Array | None) -> jax.Array | None:
     """down(silu(gate(x))·up(x)) in one operation, or None where there is none for these layers."""
-    if not all(linear.is_plain(key) and linear.bias is None and not linear.fp8 for linear in linears):
+    if not all(linear.is_plain(key) and linear.bias is None for linear in linears):
         return None
     weights = tuple(linear._stored() for linear in linears)
     adapters = tuple(linear.adapter(x.dtype) for linear in linears)
-    return gated_mlp(x, weights, adapters) if supported(x, weights, adapters) else None
+    if is_few(x) or not joinable(adapters):
+        return None
+    if all(linear.fp8 for linear in linears):
+        return fp8_gated_mlp(x, weights, adapters)
+    if any(linear.fp8 for linear in linears) or not supported(x, weights, adapters):
+        return None
+    return gated_mlp(x, weights, adapters)
 
 
 class Embedding(nnx.Module):

@@ -167,12 +167,13 @@ def output_errors(model, batch) -> dict[str, np.ndarray]:
     def body(layers, x, errors):
         for layer in layers:
             attention, mlp = layer.self_attn, layer.mlp
-            attention.o_proj, mlp.down_proj = Recorder(attention.o_proj), Recorder(mlp.down_proj)
+            attention.o_proj = Recorder(attention.o_proj)
             normed = layer.input_layernorm(x)
             middle = x + attention(normed, ctx)[0]
             inner = layer.post_attention_layernorm(middle)
-            x = middle + mlp(inner, None)
-            inputs = {"qkv": normed, "o": attention.o_proj.x, "gate_up": inner, "down": mlp.down_proj.x}
+            act = jax.nn.silu(mlp.gate_proj(inner)) * mlp.up_proj(inner)
+            x = middle + mlp.down_proj(act)
+            inputs = {"qkv": normed, "o": attention.o_proj.x, "gate_up": inner, "down": act}
             for shared, names in SHARED.items():
                 holder = attention if shared in ("qkv", "o") else mlp
                 found = (getattr(holder, name) for name in names)

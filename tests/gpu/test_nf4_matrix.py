@@ -21,6 +21,8 @@ DIFFERING = 1e-3  # part of the elements that rounding a scale's sum once or twi
         ((256, 256), 512, (512, 128), E4M3, False, False),
         ((256, 128), 1024, (1024, 64), E4M3, False, True),
         ((384,), 256, (256, 192), E4M3, False, True),
+        ((384,), 256, (64, 256), E4M3, True, False),
+        ((256, 128), 1024, (64, 384), E4M3, True, True),
     ],
 )
 def test_the_kernel_is_the_reference(outs, width, extra, dtype, below, transposed, double_quant):

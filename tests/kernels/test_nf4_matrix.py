@@ -34,6 +34,8 @@ QKV, GATE_UP, DOWN = ((4096, 4096), (1024, 4096), (1024, 4096)), ((14336, 4096),
         (QKV, (6144, 192), E4M3, False, False),
         (GATE_UP, (4096, 192), E4M3, False, True),
         (DOWN, (14336, 128), E4M3, False, True),
+        (DOWN, (64, 14336), E4M3, True, False),
+        (GATE_UP, (64, 28672), E4M3, True, True),
     ],
 )
 @pytest.mark.parametrize("double_quant", [True, False])

@@ -5,10 +5,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tolerances import BF16, GRADIENT
+from tolerances import BF16, FP8, FP8_GRADIENT, GRADIENT
 
 from jaxtune.kernels import gated_mlp as module
-from jaxtune.kernels import linear, swiglu, target
+from jaxtune.kernels import linear, swiglu, swiglu8, target
+from jaxtune.kernels.fp8_mlp import fp8_gated_mlp
 from jaxtune.kernels.gated_mlp import gated_mlp
 from jaxtune.kernels.linear import Adapter
 from jaxtune.quant import quantize_nf4
@@ -50,14 +51,51 @@ def test_the_kernel_is_the_reference(n, f, r, s, races):
         assert relative(ours, theirs) <= BF16
 
 
+def powers_of_two(n, seed):
+    return 2.0 ** jax.random.randint(jax.random.key(seed), (n,), -3, 4).astype(jnp.float32)
+
+
+def test_the_kernel_in_8_bits_is_the_reference():
+    args, scales = arrays(192, 128, 8, 16), (powers_of_two(192, 1), powers_of_two(192, 2))
+    got = swiglu.kernel(*args, scales, interpret=plgpu.InterpretGPUParams())
+    assert got[0].dtype == jnp.float8_e5m2
+    for ours, theirs in zip(got, swiglu.reference(*args, scales), strict=True):
+        assert relative(ours, theirs) <= BF16
+    scaled = [(x * scale[:, None]).astype(x.dtype) for x, scale in zip(args, scales)]
+    for ours, theirs in zip(got[1:], swiglu.reference(*scaled, *args[2:])[1:], strict=True):
+        assert relative(ours, theirs) <= BF16
+
+
+@pytest.mark.parametrize("rows, ffn, blocks", [(5, 1024, 2), (3, 1536, 4)])
+def test_the_forward_kernel_is_the_reference(rows, ffn, blocks):
+    gate_up, scale = arrays(rows, ffn, 1, 1)[1], powers_of_two(rows, 1)
+    got = swiglu8.kernel(gate_up, scale, blocks, interpret=plgpu.InterpretGPUParams(detect_races=True))
+    for ours, theirs in zip(got, swiglu8.reference(gate_up, scale), strict=True):
+        assert relative(ours, theirs) <= BF16
+    gate, up = jnp.split(gate_up.astype(jnp.float32) * scale[:, None], 2, axis=1)
+    eighth, out_scale, top = got
+    assert relative(eighth.astype(jnp.float32) * out_scale[:, None], jax.nn.silu(gate) * up) <= FP8
+    np.testing.assert_array_equal(top, jnp.maximum(jnp.abs(gate).max(1), jnp.abs(up).max(1)))
+
+
+@pytest.mark.parametrize("ffn", [14336, 28672, 11008, 1536])
+def test_the_forward_kernel_lowers_for_a_gpu(ffn):
+    shapes = jax.ShapeDtypeStruct((8192, 2 * ffn), jnp.bfloat16), jax.ShapeDtypeStruct((8192,), jnp.float32)
+    with target.tracing_for((9, 0)):
+        assert swiglu8.supported(ffn, jnp.bfloat16)
+    jax.jit(swiglu8.kernel).trace(*shapes).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize(
     "rows, ffn, r, s", [(8192, 14336, 32, 16), (2048, 1536, 16, 8), (4096, 14336, 64, 64)]
 )
-def test_the_kernel_lowers_for_a_gpu(rows, ffn, r, s):
+def test_the_kernel_lowers_for_a_gpu(rows, ffn, r, s, scaled):
     shapes = [
         jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in ((rows, ffn), (rows, 2 * ffn), (rows, r), (rows, s))
     ]
-    jax.jit(swiglu.kernel).trace(*shapes).lower(lowering_platforms=("cuda",))
+    scales = (jax.ShapeDtypeStruct((rows,), jnp.float32),) * 2 if scaled else None
+    jax.jit(swiglu.kernel).trace(*shapes, scales).lower(lowering_platforms=("cuda",))
 
 
 def mlp(width, ffn, ranks):
@@ -90,6 +128,30 @@ def test_the_joined_mlp_is_three_layers(ranks):
     got, want = probe(lambda x, a: gated_mlp(x, weights, a)), probe(apart)
     for ours, theirs in zip(got, want, strict=True):
         assert np.abs(ours - theirs).max() <= GRADIENT * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("dy_scale", [1e-9, 1.0, 1e4])
+@pytest.mark.parametrize("ranks", [(8, 8, 8), (8, None, 4), (None, 4, 16)])
+def test_the_joined_mlp_in_8_bits(ranks, dy_scale):
+    """Beside float32. Three products in a row, and for the gradients of A two of them: errors add in squares."""
+    weights, adapters = mlp(128, 256, ranks)
+    rng = np.random.default_rng(1)
+    x, dy = (jnp.asarray(rng.normal(size=(300, 128)), jnp.float32) for _ in range(2))
+    dy = dy * dy_scale * np.exp(rng.normal(size=(300, 1)))
+
+    def apart(x, adapters):
+        gate_up = linear.reference(x, weights[:2], adapters[:2])
+        gate, up = jnp.split(gate_up, 2, axis=-1)
+        return linear.reference(jax.nn.silu(gate) * up, weights[2:], adapters[2:])
+
+    def probe(function):
+        y, vjp = jax.vjp(function, x, adapters)
+        return y, jax.tree.leaves(vjp(dy.astype(jnp.float32)))
+
+    (y, grads), (want, exact) = probe(lambda x, a: fp8_gated_mlp(x, weights, a)), probe(apart)
+    assert relative(y, want) <= 2 * FP8
+    for ours, theirs in zip(grads, exact, strict=True):
+        assert relative(ours, theirs) <= 2 * FP8_GRADIENT
 
 
 def test_where_it_is_used(monkeypatch):
