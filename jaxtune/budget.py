@@ -4,6 +4,7 @@ A compiled step says what it needs. One compilation is usually enough: the bytes
 known from shapes, so its need follows from the first's. The answer is kept in the user's cache folder.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -203,6 +204,15 @@ def _size(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
 
 
+@functools.cache
+def _sources() -> str:
+    """A digest of jaxtune's own code: what a step needs changes with it."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 def _place(arguments: tuple, fp8: bool) -> Path | None:
     """The file that remembers what these shapes need on this device with these versions."""
     folder = cache_folder()
@@ -210,7 +220,7 @@ def _place(arguments: tuple, fp8: bool) -> Path | None:
         return None
     shapes = [(jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype)) for path, leaf in
               jax.tree_util.tree_leaves_with_path(arguments)]  # fmt: skip
-    key = repr((shapes, fp8, jax.__version__, jax.devices()[0].device_kind))
+    key = repr((shapes, fp8, _sources(), jax.__version__, jax.devices()[0].device_kind))
     return folder / "memory" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 

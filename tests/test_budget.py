@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 import tiny_models
 
-from jaxtune import models
+from jaxtune import budget, models
 from jaxtune.budget import CHOICES, PlannedStep, choose, kept_bytes
 
 CONFIG = models.build(tiny_models.make_config("llama"), jnp.bfloat16).config
@@ -80,6 +80,14 @@ def test_the_answer_is_kept(tried):
     before = list(tried)
     again = plan(tried, need("attention"))
     assert str(again.remat) == "attention" and again.compiled is None and tried == before
+
+
+def test_the_answer_is_forgotten_when_the_code_changes(tried, monkeypatch):
+    plan(tried, need("attention"))
+    before = len(tried)
+    monkeypatch.setattr(budget, "_sources", lambda: "other code")
+    plan(tried, need("attention"))
+    assert len(tried) == 2 * before
 
 
 def test_layer_inputs_go_to_the_host_when_nothing_else_fits(tried):
