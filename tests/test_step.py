@@ -8,9 +8,10 @@ from tolerances import LOSS
 
 from jaxtune.config import SFTConfig
 from jaxtune.fast import FastLanguageModel
+from jaxtune.kernels import target
 from jaxtune.models.remat import Remat
 from jaxtune.optim import make_optimizer
-from jaxtune.step import clip, make_eval_step, make_train_step, neftune, targets
+from jaxtune.step import clip, compiler_options, make_eval_step, make_train_step, neftune, targets
 
 
 def test_no_token_predicts_the_next_document():
@@ -106,3 +107,14 @@ def test_a_batch_without_labels_moves_nothing_but_decay(model):
     after, _, metrics = step(trainable, optimizer.init(trainable), model.base, batch, jax.random.key(0))
     assert metrics["loss"] == 0 and metrics["num_items"] == 0
     assert all((after[path] == model.trainable[path]).all() for path in after)
+
+
+def test_options_of_the_compiler():
+    """None on a CPU; no trials of Triton in 8 bits; the scheduler that hides copies to the host."""
+    assert compiler_options(Remat.parse("all"), fp8=True) is None
+    with target.tracing_for((9, 0)):
+        plain, fp8 = (compiler_options(Remat.parse("all"), fp8=on) for on in (False, True))
+        offload = compiler_options(Remat.parse("all+offload"), fp8=False)
+    assert plain is not None and fp8 is not None and offload is not None
+    assert fp8.items() - plain.items() == {("xla_gpu_enable_triton_gemm", False)}
+    assert offload.items() - plain.items() == {("xla_gpu_enable_latency_hiding_scheduler", True)}

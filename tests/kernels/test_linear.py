@@ -106,3 +106,18 @@ def test_few_rows_are_not_worth_a_joined_matrix(monkeypatch):
             for rows in (1, linear.FEW_ROWS - 1, linear.FEW_ROWS)
         ]
     assert ["tensor<128x192" in p or "tensor<192x128" in p for p in programs] == [False, False, True]
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_the_backward_pass_dequantises_anew_and_leaves_codes_in_place(double_quant):
+    """A barrier before the scales: before the codes it would have a GPU copy them out of their stack."""
+    weight = quantize_nf4(np.ones((128, 256), np.float32), double_quant)
+    adapter = Adapter(jnp.ones((256, 8)), jnp.ones((8, 128)))
+    for adapters in ((None,), (adapter,)):
+        with target.tracing_for((9, 0)):
+            grad = jax.jit(jax.grad(lambda x, a=adapters: adapted_linear(x, (weight,), a).sum()))
+            program = grad.lower(jnp.ones((32, 256))).as_text()
+        barriers = [line for line in program.splitlines() if "optimization_barrier" in line]
+        scale = "tensor<f32>" if double_quant else "tensor<128x4xf32>"
+        assert any(scale in line for line in barriers)
+        assert not any("128x128xui8" in line for line in barriers)
