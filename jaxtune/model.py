@@ -242,9 +242,8 @@ class Model:
     def _weights_for(self, rows: int):
         """What `generate` reads at every step of a batch.
 
-        Up to `nf4_matmul.MAX_ROWS` rows that is the codes, where the kernel for them runs: at an H200's bandwidth
-        1.3 ms a token for 8B weights. More rows read a dequantised copy if it fits (4.1 ms); if not, each step
-        dequantises (8.9 ms).
+        Up to `nf4_matmul.MAX_ROWS` rows that is the codes, where the kernel for them runs (8B weights, one row, H100:
+        4.6 ms a token). More rows read a dequantised copy if it fits (16.9 ms); if not, each step dequantises.
         """
         if self._reads_codes(rows):
             return self._graphdef(nf4=True, double_quant=False), single_quantised_base(self.base)

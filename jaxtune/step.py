@@ -97,9 +97,7 @@ def compiler_options(remat: Remat, fp8: bool) -> dict[str, bool] | None:
     options = {"xla_gpu_enable_dus_accumulator_zero_init_elimination": True}
     if remat.offload:  # copies to and from the host run beside the products
         options["xla_gpu_enable_latency_hiding_scheduler"] = True
-    if (
-        fp8
-    ):  # trying Triton's kernels for 8-bit products takes 80 s of compilation, and the libraries' are faster
+    if fp8:  # trying Triton's kernels for 8-bit products takes 80 s of compilation
         options["xla_gpu_enable_triton_gemm"] = False
     return options
 

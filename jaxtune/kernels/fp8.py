@@ -19,14 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.kernels.keep import keep
-from jaxtune.kernels.linear import Adapter, apart, joined_a, joined_b, rows, tail_columns
+from jaxtune.kernels.linear import Adapter, apart, joined_a, joined_b, rows, with_tail
 from jaxtune.kernels.nf4_matrix import nf4_matrix
 from jaxtune.quant import NF4, dequantize_nf4
 
 NEEDS = (8, 9)  # CUDA compute capability
-SMALLEST = (
-    2.0**-60
-)  # an amax below this counts as this: scales and their products stay normal float32 numbers
+# An amax below this counts as this: scales and their products stay normal float32 numbers.
+SMALLEST = 2.0**-60
 
 
 class _Kind(NamedTuple):
@@ -84,12 +83,7 @@ def _left(pieces: list, extra: jax.Array, kind: _Kind, pick: tuple[int, ...]) ->
     scale = power_of_two(functools.reduce(jnp.maximum, (largest(x, 1) for x in (*pieces, extra))), kind)
     inverse = 1 / scale
     columns = [(x.astype(jnp.float32) * inverse).astype(kind.dtype) for x in pieces]
-    return jnp.concatenate([*columns, _padded(_parts(extra * inverse, kind, pick))], axis=1), scale
-
-
-def _padded(columns: jax.Array) -> jax.Array:
-    rank = columns.shape[1]
-    return jnp.pad(columns, ((0, 0), (0, tail_columns(rank) - rank)))
+    return jnp.concatenate([*columns, with_tail(_parts(extra * inverse, kind, pick))], axis=1), scale
 
 
 def scale_of(weights: tuple) -> jax.Array:
@@ -100,7 +94,7 @@ def scale_of(weights: tuple) -> jax.Array:
 def parts8(x: jax.Array, pick: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """x [N, R] -> (the parts that `pick` names in e4m3 [N, tail], their one scale [])."""
     scale = power_of_two(largest(x), E4M3)
-    return _padded(_parts(x.astype(jnp.float32) / scale, E4M3, pick)), scale
+    return with_tail(_parts(x.astype(jnp.float32) / scale, E4M3, pick)), scale
 
 
 def dot8(left: jax.Array, right: jax.Array, dtype) -> jax.Array:

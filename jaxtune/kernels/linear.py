@@ -17,9 +17,8 @@ from jaxtune.kernels.keep import keep
 from jaxtune.kernels.nf4_matrix import dense, nf4_matrix
 from jaxtune.quant import NF4
 
-FEW_ROWS = (
-    256  # of x: below, as in generation, writing the joined matrix costs more than a second pass over y
-)
+# Of x: below, as in generation, writing the joined matrix costs more than a second pass over y.
+FEW_ROWS = 256
 TAIL = 64  # columns that hold the ranks are a multiple of this: whole tiles for the matrix units
 
 
@@ -154,8 +153,8 @@ def tail_columns(rank: int) -> int:
     return -(-rank // TAIL) * TAIL
 
 
-def _padded(columns: jax.Array) -> jax.Array:
-    """[N, R] -> [N, tail]."""
+def with_tail(columns: jax.Array) -> jax.Array:
+    """[N, R] -> [N, tail], zeros behind."""
     rank = columns.shape[1]
     return jnp.pad(columns, ((0, 0), (0, tail_columns(rank) - rank)))
 
@@ -163,13 +162,13 @@ def _padded(columns: jax.Array) -> jax.Array:
 def _beside(weights: tuple, adapters: tuple) -> jax.Array:
     """[W | Bᵀ | 0], [sum(out), in + tail]."""
     with jax.named_scope("dequantise"):
-        return nf4_matrix(weights, _padded(joined_b(weights, adapters).T))
+        return nf4_matrix(weights, with_tail(joined_b(weights, adapters).T))
 
 
 def _below(weights: tuple, adapters: tuple) -> jax.Array:
     """[W; Aᵀ; 0], [sum(out) + tail, in]."""
     with jax.named_scope("dequantise"):
-        return nf4_matrix(weights, _padded(joined_a(adapters)).T, below=True)
+        return nf4_matrix(weights, with_tail(joined_a(adapters)).T, below=True)
 
 
 def _widen(x: jax.Array, through: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -30,6 +30,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from jaxtune.kernels import target
+from jaxtune.kernels.nf4_matrix import int32
 from jaxtune.quant import BLOCK, NF4, NF4_CODE, dequantize_absmax, dequantize_nf4
 
 MAX_ROWS = 64
@@ -112,20 +113,16 @@ def _in_kernel_order(x: jax.Array) -> jax.Array:
     return x.reshape(m, width // BLOCK, 2, 4, 8).transpose(0, 1, 4, 3, 2).reshape(m, width)
 
 
-def _const(value: int) -> ir.Value:
-    return utils.c(int(np.uint32(value).view(np.int32)), ir.IntegerType.get_signless(32))
-
-
 def _pairs_of(word: ir.Value, table: ir.Value) -> list:
     """Eight codes in 32 bits -> their four bfloat16 pairs, from `_pairs` in shared memory."""
     i32 = ir.IntegerType.get_signless(32)
-    lane = arith.shli(arith.andi(utils.thread_idx(), _const(31)), _const(2))
+    lane = arith.shli(arith.andi(utils.thread_idx(), int32(31)), int32(2))
     column = arith.addi(lane, llvm.ptrtoint(i32, utils.memref_ptr(table)))
     out = []
     for i in range(4):
         # one instruction, as are shift and addition
-        byte = utils.prmt(word, _const(0), _const(0x4440 + i))
-        place = arith.addi(arith.shli(byte, _const(7)), column)
+        byte = utils.prmt(word, int32(0), int32(0x4440 + i))
+        place = arith.addi(arith.shli(byte, int32(7)), column)
         out.append(llvm.inline_asm(i32, [place], "ld.shared.b32 $0, [$1];", "=r,r"))
     return out
 
@@ -163,14 +160,14 @@ def _scales_in_registers(scales: jax.Array) -> list[jax.Array]:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=[column] * _BLOCKS)
     def load(_, ref):
         f32, index = ir.F32Type.get(), ir.IndexType.get()
-        thread = arith.remui(utils.thread_idx(), _const(128))
+        thread = arith.remui(utils.thread_idx(), int32(128))
         row = arith.addi(
-            arith.muli(arith.divui(thread, _const(32)), _const(16)),
-            arith.divui(arith.remui(thread, _const(32)), _const(4)),
+            arith.muli(arith.divui(thread, int32(32)), int32(16)),
+            arith.divui(arith.remui(thread, int32(32)), int32(4)),
         )
         out = [np.empty(layout.to_mgpu().registers_shape((WG_ROWS,)), object) for _ in range(_BLOCKS)]
         for half in range(2):
-            at = arith.index_cast(index, arith.addi(row, _const(8 * half)))
+            at = arith.index_cast(index, arith.addi(row, int32(8 * half)))
             four = vector.load(ir.VectorType.get((_BLOCKS,), f32), ref, [at, utils.c(0, index)])
             for block in range(_BLOCKS):
                 one = vector.extract_strided_slice(ir.VectorType.get((1,), f32), four, [block], [1], [1])
@@ -358,9 +355,8 @@ def _call(x, weights, lora, config: Config, interpret) -> jax.Array:
     outs = [codes.shape[0] for codes, _ in weights]
     plan = _plan(outs, width, 0 if lora is None else lora[1].shape[0], config)
     products = _block_products if interpret is None else _block_products_twin
-    uneven = (
-        config.warpgroups == 2 and tokens > 32
-    )  # products of many tokens need more than their share of registers
+    # products of many tokens need more than their share of registers
+    uneven = config.warpgroups == 2 and tokens > 32
 
     def body(x, weights, table, lora, out, *, stages, constants, out_s):
         wg = lax.axis_index("wg")

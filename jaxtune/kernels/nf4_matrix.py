@@ -28,6 +28,7 @@ THREADS = 128
 UNROLL = 4  # items of a thread: that many loads are under way at once
 VECTOR = 16  # bytes of a store
 ROWS = 128  # of W that a block turns into columns of Wᵀ
+MAX_BYTES = 2**32  # of the result: offsets are 32 bits
 
 
 def dense(weight: NF4 | jax.Array, dtype) -> jax.Array:
@@ -73,6 +74,9 @@ def supported(weights: Sequence, extra: jax.Array, below: bool, transposed: bool
         return False
     if not all(isinstance(weight, NF4) for weight in weights) or (transposed and extra.dtype.itemsize != 1):
         return False
+    inner = sum(2 * weight.codes.size for weight in weights)
+    if (inner + extra.size) * extra.dtype.itemsize >= MAX_BYTES:
+        return False
     item = VECTOR // extra.dtype.itemsize
     whole = extra.size % (THREADS * UNROLL * item) == 0 and extra.shape[1] % item == 0
     return whole and all(_blocks(weight, item, transposed) is not None for weight in weights)
@@ -95,7 +99,6 @@ class _Part(NamedTuple):
     count: int
     refs: slice
     row: int
-    out: int
     width: int
     nested: bool
 
@@ -123,7 +126,8 @@ _i8, _i32, _i64, _f32 = (
 )
 
 
-def _int(value: int) -> ir.Value:
+def int32(value: int) -> ir.Value:
+    """A 32-bit constant in inline code."""
     return utils.c(int(np.uint32(value).view(np.int32)), _i32())
 
 
@@ -145,33 +149,33 @@ def _load(ref: ir.Value, offset: ir.Value, kind: ir.Type, alignment: int) -> ir.
 
 def _load_words(ref: ir.Value, offset: ir.Value, count: int) -> list[ir.Value]:
     vector = _load(ref, offset, ir.VectorType.get((count,), _i32()), 4 * count)
-    return [llvm.extractelement(vector, _int(i)) for i in range(count)]
+    return [llvm.extractelement(vector, int32(i)) for i in range(count)]
 
 
 def _store_words(ref: ir.Value, offset: ir.Value, words: list[ir.Value]) -> None:
     kind = ir.VectorType.get((len(words),), _i32())
     vector = llvm.mlir_undef(kind)
     for i, word in enumerate(words):
-        vector = llvm.insertelement(vector, word, _int(i))
+        vector = llvm.insertelement(vector, word, int32(i))
     llvm.store(vector, _at(ref, offset), alignment=4 * len(words))
 
 
 def _quotient(x: ir.Value, by: int) -> tuple[ir.Value, ir.Value]:
-    return arith.divui(x, _int(by)), arith.remui(x, _int(by))
+    return arith.divui(x, int32(by)), arith.remui(x, int32(by))
 
 
 def _lane_table() -> ir.Value:
     """The value of code `lane % 16`, float32."""
-    lane = arith.andi(utils.thread_idx(), _int(15))
+    lane = arith.andi(utils.thread_idx(), int32(15))
     value = utils.c(float(NF4_CODE[0]), _f32())
     for code in range(1, 16):
-        hit = arith.cmpi(arith.CmpIPredicate.eq, lane, _int(code))
+        hit = arith.cmpi(arith.CmpIPredicate.eq, lane, int32(code))
         value = arith.select(hit, utils.c(float(NF4_CODE[code]), _f32()), value)
     return value
 
 
 def _value(table: ir.Value, word: ir.Value, nibble: int) -> ir.Value:
-    index = word if nibble == 0 else arith.shrui(word, _int(4 * nibble))
+    index = word if nibble == 0 else arith.shrui(word, int32(4 * nibble))
     shuffle = "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;"
     return _inline(_f32(), [table, index], shuffle, "=f,f,r", has_side_effects=True)
 
@@ -189,19 +193,19 @@ def _words(values: list[ir.Value], itemsize: int) -> list[ir.Value]:
     if itemsize == 2:
         return pairs
     wide = [arith.extui(_i32(), pair) for pair in pairs]
-    return [arith.ori(a, arith.shli(b, _int(16))) for a, b in zip(wide[::2], wide[1::2], strict=True)]
+    return [arith.ori(a, arith.shli(b, int32(16))) for a, b in zip(wide[::2], wide[1::2], strict=True)]
 
 
 def _absmax(part: _Part, refs: list, table: ir.Value, index: ir.Value, inverse: ir.Value | None) -> ir.Value:
     """The scale of block `index` of a weight, float32."""
-    four = _int(4)
+    four = int32(4)
     if part.nested:
         _, codes, scales, offset = refs
         code = arith.extui(_i32(), _load(codes, index, _i8(), 1))
         value = _load(table, arith.muli(code, four), _f32(), 4)
-        group = arith.divui(index, _int(NESTED_BLOCK))
+        group = arith.divui(index, int32(NESTED_BLOCK))
         value = arith.mulf(value, _load(scales, arith.muli(group, four), _f32(), 4))
-        value = arith.addf(value, _load(offset, _int(0), _f32(), 4))
+        value = arith.addf(value, _load(offset, int32(0), _f32(), 4))
     else:
         value = _load(refs[1], arith.muli(index, four), _f32(), 4)
     return value if inverse is None else arith.mulf(value, inverse)
@@ -227,23 +231,23 @@ def _dequantise_rows(work: _Items, block: ir.Value) -> None:
     part, plan = work.part, work.plan
     item = VECTOR // plan.itemsize  # code bytes of an item, elements of a store
     a_row, a_block = part.width // (2 * item), BLOCK // (2 * item)
-    first = arith.addi(arith.muli(block, _int(THREADS * UNROLL)), utils.thread_idx())
-    items = [arith.addi(first, _int(THREADS * i)) for i in range(UNROLL)]
-    codes = [_load_words(work.refs[0], arith.muli(i, _int(item)), item // 4) for i in items]
-    scales = [work.scale(arith.divui(i, _int(a_block))) for i in items]
+    first = arith.addi(arith.muli(block, int32(THREADS * UNROLL)), utils.thread_idx())
+    items = [arith.addi(first, int32(THREADS * i)) for i in range(UNROLL)]
+    codes = [_load_words(work.refs[0], arith.muli(i, int32(item)), item // 4) for i in items]
+    scales = [work.scale(arith.divui(i, int32(a_block))) for i in items]
     for at, words, scale in zip(items, codes, scales, strict=True):
         row, inner = _quotient(at, a_row)
         block_of_row, piece = _quotient(inner, a_block)
-        column = arith.addi(arith.muli(block_of_row, _int(BLOCK)), arith.muli(piece, _int(item)))
-        start = arith.muli(arith.addi(row, _int(part.row)), _int(plan.pitch))
-        start = arith.addi(start, arith.muli(column, _int(plan.itemsize)))
+        column = arith.addi(arith.muli(block_of_row, int32(BLOCK)), arith.muli(piece, int32(item)))
+        start = arith.muli(arith.addi(row, int32(part.row)), int32(plan.pitch))
+        start = arith.addi(start, arith.muli(column, int32(plan.itemsize)))
         for half in range(2):  # the high nibbles are the first 32 elements of a block
             values = [
                 arith.mulf(_value(work.lane, word, 2 * byte + 1 - half), scale)
                 for word in words
                 for byte in range(4)
             ]
-            place = arith.addi(start, _int(half * BLOCK // 2 * plan.itemsize))
+            place = arith.addi(start, int32(half * BLOCK // 2 * plan.itemsize))
             _store_words(work.out, place, _words(values, plan.itemsize))
 
 
@@ -255,14 +259,15 @@ def _dequantise_columns(work: _Items, block: ir.Value) -> None:
     group, piece = _quotient(lane, 4)
     tile_row, tile_column = _quotient(block, part.width // BLOCK // UNROLL)
     row = arith.addi(
-        arith.muli(tile_row, _int(ROWS)), arith.addi(arith.muli(warp, _int(32)), arith.muli(group, _int(4)))
+        arith.muli(tile_row, int32(ROWS)),
+        arith.addi(arith.muli(warp, int32(32)), arith.muli(group, int32(4))),
     )
-    rows = [arith.addi(row, _int(i)) for i in range(4)]
+    rows = [arith.addi(row, int32(i)) for i in range(4)]
     for step in range(UNROLL):
-        block_of_row = arith.addi(arith.muli(tile_column, _int(UNROLL)), _int(step))
-        blocks = [arith.addi(arith.muli(r, _int(part.width // BLOCK)), block_of_row) for r in rows]
-        offset = arith.muli(piece, _int(8))
-        codes = [_load_words(work.refs[0], arith.addi(arith.muli(b, _int(32)), offset), 2) for b in blocks]
+        block_of_row = arith.addi(arith.muli(tile_column, int32(UNROLL)), int32(step))
+        blocks = [arith.addi(arith.muli(r, int32(part.width // BLOCK)), block_of_row) for r in rows]
+        offset = arith.muli(piece, int32(8))
+        codes = [_load_words(work.refs[0], arith.addi(arith.muli(b, int32(32)), offset), 2) for b in blocks]
         scales = [work.scale(b) for b in blocks]
         for half in range(2):
             for byte in range(8):
@@ -271,20 +276,20 @@ def _dequantise_columns(work: _Items, block: ir.Value) -> None:
                     for words, scale in zip(codes, scales, strict=True)
                 ]
                 column = arith.addi(
-                    arith.muli(block_of_row, _int(BLOCK)), arith.addi(offset, _int(32 * half + byte))
+                    arith.muli(block_of_row, int32(BLOCK)), arith.addi(offset, int32(32 * half + byte))
                 )
-                place = arith.addi(arith.muli(column, _int(plan.pitch)), arith.addi(row, _int(part.row)))
+                place = arith.addi(arith.muli(column, int32(plan.pitch)), arith.addi(row, int32(part.row)))
                 _store_words(work.out, place, _words(values, 1))
 
 
 def _copy_extra(plan: _Plan, extra: ir.Value, out: ir.Value, block: ir.Value) -> None:
-    first = arith.addi(arith.muli(block, _int(THREADS * UNROLL)), utils.thread_idx())
-    items = [arith.addi(first, _int(THREADS * i)) for i in range(UNROLL)]
-    loaded = [_load_words(extra, arith.muli(i, _int(VECTOR)), 4) for i in items]
+    first = arith.addi(arith.muli(block, int32(THREADS * UNROLL)), utils.thread_idx())
+    items = [arith.addi(first, int32(THREADS * i)) for i in range(UNROLL)]
+    loaded = [_load_words(extra, arith.muli(i, int32(VECTOR)), 4) for i in items]
     for at, words in zip(items, loaded, strict=True):
         row, inner = _quotient(at, plan.extra_row // VECTOR)
-        place = arith.addi(arith.muli(row, _int(plan.pitch)), arith.muli(inner, _int(VECTOR)))
-        _store_words(out, arith.addi(place, _int(plan.extra_at)), words)
+        place = arith.addi(arith.muli(row, int32(plan.pitch)), arith.muli(inner, int32(VECTOR)))
+        _store_words(out, arith.addi(place, int32(plan.extra_at)), words)
 
 
 def _program(plan: _Plan, *refs: ir.Value) -> None:
@@ -292,12 +297,12 @@ def _program(plan: _Plan, *refs: ir.Value) -> None:
     *weights, scale, maps, extra, out = refs
     block = arith.index_cast(_i32(), gpu.block_id(gpu.Dimension.x))
     one = utils.c(1.0, _f32())
-    inverse = arith.divf(one, _load(scale, _int(0), _f32(), 4)) if plan.scaled else None
+    inverse = arith.divf(one, _load(scale, int32(0), _f32(), 4)) if plan.scaled else None
     lane = _lane_table()
 
     def within(first: int, count: int, work: Callable[[ir.Value], None]) -> None:
-        local = arith.subi(block, _int(first))  # wraps around below `first`
-        branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, local, _int(count)))
+        local = arith.subi(block, int32(first))  # wraps around below `first`
+        branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, local, int32(count)))
         with ir.InsertionPoint(branch.then_block):
             work(local)
             scf.yield_([])
@@ -323,7 +328,7 @@ def _plan(weights: Sequence[NF4], extra: jax.Array, scaled: bool, below: bool, t
         refs = slice(ref, ref + (4 if nested else 2))
         count = _blocks(weight, VECTOR // itemsize, transposed)
         assert count is not None
-        parts.append(_Part(first, count, refs, row, out, width, nested))
+        parts.append(_Part(first, count, refs, row, width, nested))
         first, row, ref = first + count, row + out, refs.stop
     extra_at = (width if transposed else sum(outs)) * pitch if below else inner * itemsize
     extra_row, copies = extra.shape[1] * itemsize, extra.size * itemsize // (VECTOR * THREADS * UNROLL)

@@ -17,9 +17,8 @@ from jaxtune.kernels.fp8 import E4M3, power_of_two
 
 LANES = 128  # of a warpgroup; a row is seen as groups of so many features
 CHUNK = 16  # groups worked on at a time, at most: registers
-BLOCKS = (
-    3 * 132
-)  # what fits an H100 or H200 (SXM) at 14,336 features: a row of gate and up each in shared memory
+# What fits an H100 or H200 (SXM) at 14,336 features: a row of gate and up each in shared memory.
+BLOCKS = 3 * 132
 MAX_FFN = 256 * LANES  # of one copy
 
 

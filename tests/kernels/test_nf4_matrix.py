@@ -50,6 +50,13 @@ def test_it_lowers_for_a_gpu(shapes, extra, dtype, below, transposed, double_qua
     assert program.count("mosaic_gpu") >= 1
 
 
+def test_results_that_32_bits_do_not_address_are_left_to_xla():
+    extra = jax.ShapeDtypeStruct((65536, 64), BF16)
+    with target.tracing_for((9, 0)):
+        assert nf4_matrix.supported([shape(65536, 16384)], extra, False, False)
+        assert not nf4_matrix.supported([shape(65536, 32768)], extra, False, False)
+
+
 def test_what_it_leaves_to_xla():
     extra = jax.ShapeDtypeStruct((960, 64), BF16)
     assert not nf4_matrix.supported([shape(960, 576)], extra, False, False)  # no GPU
