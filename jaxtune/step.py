@@ -89,14 +89,24 @@ def clip(grads: Leaves, max_norm: float | None) -> tuple[Leaves, jax.Array]:
     return jax.tree.map(lambda g: g * factor, grads), norm
 
 
-def compiler_options(remat: Remat, fp8: bool) -> dict[str, bool] | None:
+def compiler_options(remat: Remat, fp8: bool) -> dict[str, bool | str] | None:
     """XLA's options for a step on a GPU; see docs/benchmarks.md for what each was worth."""
     if target.capability() is None:
         return None
     # The stacks of what is kept are written whole: no need to fill them with zeros first.
-    options = {"xla_gpu_enable_dus_accumulator_zero_init_elimination": True}
-    if remat.offload:  # copies to and from the host run beside the products
-        options["xla_gpu_enable_latency_hiding_scheduler"] = True
+    options: dict[str, bool | str] = {"xla_gpu_enable_dus_accumulator_zero_init_elimination": True}
+    if (
+        remat.offload
+    ):  # copies to and from the host run beside the products, which each of these is needed for
+        options |= {
+            "xla_gpu_enable_latency_hiding_scheduler": True,
+            # A layer's input is fetched while the layer above is worked on.
+            "xla_gpu_enable_pipelined_host_offloading": True,
+            # Copies of single numbers would queue behind the large ones, on the same few streams.
+            "xla_disable_hlo_passes": "dynamic-slice-copy-fusion-async-wrapper",
+            # A CUDA graph runs its copies and kernels one after another.
+            "xla_gpu_enable_command_buffer": "",
+        }
     if fp8:  # trying Triton's kernels for 8-bit products takes 80 s of compilation
         options["xla_gpu_enable_triton_gemm"] = False
     return options

@@ -110,11 +110,16 @@ def test_a_batch_without_labels_moves_nothing_but_decay(model):
 
 
 def test_options_of_the_compiler():
-    """None on a CPU; no trials of Triton in 8 bits; the scheduler that hides copies to the host."""
+    """None on a CPU; no trials of Triton in 8 bits; what makes copies to the host run beside the products."""
     assert compiler_options(Remat.parse("all"), fp8=True) is None
     with target.tracing_for((9, 0)):
         plain, fp8 = (compiler_options(Remat.parse("all"), fp8=on) for on in (False, True))
         offload = compiler_options(Remat.parse("all+offload"), fp8=False)
     assert plain is not None and fp8 is not None and offload is not None
     assert fp8.items() - plain.items() == {("xla_gpu_enable_triton_gemm", False)}
-    assert offload.items() - plain.items() == {("xla_gpu_enable_latency_hiding_scheduler", True)}
+    assert dict(offload.items() - plain.items()) == {
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+        "xla_gpu_enable_pipelined_host_offloading": True,
+        "xla_disable_hlo_passes": "dynamic-slice-copy-fusion-async-wrapper",
+        "xla_gpu_enable_command_buffer": "",
+    }
