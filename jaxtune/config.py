@@ -53,23 +53,23 @@ def _tolerant[T](cls: type[T]) -> type[T]:
 KEEPABLE = ("attention", "qkv", "residual", "gate_up")
 
 
-def remat_parts(text: str) -> tuple[frozenset[str], bool, bool]:
-    """ "attention+gate_up+offload" -> (the names to keep, whether layer inputs go to the host, whether layers unroll).
+def remat_parts(text: str) -> tuple[frozenset[str], bool]:
+    """ "attention+gate_up+offload" -> (the names to keep, whether layer inputs go to the host).
 
     Raises:
       ValueError: an unknown name, or one to keep beside "all".
     """
     parts = [part.strip() for part in text.split("+")]
     for part in parts:
-        if part not in (*KEEPABLE, "all", "none", "offload", "unroll"):
+        if part not in (*KEEPABLE, "all", "none", "offload"):
             raise ValueError(
                 f"remat={text!r}: {part!r} is unknown; expected 'auto', 'all' (recompute everything), 'none' (keep "
-                f"everything), or names to keep joined by '+': {', '.join(KEEPABLE)}, offload, unroll"
+                f"everything), or names to keep joined by '+': {', '.join(KEEPABLE)}, offload"
             )
     names = KEEPABLE if "none" in parts else tuple(part for part in parts if part in KEEPABLE)
     if "all" in parts and names:
         raise ValueError(f"remat={text!r}: 'all' recomputes everything, so nothing can be kept beside it")
-    return frozenset(names), "offload" in parts, "unroll" in parts
+    return frozenset(names), "offload" in parts
 
 
 @_tolerant
@@ -152,8 +152,7 @@ class SFTConfig:
     False: never."""
     remat: str = "auto"
     """What the backward pass keeps: auto (the fastest that fits), all (recompute everything), none (keep everything),
-    or names to keep joined by +: attention, qkv, residual, gate_up; +offload puts layer inputs into host memory,
-    +unroll lays the layers out one after another: a little faster where much is kept, and longer to compile."""
+    or names to keep joined by +: attention, qkv, residual, gate_up; +offload puts layer inputs into host memory."""
     memory_budget_gb: float | None = None
     """Device memory that remat=auto stays under. None = what is free."""
     seed: int = 42

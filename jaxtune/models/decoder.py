@@ -233,10 +233,9 @@ def run_segment(layers: nnx.List, x: jax.Array, ctx: Context, caches, remat: Rem
             new.append(kv)
         return x, (None if caches is None else new)
 
-    unroll = remat is not None and remat.unroll
-    if remat is not None:  # in a loop nothing of the forward pass is there to be merged with
-        body = jax.checkpoint(body, prevent_cse=unroll, policy=remat.policy())
-    return jax.lax.scan(body, x, (state, keys, caches), unroll=unroll)
+    if remat is not None:
+        body = jax.checkpoint(body, prevent_cse=False, policy=remat.policy())
+    return jax.lax.scan(body, x, (state, keys, caches))
 
 
 class Decoder(nnx.Module):

@@ -15,17 +15,15 @@ _BLOCK_INPUT = "block_input"
 
 @dataclass(frozen=True)
 class Remat:
-    """A choice of what to keep on the device beside each layer's input, and of how the layers are run.
+    """A choice of what to keep on the device beside each layer's input, and whether that input goes to the host.
 
     keep, per token and layer, elements: attention (its output, D, and softmax statistics), qkv (D + 2·K·h), residual
     (x + attention, D), gate_up (2·F). The few elements of x A are kept always where products are joined. offload: layer
-    inputs wait in pinned host memory. unroll: the program holds the layers one after another instead of a loop, so what
-    is kept need not be copied into stacks; compiling takes about three times as long.
+    inputs wait in pinned host memory.
     """
 
     keep: frozenset[str] = frozenset()
     offload: bool = False
-    unroll: bool = False
 
     @classmethod
     def parse(cls, text: str) -> "Remat":
@@ -38,7 +36,7 @@ class Remat:
             if self.keep == frozenset(KEEPABLE)
             else [n for n in KEEPABLE if n in self.keep] or ["all"]
         )
-        return "+".join(words + ["offload"] * self.offload + ["unroll"] * self.unroll)
+        return "+".join(words + ["offload"] * self.offload)
 
     def policy(self):
         """For jax.checkpoint."""

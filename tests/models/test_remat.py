@@ -19,15 +19,7 @@ from jaxtune.models.remat import Remat
 from jaxtune.step import loss_sum, make_train_step
 
 TOKENS = 32
-POLICIES = [
-    "all",
-    "attention",
-    "attention+gate_up",
-    "attention+qkv+gate_up",
-    "residual",
-    "none",
-    "none+unroll",
-]
+POLICIES = ["all", "attention", "attention+gate_up", "attention+qkv+gate_up", "residual", "none"]
 
 
 @pytest.fixture(autouse=True)
@@ -191,7 +183,6 @@ def test_a_gpu_step_lowers_with_cudnn_attention(documents, text):
 def test_names_are_checked():
     assert str(Remat.parse("gate_up+attention")) == "attention+gate_up"
     assert str(Remat.parse("none+offload")) == "none+offload" and str(Remat()) == "all"
-    assert str(Remat.parse("unroll+none")) == "none+unroll"
     with pytest.raises(ValueError, match="'gateup' is unknown; expected 'auto'"):
         Remat.parse("gateup")
     with pytest.raises(ValueError, match="'all' recomputes everything"):
