@@ -3,9 +3,10 @@
     python -P scripts/bench/unsloth_step.py --batch 2x2048 4x2048 --checkpointing off
     python -P scripts/bench/unsloth_step.py --batch 4x2048 1x131072 --checkpointing unsloth --steps 2
 
-Needs Unsloth and its PyTorch, not jaxtune (-P, because transformers would take this folder's kernels.py for a
-package). A checkpoint of random bfloat16 weights (16 GB) is written to --folder the first time. LoRA of rank 16 on all seven projections, 8-bit AdamW, loss over every token; `unsloth` is its default
-(checkpointing with inputs offloaded to the host), `off` keeps every activation.
+Needs Unsloth and its PyTorch, not jaxtune (-P, because transformers would take this folder's kernels.py for a package).
+A checkpoint of random bfloat16 weights (16 GB) is written to --folder the first time. LoRA of rank 16 on all seven
+projections, 8-bit AdamW, loss over every token; `unsloth` is its default (checkpointing with inputs offloaded to the
+host), `off` keeps every activation.
 """
 
 import argparse
