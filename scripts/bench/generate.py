@@ -49,10 +49,10 @@ class Result:
 
     def line(self) -> str:
         steps = "  ".join(f"{w}: {ms:.2f} ({self.floor_ms[w]:.2f})" for w, ms in self.step_ms.items())
+        memory = f"{self.predicted_gb:9.2f} {self.peak_gb:7.2f}"
         return (
             f"{self.sequences:5d} {self.weights:7s} {self.tokens_per_second:9.0f} {min(self.seconds):8.2f} "
-            f"{self.prefill_s:8.2f} {self.predicted_gb:9.2f} {self.peak_gb:7.2f} {self.compile_s:8.1f} {self.waves:5d}   "
-            f"{steps}"
+            f"{self.prefill_s:8.2f} {memory} {self.compile_s:8.1f} {self.waves:5d}   {steps}"
         )
 
 
