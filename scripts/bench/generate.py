@@ -199,7 +199,7 @@ def profile(wave, args: argparse.Namespace, ceilings) -> tuple[dict[str, float],
     from jaxtune.generate import steps
 
     job = wave._job
-    lowered = steps.decode.__wrapped__.lower(
+    lowered = steps.decode.of(wave._weights).lower(
         wave._weights, wave._prompts, wave._state, wave._streams(), job.seed, spec=job.spec, steps=job.segment
     )
 
@@ -273,7 +273,8 @@ def without_a_gpu(args: argparse.Namespace) -> None:
                 prompts = steps.Prompts(caches(groups, plan.bucket(args.prompt, 64)), leaf(groups))
                 began = time.perf_counter()
                 compiled = (
-                    steps.decode.__wrapped__.trace(
+                    steps.decode.of(weights)
+                    .trace(
                         weights,
                         prompts,
                         state,
