@@ -22,18 +22,18 @@ STAGES = [
     {"data"},
     {"optim"},
     {"step"},
+    {"budget"},
     {"generate"},
     {"export"},
     {"model"},
     {"fast"},
     {"checkpoint", "metrics", "signals"},
-    {"budget"},
     {"trainer"},
     {"tasks"},
     {"command_line"},
     {"job"},
     {"dry_run"},
-    {"train", "export.__main__"},
+    {"train", "export.__main__", "chat"},
 ]
 STAGE_OF = {name: number for number, names in enumerate(STAGES) for name in names}
 JUDGES = {"torch", "trl", "peft", "bitsandbytes", "accelerate", "vllm"}
@@ -110,8 +110,11 @@ assert not xla_bridge._backends, "importing started a jax backend"
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("program", ["train", "export.__main__"])
-def test_help_is_quick_and_needs_no_jax(program):
+@pytest.mark.parametrize(
+    "program, flag",
+    [("train", "--learning_rate"), ("export.__main__", "--imatrix"), ("chat", "--temperature")],
+)
+def test_help_is_quick_and_needs_no_jax(program, flag):
     code = f"""
 import sys
 from jaxtune.{program} import main
@@ -124,4 +127,4 @@ assert not slow, slow
 """
     done = _run(code)
     assert done.returncode == 0, done.stderr
-    assert ("--learning_rate" if program == "train" else "--imatrix") in done.stdout
+    assert flag in done.stdout
