@@ -24,10 +24,8 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from datasets import Dataset
 
-from jaxtune.config import SFTConfig
-from jaxtune.data import content_digest
+from jaxtune.config import TrainingConfig
 from jaxtune.metrics import TrainerState
 
 # What may differ between a checkpoint and the run that resumes it, because the result does not depend on it.
@@ -157,8 +155,10 @@ def remove_leftovers(output_dir: str | Path) -> None:
         shutil.rmtree(leftover)
 
 
-def fingerprint(args: SFTConfig, num_steps: int, model: Trained, dataset: Dataset) -> dict[str, Any]:
-    """What the result of a run depends on, as JSON values: settings, shapes, checksums of base and data."""
+def fingerprint(
+    args: TrainingConfig, num_steps: int, model: Trained, data: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the result of a run depends on, as JSON values: settings, shapes, checksum of the base, and `data`."""
     settings = {name: value for name, value in dataclasses.asdict(args).items() if name not in FREE_SETTINGS}
     settings["warmup_steps"] = args.num_warmup_steps(num_steps)
     if not args.lr_scheduler_type.startswith("constant"):
@@ -172,8 +172,7 @@ def fingerprint(args: SFTConfig, num_steps: int, model: Trained, dataset: Datase
             name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in model.trainable.items()
         },
         "frozen weights (checksum of a sample)": _sample_checksum(model.base),
-        "rows of data": len(dataset),
-        "data (digest)": content_digest(dataset),
+        **data,
     }
     return json.loads(json.dumps(run))  # tuples become lists, as they come back from a file
 

@@ -14,8 +14,9 @@ from types import ModuleType
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 
-from jaxtune.config import SFTConfig
+from jaxtune.config import TrainingConfig
 
 GIB = 2**30
 Record = dict[str, Any]
@@ -31,26 +32,22 @@ class TrainerState:
     num_input_tokens_seen: int = 0
     log_history: list[Record] = dataclasses.field(default_factory=list)
     total_loss: float = 0.0
-    window: dict[str, float] = dataclasses.field(default_factory=dict)
+    window: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
-    def add(self, metrics: Mapping[str, float]) -> None:
-        """Count one optimizer step."""
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        """Count one optimizer step: numbers, or arrays of one number a micro-batch."""
         self.total_loss += metrics["loss"]
-        self.num_input_tokens_seen += int(metrics["num_tokens"])
-        for name in ("loss", "accuracy"):
-            self.window[name] = self.window.get(name, 0.0) + metrics[name]
-        self.window["grad_norm"] = metrics["grad_norm"]
-        self.window["steps"] = self.window.get("steps", 0) + 1
+        self.record(metrics)
 
-    def close_window(self) -> Record:
-        """Means over the steps since the last log, in the names of TRL's logs, and start anew."""
+    def record(self, metrics: Mapping[str, Any]) -> None:
+        """Keep figures for the next log."""
+        for name, value in metrics.items():
+            self.window.setdefault(name, []).extend(np.ravel(value).tolist())
+
+    def close_window(self) -> dict[str, list[float]]:
+        """Every figure since the last log; start anew."""
         window, self.window = self.window, {}
-        return {
-            "loss": window["loss"] / window["steps"],
-            "grad_norm": window["grad_norm"],
-            "mean_token_accuracy": window["accuracy"] / window["steps"],
-            "num_tokens": self.num_input_tokens_seen,
-        }
+        return window
 
 
 class Speed:
@@ -99,7 +96,7 @@ class Reporter(Protocol):
 class History:
     """output_dir/history.jsonl (one record a line) and the reporters that report_to names."""
 
-    def __init__(self, args: SFTConfig, past: Iterable[Record] = ()) -> None:
+    def __init__(self, args: TrainingConfig, past: Iterable[Record] = ()) -> None:
         """Rewrite history.jsonl with the records before this run (those of the checkpoint it resumes)."""
         self.path = Path(args.output_dir) / "history.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +136,7 @@ def _grouped(name: str) -> str:
 class TensorBoard:
     """Event files in logging_dir (output_dir/runs by default), written by tensorboardX."""
 
-    def __init__(self, args: SFTConfig) -> None:
+    def __init__(self, args: TrainingConfig) -> None:
         module = _optional("tensorboardX", "tensorboard")
         self._writer = module.SummaryWriter(args.logging_dir or os.path.join(args.output_dir, "runs"))
 
@@ -155,7 +152,7 @@ class TensorBoard:
 class RunTracker:
     """wandb or trackio, which share one interface; project and login come from their own settings."""
 
-    def __init__(self, package: str, args: SFTConfig) -> None:
+    def __init__(self, package: str, args: TrainingConfig) -> None:
         self._module = _optional(package, package)
         self._module.init(
             project=os.environ.get(f"{package.upper()}_PROJECT", "jaxtune"),
@@ -190,7 +187,7 @@ def _optional(package: str, reporter: str) -> ModuleType:
 class Progress:
     """A bar in terminals and notebooks; elsewhere, or with disable_tqdm=True, one printed line a log."""
 
-    def __init__(self, args: SFTConfig, done: int, total: int) -> None:
+    def __init__(self, args: TrainingConfig, done: int, total: int) -> None:
         from tqdm.auto import tqdm  # decides about notebooks when it is imported
         from tqdm.notebook import tqdm as notebook_bar
 

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from jaxtune.command_line import ConfigError, parse
+from jaxtune.command_line import ConfigError, Job, parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.showwarning = _one_line
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that there is no PyTorch
     try:
-        job = parse(sys.argv[1:] if arguments is None else arguments)
+        job = parse(sys.argv[1:] if arguments is None else arguments, Job)
     except ConfigError as error:
         return _fail(error)
 

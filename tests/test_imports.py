@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "jaxtune"
 # The order of the pipeline. A module may import from its own stage and from earlier ones.
 STAGES = [
-    {"config", "arguments", "compile_cache"},
+    {"settings", "arguments", "compile_cache"},
+    {"config"},
     {"hub", "formats"},
     {"quant"},
     {"kernels"},
@@ -28,11 +29,13 @@ STAGES = [
     {"fast"},
     {"checkpoint", "metrics", "signals"},
     {"budget"},
+    {"training_loop"},
     {"trainer"},
     {"tasks"},
     {"command_line"},
     {"job"},
     {"dry_run"},
+    {"rl"},
     {"train", "export.__main__"},
 ]
 STAGE_OF = {name: number for number, names in enumerate(STAGES) for name in names}

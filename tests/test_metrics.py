@@ -4,6 +4,7 @@ import struct
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from jaxtune.config import SFTConfig
@@ -26,19 +27,18 @@ HISTORY = [
 ]
 
 
-def test_window_is_the_mean_over_its_steps():
+def test_window_holds_every_figure_since_the_last_log():
     state = TrainerState()
-    for loss, tokens in ((1.0, 10), (2.0, 20), (6.0, 30)):
-        state.add(
-            {"loss": loss, "accuracy": loss / 10, "grad_norm": loss * 2, "num_tokens": tokens, "num_items": 5}
-        )
-    assert state.close_window() == pytest.approx(
-        {"loss": 3.0, "grad_norm": 12.0, "mean_token_accuracy": 0.3, "num_tokens": 60}
-    )
-    assert (state.window, state.total_loss) == ({}, 9.0)
-    state.add({"loss": 4.0, "accuracy": 0.0, "grad_norm": 1.0, "num_tokens": 1})
-    assert state.close_window()["loss"] == 4.0
-    assert state.num_input_tokens_seen == 61
+    for loss in (1.0, 2.0, 6.0):
+        state.add({"loss": loss, "grad_norm": loss * 2, "kl": np.asarray([loss, -loss])})
+    assert state.total_loss == 9.0
+    assert state.close_window() == {
+        "loss": [1.0, 2.0, 6.0],
+        "grad_norm": [2.0, 4.0, 12.0],
+        "kl": [1.0, -1.0, 2.0, -2.0, 6.0, -6.0],
+    }
+    state.record({"reward": 0.5})
+    assert (state.close_window(), state.window, state.total_loss) == ({"reward": [0.5]}, {}, 9.0)
 
 
 def test_speed_leaves_pauses_out(monkeypatch):
