@@ -8,7 +8,8 @@ Names that TRL's users may pass and that are no fields: see `settings`.
 import dataclasses
 import functools
 import math
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from jaxtune.settings import FOREIGN, ForeignNames, check_at_least, check_types, tolerant
 
@@ -173,6 +174,11 @@ class TrainingConfig:
                 "load_best_model_at_end=True is not supported; set save_steps = eval_steps, leave "
                 "save_total_limit at None and load the checkpoint with the lowest eval_loss in history.jsonl"
             )
+
+    @classmethod
+    def translated(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Constructor arguments, those that stand for several fields taken apart."""
+        return dict(given)
 
     def _normalise(self) -> None:
         """Fold equal spellings into one: enums to strings, optimizer names, report_to to a tuple."""

@@ -62,7 +62,7 @@ def own_arguments(cls: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     foreign: ForeignNames = cls.FOREIGN
     fields = {field.name for field in dataclasses.fields(cls)}
     own, ignored = {}, []
-    for name, value in kwargs.items():
+    for name, value in cls.translated(kwargs).items():
         name = foreign.aliases.get(name, name)
         if name in fields:
             if name in own and own[name] != value:
