@@ -29,6 +29,7 @@ STAGES = [
     {"checkpoint", "metrics", "signals"},
     {"budget"},
     {"trainer"},
+    {"rl"},
     {"tasks"},
     {"command_line"},
     {"job"},
