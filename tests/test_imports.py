@@ -31,6 +31,7 @@ STAGES = [
     {"budget"},
     {"training_loop"},
     {"trainer"},
+    {"rl"},
     {"tasks"},
     {"command_line"},
     {"job"},
