@@ -171,7 +171,7 @@ def fingerprint(
         "trained weights": {
             name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in model.trainable.items()
         },
-        "frozen weights (checksum of a sample)": _sample_checksum(model.base),
+        "frozen weights (checksum of a sample)": leaves_checksum(model.base),
         **data,
     }
     return json.loads(json.dumps(run))  # tuples become lists, as they come back from a file
@@ -191,8 +191,8 @@ def check_fingerprint(saved: Mapping[str, Any], now: Mapping[str, Any], folder: 
         )
 
 
-def _sample_checksum(base: Mapping[str, jax.Array]) -> int:
-    """CRC-32 of up to 256 numbers of each leaf; one small computation, however large the base is."""
+def leaves_checksum(leaves: Mapping[str, jax.Array]) -> int:
+    """CRC-32 of up to 256 numbers of each leaf; one small computation, however large they are."""
 
     @jax.jit
     def sample(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -201,7 +201,7 @@ def _sample_checksum(base: Mapping[str, jax.Array]) -> int:
         }
 
     value = 0
-    for _, array in sorted(jax.device_get(sample(dict(base))).items()):
+    for _, array in sorted(jax.device_get(sample(dict(leaves))).items()):
         value = zlib.crc32(np.ascontiguousarray(array).tobytes(), value)
     return value
 
