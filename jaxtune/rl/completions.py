@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from pyarrow import parquet
 
 from jaxtune.rl.experience import Sample
 
@@ -60,10 +61,11 @@ class CompletionLog:
         if not samples:
             return ""
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._table(samples, step).to_parquet(self._folder / f"{kind}_{step:05d}.parquet")
-        (self._folder / f"{kind}_{step:05d}.html").write_text(
-            _section(samples, self._names, step), encoding="utf-8"
-        )
+        table = self._table(samples, step).with_format("arrow")[:]
+        parquet.write_table(table, self._folder / f"{kind}_{step:05d}.parquet")
+        part = self._folder / "page" / f"{step:05d}_{kind}.html"
+        part.parent.mkdir(exist_ok=True)
+        part.write_text(_section(samples, self._names, step), encoding="utf-8")
         self._write_page()
         return self._text(samples, step)
 

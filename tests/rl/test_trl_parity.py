@@ -150,7 +150,8 @@ def test_five_steps(case, tiny_model_dir, tmp_path, monkeypatch):
     ours = [r for r in trainer.state.log_history if "loss" in r]
     assert len(ours) == len(theirs) == STEPS
     for step, (got, want) in enumerate(zip(ours, theirs)):
-        assert got.keys() - CLOCK == want.keys() - CLOCK
+        # num_tokens stands in each of our records, in theirs where completions were made since the last one
+        assert got.keys() - CLOCK - {"num_tokens"} == want.keys() - CLOCK - {"num_tokens"}
         for name in sorted(want.keys() - CLOCK):
             assert got[name] == pytest.approx(want[name], rel=1e2 * LOSS, abs=1e-6, nan_ok=True), (step, name)
     for name, value in tensors(judge).items():
