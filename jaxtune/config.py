@@ -59,6 +59,14 @@ class TrainingConfig:
     """What every trainer has: batches and length of the run, optimizer, logging, evaluation, checkpoints."""
 
     FOREIGN: ClassVar[ForeignNames] = FOREIGN
+    # What may differ between a checkpoint and the run that resumes it, because the result does not depend on it. The
+    # length of the run and the warm-up count as numbers of steps, see checkpoint.fingerprint.
+    FREE_SETTINGS: ClassVar[frozenset[str]] = frozenset(
+        """output_dir logging_strategy logging_steps logging_first_step report_to run_name logging_dir
+        disable_tqdm eval_strategy eval_steps eval_on_start per_device_eval_batch_size
+        save_strategy save_steps save_total_limit load_best_model_at_end resume_from_checkpoint
+        gradient_checkpointing num_train_epochs max_steps warmup_steps warmup_ratio""".split()
+    )
 
     output_dir: str = "trainer_output"
     """Folder for checkpoints, history.jsonl, the loss curve and the saved model."""
@@ -222,6 +230,11 @@ class SFTConfig(TrainingConfig):
             "pad_token": (None, "set tokenizer.pad_token"),
             "truncation_mode": ("keep_start", "sequences are cut on the right"),
         },
+    )
+    # What only decides the tokens counts through the digest of the data.
+    FREE_SETTINGS: ClassVar[frozenset[str]] = TrainingConfig.FREE_SETTINGS | set(
+        """eval_packing dataset_num_proc dataset_text_field dataset_kwargs chat_template_path eos_token
+        completion_only_loss assistant_only_loss shuffle_dataset""".split()
     )
 
     # -- data --------------------------------------------------------------------------------------

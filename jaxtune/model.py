@@ -214,7 +214,7 @@ class Model:
                 mask,
                 max_new_tokens=max_new_tokens,
                 sampling=self._sampling(sampling),
-                stop=self._stop_ids(eos_token_id),
+                stop=self.stop_ids(eos_token_id),
                 pad=pad,
                 key=jax.random.key(seed),
                 on_tokens=on_tokens,
@@ -326,7 +326,8 @@ class Model:
             chosen = {"repetition_penalty": chosen.get("repetition_penalty", 1.0)}
         return Sampling(**chosen)
 
-    def _stop_ids(self, given) -> list[int]:
+    def stop_ids(self, given: int | Sequence[int] | None = None) -> list[int]:
+        """Tokens that end a text: those given, or the generation config's and the tokenizer's."""
         sources = (
             [given]
             if given is not None

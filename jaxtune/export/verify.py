@@ -159,7 +159,7 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
 
 
 def _until_end(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, model: Model) -> str:
-    ends = [at for at, token in enumerate(ids) if token in model._stop_ids(None)]
+    ends = [at for at, token in enumerate(ids) if token in model.stop_ids()]
     return str(tokenizer.decode(ids[: ends[0]] if ends else ids))
 
 

@@ -63,6 +63,12 @@ class GRPOConfig(TrainingConfig):
         },
     )
 
+    FREE_SETTINGS: ClassVar[frozenset[str]] = TrainingConfig.FREE_SETTINGS | set(
+        """num_generations_eval max_prompt_length chat_template_kwargs reward_timeout log_completions
+        num_completions_to_print log_unique_prompts vllm_server_base_url vllm_server_host vllm_server_port
+        vllm_server_timeout vllm_gpu_memory_utilization""".split()
+    )
+
     learning_rate: float = 1e-6
     """Peak learning rate (LoRA wants more: 5e-6 to 5e-5)."""
     shuffle_dataset: bool = True

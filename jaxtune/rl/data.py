@@ -136,10 +136,11 @@ class Prompts:
         return max(map(len, self.ids)) if self.ids else 0
 
     def digest(self) -> str:
-        """Changes with any value of any row."""
+        """Changes with any value of any row, and with any token of its prompt."""
         digest = hashlib.blake2b(digest_size=32)
-        for row in self.rows:
-            digest.update(json.dumps(row, sort_keys=True, default=repr).encode())
+        for i, row in enumerate(self.rows):
+            ids = None if self.ids is None else self.ids[i]
+            digest.update(json.dumps([row, ids], sort_keys=True, default=repr).encode())
         return digest.hexdigest()
 
 

@@ -53,7 +53,7 @@ class RewardRunner:
     def __init__(
         self, functions: RewardFunction | Sequence[RewardFunction], folder: Path, timeout: float | None = None
     ):
-        self.functions = list(functions) if isinstance(functions, (list, tuple)) else [functions]
+        self.functions: list[RewardFunction] = [functions] if callable(functions) else list(functions)
         if not self.functions:
             raise ValueError("reward_funcs is empty; expected at least one function")
         for function in self.functions:
