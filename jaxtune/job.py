@@ -151,9 +151,7 @@ def look(prepared: Prepared, when: str) -> Look:
         return Look(loss)
     rows = orders.make_rows(orders.NUM_HELD_OUT, held_out=True)
     expected = [row["completion"][0]["content"] for row in rows]
-    FastLanguageModel.for_inference(prepared.model)
     given = scoring.answers(prepared.model, [row["prompt"] for row in rows], max_new_tokens=MAX_ANSWER)
-    FastLanguageModel.for_training(prepared.model)
     match = scoring.accuracy(given, expected, orders.exact_match)
     console.print(
         f"{when}: exact match [bold]{match:.1%}[/bold] of {len(rows)} held-out rows", highlight=False
