@@ -50,6 +50,12 @@ class TrainerState:
         return window
 
 
+def mean(values: Iterable[float]) -> float | None:
+    """Of what is not NaN; None where nothing is left (TRL's rule, and JSON's)."""
+    valid = [value for value in values if not math.isnan(value)]
+    return sum(valid) / len(valid) if valid else None
+
+
 class Speed:
     """Tokens per second of training time; evaluation and saving are taken out by `pause`."""
 

@@ -21,7 +21,7 @@ from jaxtune.metrics import Record
 from jaxtune.model import Model
 from jaxtune.models.remat import Remat
 from jaxtune.step import TrainStep, make_eval_step, make_train_step
-from jaxtune.training_loop import Run, Trainer, checked_model
+from jaxtune.training_loop import Run, Trainer, checked_model, within_model
 
 # Collators that only pad and copy labels: what Batches does anyway.
 PADDING_COLLATORS = ("DataCollatorForSeq2Seq", "DataCollatorForLanguageModeling", "DataCollatorWithPadding")
@@ -235,11 +235,4 @@ def _resolved_args(args: SFTConfig | None, model: Model, **overrides: Any) -> SF
     args = dataclasses.replace(
         args or SFTConfig(), **{name: value for name, value in overrides.items() if value is not None}
     )
-    if args.max_length is not None and args.max_length > model.max_seq_length:
-        warnings.warn(
-            f"max_length {args.max_length} is more than the model was loaded for; rows are cut at "
-            f"{model.max_seq_length} tokens (give from_pretrained a larger max_seq_length for more)",
-            stacklevel=3,
-        )
-        args = dataclasses.replace(args, max_length=model.max_seq_length)
-    return args
+    return dataclasses.replace(args, max_length=within_model(args.max_length, model))

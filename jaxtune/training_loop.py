@@ -376,6 +376,18 @@ def checked_model(model: Any, trainer: str) -> Model:
     )
 
 
+def within_model(max_length: int | None, model: Model) -> int | None:
+    """max_length in tokens, held to what the model was loaded for."""
+    if max_length is None or max_length <= model.max_seq_length:
+        return max_length
+    warnings.warn(
+        f"max_length {max_length} is more than the model was loaded for; rows are cut at "
+        f"{model.max_seq_length} tokens (give from_pretrained a larger max_seq_length for more)",
+        stacklevel=4,
+    )
+    return model.max_seq_length
+
+
 def checked_callbacks(callbacks: Sequence[Any] | None) -> list[Any]:
     for callback in callbacks or ():
         bases = {base.__name__ for base in type(callback).__mro__}

@@ -1,11 +1,9 @@
 """The cases of the GRPO losses and advantages: options × inputs, for jaxtune, for TRL and for the frozen goldens."""
 
 import itertools
-from pathlib import Path
 
 import numpy as np
 
-GOLDEN = Path(__file__).resolve().parent / "golden" / "grpo.npz"
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo")
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 LEVELS = ("token", "sequence")
@@ -71,20 +69,6 @@ def cases() -> dict[str, dict]:
                 case["epsilon_high"] = 1.1
             found[f"{loss}-{level}-{name}"] = case
     return found
-
-
-def write_golden(results: dict[str, np.ndarray]) -> None:
-    """One vector of all numbers and one text of all names: a small file."""
-    names = "\n".join(f"{name} {x.size}" for name, x in results.items())
-    np.savez_compressed(GOLDEN, names=names, values=np.concatenate([x.reshape(-1) for x in results.values()]))
-
-
-def read_golden() -> dict[str, np.ndarray]:
-    """Name -> float32 vector, as `write_golden` was given, flattened."""
-    with np.load(GOLDEN) as stored:
-        names = [line.rsplit(" ", 1) for line in str(stored["names"]).splitlines()]
-        parts = np.split(stored["values"], np.cumsum([int(size) for _, size in names])[:-1])
-    return {name: part for (name, _), part in zip(names, parts)}
 
 
 def options(case: dict) -> dict:

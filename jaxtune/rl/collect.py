@@ -14,9 +14,10 @@ from jaxtune.rl.config import GRPOConfig
 from jaxtune.rl.data import Plan, Prompts, is_conversational
 from jaxtune.rl.experience import Collator, Experience, Sample, unpad
 from jaxtune.rl.losses.grpo import GRPOLossOptions, sampling_metrics
+from jaxtune.rl.reference import without_adapter
 from jaxtune.rl.reward_runner import RewardRunner
 from jaxtune.rl.rollout import Completions, Request, Rollout
-from jaxtune.rl.step import Score, without_adapter
+from jaxtune.rl.step import Score
 
 Metrics = dict[str, Any]
 _advantages = jax.jit(compute_advantages, static_argnames=("group", "scale_rewards", "aggregation"))

@@ -65,11 +65,6 @@ def log_probs(
     return chosen, entropies
 
 
-def without_adapter(base: Leaves) -> Leaves:
-    """A base whose adapters have no effect: the model as it was before they were added."""
-    return {path: jnp.zeros_like(x) if path.endswith("lora_scaling") else x for path, x in base.items()}
-
-
 def make_score(model: Trainable, temperature: float, *, chunk: int | None = None) -> Score:
     """The jitted log-probabilities of M micro-batches, one after the other; no dropout, nothing is differentiated."""
     graphdef = model.graphdef
@@ -117,6 +112,45 @@ def policy_loss(
     return value, metrics
 
 
+def update(
+    loss_fn: Callable[[Leaves, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]],
+    optimizer: optax.GradientTransformation,
+    max_grad_norm: float | None,
+    trainable: Leaves,
+    opt_state: Any,
+    batch: Batch,
+    key: jax.Array,
+) -> tuple[Leaves, Any, dict[str, jax.Array]]:
+    """One optimizer step by the sum of its micro-batches' gradients.
+
+    Args:
+      loss_fn: (trainable, micro-batch, key) -> (loss, metrics).
+      batch: arrays with the micro-batches in front, among them segment_ids.
+
+    Returns:
+      (trainable, opt_state, metrics): loss (the sum), grad_norm before clipping, num_tokens, and what loss_fn gives:
+      one value a micro-batch.
+    """
+
+    def accumulate(carry, inputs):
+        micro, key = inputs
+        (value, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable, micro, key)
+        return jax.tree.map(jnp.add, carry, (grads, value)), metrics
+
+    start = (jax.tree.map(jnp.zeros_like, trainable), jnp.float32(0))
+    keys = jax.random.split(key, batch["input_ids"].shape[0])
+    (grads, value), metrics = jax.lax.scan(accumulate, start, (batch, keys))
+    grads, norm = clip(grads, max_grad_norm)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(grads, opt_state, trainable)
+    metrics |= {
+        "loss": value,
+        "grad_norm": norm,
+        "num_tokens": jnp.sum(batch["segment_ids"] != 0).astype(jnp.float32),
+    }
+    return optax.apply_updates(trainable, updates), opt_state, metrics
+
+
 def make_grpo_step(
     model: Trainable,
     optimizer: optax.GradientTransformation,
@@ -162,23 +196,8 @@ def make_grpo_step(
         )
 
     def step(trainable, opt_state, base, batch, key):
-        def accumulate(carry, inputs):
-            micro, key = inputs
-            (value, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable, base, micro, key)
-            return jax.tree.map(jnp.add, carry, (grads, value)), metrics
-
-        start = (jax.tree.map(jnp.zeros_like, trainable), jnp.float32(0))
-        keys = jax.random.split(key, batch["input_ids"].shape[0])
-        (grads, value), metrics = jax.lax.scan(accumulate, start, (batch, keys))
-        grads, norm = clip(grads, max_grad_norm)
-        with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, opt_state, trainable)
-        metrics |= {
-            "loss": value,
-            "grad_norm": norm,
-            "num_tokens": jnp.sum(batch["segment_ids"] != 0).astype(jnp.float32),
-        }
-        return optax.apply_updates(trainable, updates), opt_state, metrics
+        loss_of = lambda trainable, micro, key: loss_fn(trainable, base, micro, key)  # noqa: E731
+        return update(loss_of, optimizer, max_grad_norm, trainable, opt_state, batch, key)
 
     return jax.jit(step, donate_argnums=(0, 1), compiler_options=compiler_options(remat, model.module.fp8))
 

@@ -21,9 +21,8 @@ import numpy as np
 import optax
 
 from jaxtune.checkpoint import leaves_checksum
-from jaxtune.metrics import Record
+from jaxtune.metrics import Record, mean
 from jaxtune.model import Model
-from jaxtune.models.names import Leaves
 from jaxtune.models.remat import Remat
 from jaxtune.rl.collect import Collector, Policy
 from jaxtune.rl.completions import CompletionLog
@@ -31,6 +30,7 @@ from jaxtune.rl.config import GRPOConfig
 from jaxtune.rl.data import Plan, Prompts, make_plan, prepare_prompts
 from jaxtune.rl.experience import Collator, Experience
 from jaxtune.rl.losses.grpo import GRPOLossOptions, adapted_entropy_coef
+from jaxtune.rl.reference import reference_leaves
 from jaxtune.rl.reward_runner import RewardRunner
 from jaxtune.rl.rollout import Rollout, RolloutFunc, make_rollout
 from jaxtune.rl.step import make_grpo_eval, make_grpo_step, make_score
@@ -118,7 +118,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         super().__init__(model, args, rows, eval_dataset, processing_class, callbacks)
         self.reward_funcs, self.reward_func_names = rewards.functions, rewards.names
         self._loss = _loss_options(args)
-        self._reference = _reference(model) if args.beta != 0 else None
+        self._reference = reference_leaves(model) if args.beta != 0 else None
         self._collector = self._make_collector(rewards)
         self._completions = CompletionLog(
             Path(args.output_dir) / "completions",
@@ -392,24 +392,10 @@ class GRPOBatches:
         return self.make(number)
 
 
-def mean(values: Sequence[float]) -> float | None:
-    """Of what is not NaN; None where nothing is left (TRL's rule, and JSON's)."""
-    valid = [value for value in values if not math.isnan(value)]
-    return sum(valid) / len(valid) if valid else None
-
-
 def _loss_options(args: GRPOConfig) -> GRPOLossOptions:
     names = {field.name for field in dataclasses.fields(GRPOLossOptions)}
     values = {name: getattr(args, name) for name in names}
     return GRPOLossOptions(**values | {"vllm_importance_sampling_correction": args.corrects_sampler})
-
-
-def _reference(model: Model) -> Leaves | None:
-    """A copy of what is trained, where the model without its adapter is another one than the model now."""
-    adapter = all(".lora_" in path for path in model.trainable)
-    if adapter and not any(bool(x.any()) for path, x in model.trainable.items() if path.endswith("lora_B")):
-        return None
-    return {path: x.copy() for path, x in model.trainable.items()}
 
 
 def _refuse(**arguments: Any) -> None:

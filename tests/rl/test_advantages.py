@@ -1,5 +1,6 @@
 """Advantages against TRL's torch code, frozen in golden/grpo.npz."""
 
+import golden_numbers
 import grpo_cases
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ CASES = grpo_cases.reward_cases()
 
 @pytest.fixture(scope="module")
 def golden():
-    return grpo_cases.read_golden()
+    return golden_numbers.read("grpo")
 
 
 @pytest.mark.parametrize("name", CASES)

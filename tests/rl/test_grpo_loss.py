@@ -3,6 +3,7 @@
 import dataclasses
 from functools import partial
 
+import golden_numbers
 import grpo_cases
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ NUM_ITEMS = 31.0  # of a generation batch, as the judge has it
 
 @pytest.fixture(scope="module")
 def golden():
-    return grpo_cases.read_golden()
+    return golden_numbers.read("grpo")
 
 
 @pytest.fixture(scope="module")
