@@ -7,6 +7,7 @@ import datasets
 import jax
 import numpy as np
 import pytest
+from tolerances import SAMPLER_GAP
 
 from jaxtune.fast import FastLanguageModel
 from jaxtune.rl.config import GRPOConfig
@@ -195,3 +196,26 @@ def test_arguments_that_are_not_there(base, tmp_path):
         make_trainer(base, tmp_path, rows=[{"text": "a"}])
     with pytest.raises(TypeError, match="put a reward model behind"):
         make_trainer(base, tmp_path, "org/reward-model")
+
+
+def test_the_engine_samples_from_the_policy_of_its_step(base, tmp_path):
+    """Log-probabilities of the sampler and of the trainer are equal at each step, though the steps are large."""
+    settings = {
+        "beta": 0.0,
+        "num_iterations": 1,
+        "steps_per_generation": 1,
+        "save_strategy": "no",
+        "logging_steps": 1,
+    }
+    settings |= {"learning_rate": 0.05, "importance_sampling_correction": True, "max_steps": 4}
+    trainer = make_trainer(base, tmp_path, rollout_func=None, **settings)
+    trainer.train()
+    records = [r for r in trainer.state.log_history if "loss" in r]
+    gaps = [r["sampling/sampling_logp_difference/max"] for r in records]
+    assert len(gaps) == 4 and max(gaps) < SAMPLER_GAP
+    assert all(r["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-3) for r in records)
+    assert records[-1]["completions/max_length"] <= 10
+    assert (tmp_path / "reward.png").is_file()
+    again = make_trainer(base, tmp_path / "again", rollout_func=None, **settings)
+    again.train()
+    assert results(again.state.log_history)[:-1] == results(trainer.state.log_history)[:-1]
