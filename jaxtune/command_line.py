@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import tyro
 import yaml
 
-from jaxtune.config import DataArguments, LoadArguments, LoraArguments, SFTConfig
+from jaxtune.config import DataArguments, DataSource, LoadArguments, LoraArguments, SFTConfig, TrainingConfig
 
 # The job without a dataset: the shipped task, small enough for two CPU cores and a few minutes.
 SHIPPED_TASK = {
@@ -53,7 +53,7 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class BaseJob:
-    """One run of a program, without its data and training."""
+    """One run of a program; each has its own data and training."""
 
     PROGRAM: ClassVar[str]
     DESCRIPTION: ClassVar[str]
@@ -62,6 +62,8 @@ class BaseJob:
 
     model: LoadArguments = dataclasses.field(default_factory=LoadArguments)
     lora: LoraArguments = dataclasses.field(default_factory=LoraArguments)
+    data: DataSource = dataclasses.field(default_factory=DataSource)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     config: Path | None = None
     """YAML file with settings under the names of this page."""
     traceback: bool = False
@@ -182,10 +184,9 @@ def _from_command_line[J: BaseJob](arguments: Sequence[str], settings: dict[str,
         use_underscores=True,
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    training: Any = getattr(job, "training")  # noqa: B009  each kind of job has its own class of it
-    resume = training.resume_from_checkpoint
+    resume = job.training.resume_from_checkpoint
     if isinstance(resume, str) and resume.lower() in ("true", "false"):
-        training = dataclasses.replace(training, resume_from_checkpoint=resume.lower() == "true")
+        training = dataclasses.replace(job.training, resume_from_checkpoint=resume.lower() == "true")
         job = dataclasses.replace(job, training=training)
     return job
 

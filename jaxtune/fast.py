@@ -181,12 +181,12 @@ class FastLanguageModel:
         double_quant = bool(nested.get("bnb_4bit_use_double_quant", False))
         dense = _plain_modules(checkpoint)
 
-        def recipe(nf4: bool, double_quant: bool = double_quant):
+        def recipe():
             return models.build(
                 config, as_dtype(dtype), nf4=nf4, double_quant=double_quant, dense=dense, fp8=fp8 and nf4
             )
 
-        module = recipe(nf4)
+        module = recipe()
         leaves = load_weights(checkpoint, module)
         tokenizer = checkpoint.tokenizer()
         model = Model(
@@ -270,7 +270,7 @@ class FastLanguageModel:
 
 def _with_adapter(model: Model, config: LoraConfig) -> Model:
     """A new handle with an adapter on the same base leaves."""
-    module = model._recipe(nf4=model._quantised())
+    module = model._recipe()
     config = lora.named(module, config)
     names = lora.attach(module, config)
     trainable, base = lora.initialise(module, model.base, config, names)

@@ -207,10 +207,17 @@ class Progress:
         )
         self._shown = shown
 
-    def step(self, loss: float, learning_rate: float, tokens_per_second: float, memory_gib: float) -> None:
-        """One optimizer step is done."""
+    def step(
+        self,
+        figures: Mapping[str, float],
+        learning_rate: float,
+        tokens_per_second: float,
+        memory_gib: float,
+    ) -> None:
+        """One optimizer step is done; figures such as {"loss": 1.5} come first."""
+        first = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
         self._bar.set_postfix_str(
-            f"loss {loss:.4f}, lr {learning_rate:.2e}, {tokens_per_second:,.0f} tok/s, {memory_gib:.2f} GiB",
+            f"{first}, lr {learning_rate:.2e}, {tokens_per_second:,.0f} tok/s, {memory_gib:.2f} GiB",
             refresh=False,
         )
         self._bar.update()
@@ -239,8 +246,15 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
-def plot_losses(history: Iterable[Record], path: str | Path, title: str = "") -> Path | None:
-    """Draw training and evaluation loss over the steps into a PNG; None where there is nothing to draw."""
+def plot_curves(
+    history: Iterable[Record],
+    path: str | Path,
+    title: str = "",
+    *,
+    name: str = "loss",
+    unit: str = "nats per token",
+) -> Path | None:
+    """Draw a figure of training and of evaluation over the steps into a PNG; None where there is nothing to draw."""
     from matplotlib.backends.backend_agg import (
         FigureCanvasAgg,
     )  # no pyplot: the user's backend stays as it is
@@ -249,20 +263,20 @@ def plot_losses(history: Iterable[Record], path: str | Path, title: str = "") ->
 
     records = list(history)
     evaluations = sorted(
-        {key for r in records for key in r if key.startswith("eval") and key.endswith("_loss")}
+        {key for r in records for key in r if key.startswith("eval") and key.endswith(f"_{name}")}
     )
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for key in ["loss", *evaluations]:
-        points = [(r["step"], r[key]) for r in records if key in r and math.isfinite(r[key])]
+    for key in [name, *evaluations]:
+        points = [(r["step"], r[key]) for r in records if r.get(key) is not None and math.isfinite(r[key])]
         if points:
-            label = {"loss": "training", "eval_loss": "evaluation"}.get(key, key)
-            marker = "o" if key != "loss" or len(points) == 1 else ""
+            label = {name: "training", f"eval_{name}": "evaluation"}.get(key, key)
+            marker = "o" if key != name or len(points) == 1 else ""
             axes.plot(*zip(*points, strict=True), marker=marker, markersize=5, label=label)
     if not axes.lines:
         return None
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
+    axes.set(xlabel="optimizer step", ylabel=f"{name} ({unit})", title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -5,6 +5,7 @@ together with the config, the tokenizer and the checkpoint they came from.
 """
 
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,17 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxtune import lora
 from jaxtune.arguments import sort_out
 from jaxtune.export import upload
 from jaxtune.export.adapter import save_adapter
 from jaxtune.export.merged import save_merged
 from jaxtune.export.save_gguf import save_gguf, save_lora_gguf
-from jaxtune.generate import Sampling, generate
-from jaxtune.kernels import nf4_matmul
+from jaxtune.generate import Engine, Sampling
 from jaxtune.lora import LoraConfig
-from jaxtune.models.names import Leaves, Slot, join, linear_slots, module_slots
-from jaxtune.quant import NF4, dequantize_absmax, dequantize_nf4
+from jaxtune.models.names import Leaves, Slot, join, module_slots
 
 
 @partial(jax.jit, static_argnames="graphdef")
@@ -33,43 +31,6 @@ def _logits(graphdef, trainable, base, ids, positions, segment_ids):
     module = join(graphdef, trainable, base)
     hidden, _ = module.hidden(module.embed(ids), positions, segment_ids)
     return module.logits(hidden)
-
-
-@partial(jax.jit, static_argnames="dtype")
-def _dense_stack(stored: NF4, dtype) -> jax.Array:
-    if stored.codes.ndim == 2:
-        return dequantize_nf4(stored, dtype)
-    return jax.lax.map(lambda one: dequantize_nf4(one, dtype), stored)
-
-
-def dense_base(base: Leaves, dtype) -> Leaves:
-    """A base whose NF4 weights are dequantised: four times the memory, for generation with many steps."""
-    out: Leaves = {}
-    for path, leaf in base.items():
-        owner, field = path.rsplit(".", 1)
-        if field == "codes":
-            out[owner] = _dense_stack(NF4(**{f: base.get(f"{owner}.{f}") for f in NF4._fields}), dtype)
-        elif field not in NF4._fields:
-            out[path] = leaf
-    return out
-
-
-@jax.jit
-def _scales_stack(stored: NF4) -> jax.Array:
-    return dequantize_absmax(stored) if stored.absmax.ndim == 2 else jax.lax.map(dequantize_absmax, stored)
-
-
-def single_quantised_base(base: Leaves) -> Leaves:
-    """A base whose scales are float32, as `nf4_matmul` reads them: 0.37 bits a weight more, and no pass a step."""
-    out: Leaves = {}
-    for path, leaf in base.items():
-        owner, field = path.rsplit(".", 1)
-        if field == "absmax":
-            nested = (base.get(f"{owner}.{f}") for f in ("absmax_scale", "absmax_offset"))
-            out[path] = _scales_stack(NF4(None, leaf, *nested))
-        elif field not in ("absmax_scale", "absmax_offset"):
-            out[path] = leaf
-    return out
 
 
 class Model:
@@ -96,7 +57,7 @@ class Model:
         self.full_finetuning = False
         self.gradient_checkpointing = True
         self._recipe = recipe
-        self._dense: tuple[nnx.GraphDef, Leaves] | None = None
+        self._engine, self._keeps_engine = Engine(weakref.proxy(self)), False
         self.resplit()
 
     def resplit(self) -> None:
@@ -144,17 +105,14 @@ class Model:
         return _logits(self.graphdef, self.trainable, self.base, ids, positions, segment_ids)
 
     def for_inference(self) -> "Model":
-        """Keeps a dequantised copy of the base, so that `generate` does not dequantise at every step.
-
-        A batch that reads the codes themselves (`_reads_codes`) does without it.
-        """
-        if self._dense is None and self._quantised():
-            self._dense = self._graphdef(nf4=False), dense_base(self.base, self.dtype)
+        """Keeps what `generate` makes of the weights, if it makes a copy of them, for the next call."""
+        self._keeps_engine = True
         return self
 
     def for_training(self) -> "Model":
-        """Frees the copy of `for_inference`."""
-        self._dense = None
+        """Frees what `for_inference` keeps."""
+        self._keeps_engine = False
+        self._engine.close()
         return self
 
     # Names that transformers' users call and that need nothing here.
@@ -175,6 +133,8 @@ class Model:
         pad_token_id: int | None = None,
         streamer=None,
         seed: int = 0,
+        num_return_sequences: int = 1,
+        stop_strings: str | Sequence[str] | None = None,
         use_cache: bool = True,
         **sampling,
     ) -> np.ndarray:
@@ -187,92 +147,51 @@ class Model:
           eos_token_id: what ends a row; by default the generation config's and the tokenizer's.
           streamer: gets the prompt, then each token, then end(): a TextStreamer. One prompt only.
           seed: of the sampling.
+          num_return_sequences: answers to each prompt, one after the other in the result.
+          stop_strings: texts that end a row too.
           sampling: do_sample, temperature, top_k, top_p, min_p, repetition_penalty; defaults are the generation
             config's. Without do_sample the most likely token is taken.
 
         Returns:
-          int32 [B, P + n], prompts included, padded after the end.
+          int32 [B, P + n], prompts included, padded after the end. `generate.Engine` also gives log-probabilities.
         """
         del use_cache
         pad = self._pad_id() if pad_token_id is None else pad_token_id
         ids, mask = self._prompts(input_ids, attention_mask, pad)
         if max_new_tokens is None:
             max_new_tokens = 128 if max_length is None else max_length - ids.shape[1]
+        self._warn_of_length(ids.shape[1] + max_new_tokens)
+        empty = np.flatnonzero(mask.sum(1) == 0)
+        if empty.size:
+            raise ValueError(f"prompt {int(empty[0])} is empty: its attention_mask has no 1")
         on_tokens = None
         if streamer is not None:
+            if num_return_sequences > 1:
+                raise ValueError(
+                    f"a streamer takes one answer, got num_return_sequences={num_return_sequences}"
+                )
             streamer.put(ids)
-            on_tokens = lambda tokens: [streamer.put(column) for column in tokens.T]  # noqa: E731
-        self._warn_of_length(ids.shape[1] + max_new_tokens)
-        keep = self._dense is not None
-        graphdef, base = self._weights_for(len(ids))
+            on_tokens = lambda new: [streamer.put(np.array([token])) for token in new[0][1]]  # noqa: E731
         try:
-            new = generate(
-                graphdef,
-                self.trainable,
-                base,
-                ids,
-                mask,
-                max_new_tokens=max_new_tokens,
+            found = self._engine.generate(
+                [row[kept != 0].tolist() for row, kept in zip(ids, mask, strict=True)],
+                n=num_return_sequences,
                 sampling=self._sampling(sampling),
-                stop=self.stop_ids(eos_token_id),
-                pad=pad,
-                key=jax.random.key(seed),
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                stop_token_ids=self.stop_ids(eos_token_id),
+                stop_strings=[stop_strings] if isinstance(stop_strings, str) else stop_strings or (),
                 on_tokens=on_tokens,
             )
         finally:
-            if not keep:
-                self._dense = None
+            if not self._keeps_engine:
+                self._engine.close()
         if streamer is not None:
             streamer.end()
-        return np.concatenate([ids, new], 1)
-
-    def _quantised(self) -> bool:
-        return any(path.endswith(".codes") for path in self.base)
-
-    def _weights(self):
-        return (self.graphdef, self.base) if self._dense is None else self._dense
-
-    def _graphdef(self, **storage: bool) -> nnx.GraphDef:
-        """Of this model with its adapter, its base stored otherwise."""
-        module = self._recipe(**storage)
-        if self.lora is not None:
-            lora.attach(module, self.lora)
-        return nnx.split(module)[0]
-
-    def _weights_for(self, rows: int):
-        """What `generate` reads at every step of a batch.
-
-        Up to `nf4_matmul.MAX_ROWS` rows that is the codes, where the kernel for them runs (8B weights, one row, H100:
-        4.6 ms a token). More rows read a dequantised copy if it fits (16.9 ms); if not, each step dequantises.
-        """
-        if self._reads_codes(rows):
-            return self._graphdef(nf4=True, double_quant=False), single_quantised_base(self.base)
-        if self._dense_fits():
-            self.for_inference()
-        return self._weights()
-
-    def _reads_codes(self, rows: int) -> bool:
-        """Whether every linear layer of the decoder can be multiplied from its codes. DoRA needs the weights' norms."""
-        paths = {slot.path for name, slot in linear_slots(self.module).items() if name != "lm_head"}
-        stored = (f"{path}.weight.codes" for path in paths)
-        codes = [self.base[path] for path in stored if path in self.base]
-        if len(codes) < len(paths) or (self.lora is not None and self.lora.use_dora):
-            return False
-        shapes = [(c.shape[-2], 2 * c.shape[-1]) for c in codes]
-        ranks = (leaf.shape[-1] for path, leaf in self.trainable.items() if path.endswith("lora_A"))
-        return nf4_matmul.supported(rows, self.dtype, shapes, max(ranks, default=0))
-
-    def _dense_fits(self) -> bool:
-        """Whether a dequantised copy of the base fits beside what the device holds."""
-        stats = jax.devices()[0].memory_stats()
-        if not stats or "bytes_limit" not in stats:
-            return True
-        need = (
-            2
-            * sum(leaf.size for path, leaf in self.base.items() if path.endswith(".codes"))
-            * self.dtype.dtype.itemsize
-        )
-        return need < 0.6 * (stats["bytes_limit"] - stats["bytes_in_use"])
+        new = np.full((len(found), max(len(answer.token_ids) for answer in found)), pad, np.int32)
+        for row, answer in zip(new, found, strict=True):
+            row[: len(answer.token_ids)] = answer.token_ids
+        return np.concatenate([ids.repeat(num_return_sequences, 0), new], 1)
 
     def _warn_of_length(self, length: int) -> None:
         if length > self.max_seq_length:
@@ -327,7 +246,7 @@ class Model:
         return Sampling(**chosen)
 
     def stop_ids(self, given: int | Sequence[int] | None = None) -> list[int]:
-        """Tokens that end a text: those given, or the generation config's and the tokenizer's."""
+        """The ids that end an answer: `given`, or the generation config's and the tokenizer's."""
         sources = (
             [given]
             if given is not None
@@ -338,7 +257,8 @@ class Model:
         )
         ids: set[int] = set()
         for source in sources:
-            ids |= set(source) if isinstance(source, (list, tuple)) else {source} - {None}
+            if source is not None:
+                ids.update([source] if isinstance(source, int) else source)
         return sorted(ids)
 
     def save_pretrained(self, directory: str | Path, **_) -> None:

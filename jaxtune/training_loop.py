@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ import optax
 from jaxtune import checkpoint
 from jaxtune.budget import PlannedStep
 from jaxtune.config import Event, TrainingConfig
-from jaxtune.metrics import History, Progress, Record, Speed, TrainerState, peak_memory_gib, plot_losses
+from jaxtune.metrics import History, Progress, Record, Speed, TrainerState, peak_memory_gib, plot_curves
 from jaxtune.model import Model
 from jaxtune.models.remat import Remat
 from jaxtune.optim import make_optimizer, make_schedule
@@ -69,6 +69,8 @@ class Trainer[Config: TrainingConfig](abc.ABC):
         state: global_step, epoch, log_history, as in Hugging Face's Trainer.
         should_stop: set it to True, for instance in a callback, and training ends after the step.
     """
+
+    CURVE: ClassVar[tuple[str, str]] = ("loss", "nats per token")  # what is drawn at the end, and its unit
 
     def __init__(
         self,
@@ -121,6 +123,10 @@ class Trainer[Config: TrainingConfig](abc.ABC):
     @abc.abstractmethod
     def _window_record(self, window: Mapping[str, list[float]]) -> Record:
         """What is logged of the metrics of every step since the last log."""
+
+    def _figures(self, values: Mapping[str, Any]) -> dict[str, float]:
+        """What the progress bar shows of a step."""
+        return {"loss": values["loss"]}
 
     def _count_tokens(self, values: Mapping[str, Any]) -> None:
         self.state.num_input_tokens_seen += int(values["num_tokens"])
@@ -261,7 +267,7 @@ class Trainer[Config: TrainingConfig](abc.ABC):
         self.state.epoch = (n + 1) / run.batches.steps_per_epoch
         run.speed.add(int(values["num_tokens"]))
         speed, memory, rate = run.speed.per_second(), peak_memory_gib(), float(run.learning_rates[n])
-        run.progress.step(values["loss"], rate, speed, memory)
+        run.progress.step(self._figures(values), rate, speed, memory)
         self._call("on_step_end", values)
         if self._due("logging", n + 1, run):
             record = self._window_record(self.state.close_window())
@@ -308,7 +314,9 @@ class Trainer[Config: TrainingConfig](abc.ABC):
         }
         self._log(run, record)
         title = Path(self.model.name_or_path).name
-        plot_losses(self.state.log_history, Path(self.args.output_dir) / "loss.png", title)
+        name, unit = self.CURVE
+        path = Path(self.args.output_dir) / f"{name}.png"
+        plot_curves(self.state.log_history, path, title, name=name, unit=unit)
 
     def _values(self, n: int, metrics: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """The metrics of step n as floats, or arrays with one value a micro-batch."""

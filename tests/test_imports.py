@@ -23,17 +23,17 @@ STAGES = [
     {"data"},
     {"optim"},
     {"step"},
+    {"budget"},
     {"generate"},
     {"export"},
     {"model"},
     {"fast"},
     {"checkpoint", "metrics", "signals"},
-    {"budget"},
     {"training_loop"},
     {"trainer"},
-    {"rl"},
     {"tasks"},
     {"command_line"},
+    {"program"},
     {"job"},
     {"dry_run"},
     {"rl"},
@@ -114,7 +114,7 @@ assert not xla_bridge._backends, "importing started a jax backend"
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("program", ["train", "export.__main__"])
+@pytest.mark.parametrize("program", ["train", "rl.train", "export.__main__"])
 def test_help_is_quick_and_needs_no_jax(program):
     code = f"""
 import sys
@@ -128,4 +128,4 @@ assert not slow, slow
 """
     done = _run(code)
     assert done.returncode == 0, done.stderr
-    assert ("--learning_rate" if program == "train" else "--imatrix") in done.stdout
+    assert ("--imatrix" if program == "export.__main__" else "--learning_rate") in done.stdout

@@ -5,6 +5,9 @@ LOSS = 1e-5  # float32 loss of a step against PEFT + torch, relative
 WEIGHTS = 1e-4  # adapter weights after 20 steps against PEFT + torch, relative to their largest
 GRADIENT = 1e-5  # a kernel's gradient against autodiff of its reference, float32
 MERGED = 5e-5  # float32 logits of merged weights against base plus adapter: the same sums in another order
+SAMPLED_LOGPROBS = (
+    1e-4  # log-probs of generated tokens, float32, against the model's own forward pass: other sums
+)
 GPU_LOGITS = 2e-5  # the same on a GPU, float32 products: other summation orders
 BF16 = 6e-3  # bfloat16 kernels against float32 references, norm of the difference over the norm
 LLAMA_CPP_LOGITS = 1e-4  # float32 logits of llama.cpp for a float32 .gguf file against transformers
@@ -16,3 +19,6 @@ FP8 = 4.5e-2  # e4m3 products against float32, norm of the difference over the n
 FP8_GRADIENT = 7e-2  # e5m2 by e4m3 products against float32
 RL_LOSS = 2e-5  # float32 losses, gradients and metrics of rl/losses against TRL, relative to the largest of an array
 ADVANTAGE = 2e-4  # advantages against TRL: near-equal rewards are divided by a small standard deviation
+SAMPLER_GAP = (
+    1e-4  # float32 log-probabilities of the engine, which merges the adapter, against those of the trainer
+)

@@ -1,7 +1,8 @@
-"""Generation: prefill, decode and sampling on the training model's own leaves."""
+"""Generation: many answers to many prompts at once, on the training model's own leaves or a merged copy of them."""
 
-from jaxtune.generate.engine import generate
+from jaxtune.generate.engine import Engine
+from jaxtune.generate.results import Generation, Generations
 from jaxtune.generate.sampling import Sampling
 from jaxtune.generate.stream import TextStreamer
 
-__all__ = ["Sampling", "TextStreamer", "generate"]
+__all__ = ["Engine", "Generation", "Generations", "Sampling", "TextStreamer"]

@@ -1,154 +1,268 @@
-"""Prefill and decode with a key/value cache, one static shape a call.
+"""`Engine`: many answers to many prompts, in waves of groups that share a prompt.
 
-Prompts are padded on the left, so every row writes its next token in the same cache column. The host sees tokens
-after each segment of `SEGMENT` decode steps (after each step when streaming).
+A wave's prompts are run once each (`steps.prefill`); then all its rows take steps together, `SEGMENT` a dispatch. The
+host looks at a segment's tokens while the next one runs, so that the device never waits for it. When enough rows have
+ended the others move together into a smaller batch, and when a wave is done the next begins.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from tqdm.auto import tqdm
 
-from jaxtune.generate.sampling import Sampling, penalise, sample
-from jaxtune.kernels.keep import keeping_nothing
-from jaxtune.models.decoder import Cache, CausalLM
-from jaxtune.models.names import Leaves, join
+from jaxtune.budget import free_bytes
+from jaxtune.generate import plan, steps
+from jaxtune.generate.results import Generations, Record, Updates
+from jaxtune.generate.sampling import Sampling
+from jaxtune.generate.wave import Job, Wave
+from jaxtune.generate.weights import Weights, merged, merged_bytes, reads_codes, stored
+from jaxtune.kernels.attention import supports_cudnn
 
-SEGMENT = 16
-PROMPT_BUCKET = 16
+SEGMENT = 16  # decode steps a dispatch
+STREAMED = 4  # where somebody watches
+WORTH_MERGING = 32  # rows in flight that the copy must leave memory for, if so many are wanted
 
-
-class State(NamedTuple):
-    """tokens int32 [B, new]: generated so far, pad after the end. last [B]: newest token. step: how many columns are
-    filled. done bool [B]. seen bool [B, V] or None: tokens so far, for the repetition penalty."""
-
-    tokens: jax.Array
-    last: jax.Array
-    step: jax.Array
-    done: jax.Array
-    seen: jax.Array | None
-    cache: Cache
-    key: jax.Array
+Mode = Literal["merged", "lora"]
 
 
-def _empty_cache(model: CausalLM, batch: int, columns: int) -> list:
-    c = model.config
-    shape = (batch, columns, c.num_kv_heads, c.head_dim)
-    zeros = partial(jnp.zeros, dtype=model.dtype)
-    return [
-        [(zeros((s.repeats, *shape)), zeros((s.repeats, *shape))) for _ in range(s.period)]
-        for s in model.plan
-    ]
-
-
-def _choose(model, hidden, seen, key, sampling):
-    logits = model.logits(hidden)
-    if seen is not None:
-        logits = penalise(logits, seen, sampling.repetition_penalty)
-    token = sample(logits, key, sampling)
-    return token, None if seen is None else seen.at[jnp.arange(token.shape[0]), token].set(True)
-
-
-@partial(jax.jit, static_argnames=("graphdef", "new", "sampling", "stop", "pad"))
-def _prefill(graphdef, trainable, base, ids, mask, key, *, new, sampling, stop, pad) -> State:
-    """Runs the prompt int32 [B, P] and chooses the first token."""
-    model = join(graphdef, trainable, base)
-    batch, prompt = ids.shape
-    positions = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
-    later = mask.sum(1, keepdims=True) + jnp.arange(new)
-    cache = Cache(
-        layers=_empty_cache(model, batch, prompt + new),
-        positions=jnp.concatenate([positions, later], 1),
-        segment_ids=jnp.concatenate([mask, jnp.ones((batch, new), mask.dtype)], 1),
-        index=jnp.int32(0),
-    )
-    hidden, cache = model.hidden(model.embed(ids), positions, mask, cache=cache)
-    seen = None
-    if sampling.repetition_penalty != 1:
-        hot = jnp.zeros((batch, model.config.vocab_size), bool)
-        seen = hot.at[jnp.arange(batch)[:, None], ids].max(mask.astype(bool))
-    key, now = jax.random.split(key)
-    first, seen = _choose(model, hidden[:, -1], seen, now, sampling)
-    tokens = jnp.full((batch, new), pad, jnp.int32).at[:, 0].set(first)
-    done = jnp.isin(first, jnp.array(stop, jnp.int32))
-    return State(tokens, first, jnp.int32(1), done, seen, cache, key)
-
-
-@partial(
-    jax.jit, static_argnames=("graphdef", "steps", "sampling", "stop", "pad"), donate_argnames=("state",)
-)
-def _decode(graphdef, trainable, base, state: State, *, steps, sampling, stop, pad) -> State:
-    """Up to `steps` more tokens; ends early when every row is done."""
-    model = join(graphdef, trainable, base)
-    limit = jnp.minimum(state.step + steps, state.tokens.shape[1])
-
-    def go_on(state):
-        return (state.step < limit) & ~state.done.all()
-
-    def body(state):
-        cache, index = state.cache, state.cache.index
-        positions = jax.lax.dynamic_slice_in_dim(cache.positions, index, 1, 1)
-        ones = jnp.ones_like(positions)
-        with keeping_nothing():
-            hidden, cache = model.hidden(model.embed(state.last[:, None]), positions, ones, cache=cache)
-        key, now = jax.random.split(state.key)
-        token, seen = _choose(model, hidden[:, 0], state.seen, now, sampling)
-        token = jnp.where(state.done, pad, token)
-        tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, 1)
-        done = state.done | jnp.isin(token, jnp.array(stop, jnp.int32))
-        return State(tokens, token, state.step + 1, done, seen, cache, key)
-
-    return jax.lax.while_loop(go_on, body, state)
-
-
-def generate(
-    graphdef: nnx.GraphDef,
-    trainable: Leaves,
-    base: Leaves,
-    ids: np.ndarray,
-    mask: np.ndarray,
-    *,
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop: Sequence[int],
-    pad: int,
-    key: jax.Array,
-    on_tokens: Callable[[np.ndarray], None] | None = None,
-) -> np.ndarray:
-    """Continues prompts.
+class Engine:
+    """Generates with a `jaxtune.model.Model`.
 
     Args:
-      graphdef, trainable, base: a split model.
-      ids: int32 [B, P], padded on the left. mask: int32 [B, P], 1 where a token is.
-      max_new_tokens: at most so many are generated.
-      sampling: how they are chosen.
-      stop: token ids that end a row. pad: what follows the end.
-      key: jax.random.key.
-      on_tokens: called with the new tokens int32 [B, n] as they come, one column at a time.
+      model: its adapter may be trained between calls; see `sync`.
+      weights: "merged", a copy of the weights in the model's dtype with the adapter in it; "lora", the stored weights
+        with the adapter beside them; "auto", the copy where it fits and the batch is not one that reads NF4 codes
+        faster (`kernels.nf4_matmul`).
+      max_sequences: rows that run together at most; what memory takes when None. The rest waits for its turn.
+      progress: show a bar where that takes long.
 
-    Returns:
-      int32 [B, n], n ≤ max_new_tokens: the stop token included, pad after it.
+    Attributes:
+      weights: "merged", "lora", or "auto" while that is not decided.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    empty = np.flatnonzero(mask.sum(1) == 0)
-    if empty.size:
-        raise ValueError(f"prompt {int(empty[0])} is empty: its attention_mask has no 1")
-    width = -ids.shape[1] % PROMPT_BUCKET
-    ids, mask = (np.pad(np.asarray(a, np.int32), ((0, 0), (width, 0))) for a in (ids, mask))
-    options = {"sampling": sampling, "stop": tuple(stop), "pad": pad}
-    state = _prefill(graphdef, trainable, base, ids, mask, key, new=max_new_tokens, **options)
-    shown = 0
-    while True:
-        done, step = bool(state.done.all()), int(state.step)
-        if on_tokens is not None and step > shown:
-            on_tokens(np.asarray(state.tokens[:, shown:step]))
-            shown = step
-        if done or step >= max_new_tokens:
-            return np.asarray(state.tokens[:, :step])
-        steps = SEGMENT if on_tokens is None else 1
-        state = _decode(graphdef, trainable, base, state, steps=steps, **options)
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        weights: Literal["auto", "merged", "lora"] = "auto",
+        max_sequences: int | None = None,
+        progress: bool = True,
+    ):
+        if weights not in ("auto", "merged", "lora"):
+            raise ValueError(f"weights must be 'auto', 'merged' or 'lora', got {weights!r}")
+        if max_sequences is not None and max_sequences < 1:
+            raise ValueError(f"max_sequences must be at least 1, got {max_sequences}")
+        self.model, self._asked = model, weights
+        self.weights: str = weights
+        self._max_sequences, self._progress = max_sequences, progress
+        self._loaded: dict[tuple[Mode, bool], Weights] = {}
+        self._made_of: list[weakref.ref] = []
+        self._programs: set = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the copy of the weights; the next call makes it again."""
+        self._loaded, self._made_of = {}, []
+
+    def sync(self) -> None:
+        """Takes over the model's trained leaves; `generate` does it too when they are other arrays than before.
+
+        Merges again if the copy is in use, else folds the adapter's scaling only.
+        """
+        modes = list(self._loaded)
+        self.close()
+        for mode, read_codes in modes:
+            self._load(mode, read_codes)
+
+    @property
+    def num_compilations(self) -> int:
+        """Programs that this engine has asked for: each was compiled once in the process, or came from the cache."""
+        return len(self._programs)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]] | Sequence[str],
+        *,
+        n: int = 1,
+        sampling: Sampling | None = None,
+        max_new_tokens: int = 128,
+        seed: int = 0,
+        stop_token_ids: Sequence[int] | None = None,
+        stop_strings: Sequence[str] = (),
+        on_tokens: Callable[[Updates], object] | None = None,
+        streams: Sequence[tuple[int, int]] | None = None,
+    ) -> Generations:
+        """Continues each prompt n times.
+
+        Equal prompts are run once, however they are given. What a row gets depends on its prompt, `seed` and its own
+        stream only, not on the rows beside it (but for the rounding of products of other shapes).
+
+        Args:
+          prompts: token ids, or texts for the model's tokenizer.
+          n: answers to each.
+          sampling: how tokens are chosen; greedy when None.
+          max_new_tokens: of each answer at most.
+          seed: 0 to 2³² - 1.
+          stop_token_ids: what ends an answer; the model's own end tokens when None.
+          stop_strings: texts that end an answer, with the token that completes one.
+          on_tokens: called with [(answer's number, its new ids), …] as they come.
+          streams: of each prompt, (prompt, first sample) to draw noise for, (its number, 0) when None: so that a part
+            of a larger call gives what the whole would.
+
+        Returns:
+          len(prompts)·n answers, those of a prompt beside each other.
+
+        Raises:
+          ValueError: an argument cannot be meant. MemoryError: not even one row fits.
+        """
+        ids = self._ids(prompts)
+        sampling = sampling or Sampling()
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got {n}")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed must be in [0, 2**32), got {seed}")
+        if isinstance(stop_strings, str) or any(not text for text in stop_strings):
+            raise ValueError(f"stop_strings must be a list of texts that are not empty, got {stop_strings!r}")
+        if streams is not None and len(streams) != len(ids):
+            raise ValueError(f"streams must name one stream a prompt: {len(ids)}, got {len(streams)}")
+        stop = self.model.stop_ids() if stop_token_ids is None else stop_token_ids
+        first = [(i, 0) for i in range(len(ids))] if streams is None else streams
+        record = Record(
+            len(ids) * n,
+            max_new_tokens,
+            stop=stop,
+            strings=stop_strings,
+            tokenizer=self.model.tokenizer,
+            on_tokens=on_tokens,
+            kept=sampling.cuts(),
+        )
+        config = self.model.module.config
+        spec = steps.Spec(config, jnp.dtype(self.model.dtype), sampling)
+        longest = SEGMENT if on_tokens is None else STREAMED
+        segment = min(longest, 1 << (max_new_tokens - 2).bit_length() if max_new_tokens > 1 else 1)
+        given = np.array([(p, s + j) for p, s in first for j in range(n)], np.int32).reshape(-1, 2)
+        self._run(Job(ids, given, np.uint32(seed), spec, record, segment), n)
+        return record.generations([(i, j) for i in range(len(ids)) for j in range(n)])
+
+    def _ids(self, prompts) -> list[list[int]]:
+        if isinstance(prompts, str) or not len(prompts):
+            raise ValueError(
+                f"prompts must be a list of texts or of lists of token ids, not empty; got {prompts!r}"
+            )
+        if any(isinstance(prompt, str) for prompt in prompts):
+            if self.model.tokenizer is None:
+                raise ValueError("prompts are texts, and the model has no tokenizer; give token ids")
+            prompts = [self.model.tokenizer(prompt)["input_ids"] for prompt in prompts]
+        found = [[int(token) for token in prompt] for prompt in prompts]
+        vocabulary = self.model.module.config.vocab_size
+        for i, prompt in enumerate(found):
+            if not prompt:
+                raise ValueError(f"prompt {i} is empty; it needs one token at least")
+            if not 0 <= min(prompt) <= max(prompt) < vocabulary:
+                raise ValueError(f"prompt {i} has ids outside of the vocabulary of {vocabulary}")
+        return found
+
+    def _run(self, job: Job, n: int) -> None:
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for i, prompt in enumerate(job.prompts):
+            rows.setdefault(tuple(prompt), []).extend(range(i * n, (i + 1) * n))
+        job = job._replace(prompts=[list(prompt) for prompt in rows])
+        by_prompt = dict(enumerate(rows.values()))
+        columns = plan.bucket(max(map(len, job.prompts)), plan.PROMPT_COLUMNS)
+        own = plan.bucket(job.record.limit, plan.OWN_COLUMNS)
+        size = plan.group_size(by_prompt, columns, own)
+        if self._max_sequences is not None:
+            size = min(size, self._max_sequences)
+        weights = self._choose_weights(len(plan.split(by_prompt, size)), size, columns, own)
+        while size > 1 and not self._places(1, size, columns, own):
+            size = -(-size // 2)
+        parts = plan.split(by_prompt, size)
+        places = self._places(len(parts), size, columns, own)
+        if not places:
+            need = self.forecast(1, 1, columns, own)
+            raise MemoryError(
+                f"one row with {columns} columns for its prompt and {own} for its answer needs {need}, and "
+                f"{free_bytes(()) / 1e9:.2f} GB are free. Shorten prompts or max_new_tokens, or take weights='lora'"
+            )
+        waves = -(-len(parts) // places)
+        if waves > 1:  # prompts of like length together
+            parts.sort(key=lambda part: len(job.prompts[part.prompt]))
+        each = -(-len(parts) // waves)
+        shown = self._progress and job.record.limit > 1
+        with tqdm(
+            total=len(job.streams),
+            desc="generate",
+            unit="row",
+            delay=2,
+            leave=False,
+            disable=None if shown else True,
+        ) as bar:
+            for at in range(0, len(parts), each):
+                Wave(weights, job, plan.seat(parts[at : at + each], size), self._programs).run(bar)
+
+    def _choose_weights(self, groups: int, size: int, columns: int, own: int) -> Weights:
+        """What these groups read; groups that must wait for a later wave included."""
+        batch = plan.bucket(groups) * size
+        if self._max_sequences is not None:
+            batch = min(batch, self._max_sequences)
+        codes = reads_codes(self.model, batch)
+        mode = self._mode(batch, size, columns, own, codes)
+        self.weights = mode
+        return self._load(mode, codes)
+
+    def _mode(self, batch: int, size: int, columns: int, own: int, codes: bool) -> Mode:
+        if self._asked == "merged" or self._asked == "lora":
+            return self._asked
+        if codes:
+            return "lora"
+        if any(mode == "merged" for mode, _ in self._loaded):
+            return "merged"
+        copy = merged_bytes(self.model)
+        least = max(1, min(batch, WORTH_MERGING) // size)
+        return "merged" if self._places(least, size, columns, own, taken=copy) == least else "lora"
+
+    def forecast(self, groups: int, size: int, columns: int, own: int) -> plan.Memory:
+        """Bytes beside the weights of groups x size rows whose caches have these columns."""
+        c, dtype = self.model.module.config, self.model.dtype
+        flash = supports_cudnn(jax.ShapeDtypeStruct((1, 1, 1, c.head_dim), dtype), packed=False)
+        return plan.forecast(c, dtype, groups, size, columns, own, flash)
+
+    def _places(self, wanted: int, size: int, columns: int, own: int, taken: int = 0) -> int:
+        """How many groups, up to `wanted`, may run together."""
+        free = free_bytes(()) - taken
+        count = wanted
+        while count and (
+            self.forecast(plan.bucket(count), size, columns, own).total > free
+            or (self._max_sequences is not None and count * size > self._max_sequences)
+        ):
+            count = max((n for n in range(1, count) if plan.bucket(n) == n), default=0)
+        return count
+
+    def _load(self, mode: Mode, codes: bool) -> Weights:
+        trained = list(self.model.trainable.values())
+        if not _same(self._made_of, trained):
+            self.close()
+        key = mode, codes and mode == "lora"
+        if key not in self._loaded:
+            make = merged if mode == "merged" else partial(stored, read_codes=codes)
+            self._loaded[key] = make(self.model)
+            self._made_of = [weakref.ref(leaf) for leaf in trained]
+        return self._loaded[key]
+
+
+def _same(made_of: list[weakref.ref], leaves: list[jax.Array]) -> bool:
+    return len(made_of) == len(leaves) and all(
+        ref() is leaf for ref, leaf in zip(made_of, leaves, strict=True)
+    )

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxtune.models.names import Leaves
@@ -19,6 +20,8 @@ from jaxtune.rl.rollout import Completions, Request, Rollout
 from jaxtune.rl.step import Score
 
 Metrics = dict[str, Any]
+_advantages = jax.jit(compute_advantages, static_argnames=("group", "scale_rewards", "aggregation"))
+_sampling = jax.jit(sampling_metrics, static_argnames="options")
 EVALUATION = 2**31  # the random stream of evaluations, which no generation has
 
 
@@ -142,7 +145,7 @@ class Collector:
         return [[{"role": "assistant", "content": text}] for text in texts]
 
     def _advantages(self, samples: list[Sample], group: int) -> Advantages:
-        return compute_advantages(
+        return _advantages(
             np.stack([sample.rewards for sample in samples]),
             self.weights,
             group=group,
@@ -184,7 +187,7 @@ class Collector:
 
     def _flat_groups(self, samples: list[Sample], group: int) -> list[int]:
         """Groups without a signal: rewards all equal, or fewer than two that say anything."""
-        found = compute_advantages(np.stack([s.rewards for s in samples]), self.weights, group=group)
+        found = _advantages(np.stack([s.rewards for s in samples]), self.weights, group=group)
         std = np.asarray(found.std)[::group]
         return np.flatnonzero(~(std > ZERO_STD)).tolist()
 
@@ -235,9 +238,7 @@ class Collector:
         old, sampling, mask = (
             batch[f"{name}"][0] for name in ("old_log_probs", "sampling_log_probs", "mask")
         )
-        return {
-            name: float(value) for name, value in sampling_metrics(old, sampling, mask, self.loss).items()
-        }
+        return {name: float(value) for name, value in _sampling(old, sampling, mask, self.loss).items()}
 
 
 def _sampler_log_probs(samples: list[Sample]) -> list[np.ndarray]:

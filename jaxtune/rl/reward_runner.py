@@ -53,7 +53,8 @@ class RewardRunner:
     def __init__(
         self, functions: RewardFunction | Sequence[RewardFunction], folder: Path, timeout: float | None = None
     ):
-        self.functions: list[RewardFunction] = [functions] if callable(functions) else list(functions)
+        single = callable(functions) or isinstance(functions, str)
+        self.functions: list[RewardFunction] = [functions] if single else list(functions)
         if not self.functions:
             raise ValueError("reward_funcs is empty; expected at least one function")
         for function in self.functions:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from jaxtune.generate import Sampling
+from jaxtune.generate import Engine, Sampling
 from jaxtune.model import Model
 from jaxtune.rl.config import GRPOConfig
 from jaxtune.rl.data import Prompt
@@ -70,8 +70,6 @@ class EngineRollout:
     makes_prompt_ids = False
 
     def __init__(self, model: Model, args: GRPOConfig):
-        from jaxtune.generate import Engine
-
         self._engine = Engine(model, weights=args.rollout_weights, progress=False)
         chosen = {
             "temperature": args.temperature,

@@ -39,6 +39,7 @@ from jaxtune.training_loop import Run, Trainer, TrainOutput, checked_model
 
 EXPERIENCE_FILE = "experience.npz"
 ENTROPY_FILE = "entropy_control.json"
+FIRST = ("reward", "reward_std", "loss", "kl", "completions/mean_length")  # in a record
 NOT_LOGGED = ("num_tokens", "entropy_sum", "entropy_count")
 
 
@@ -68,6 +69,8 @@ class GRPOTrainer(Trainer[GRPOConfig]):
 
     With beta, the reference is the model as it is when the trainer is made: without its adapter where that is new.
     """
+
+    CURVE = ("reward", "weighted sum of the functions")
 
     def __init__(
         self,
@@ -128,6 +131,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         )
         self._held: dict[int, Experience] = {}
         self._entropy = EntropyControl(args.entropy_coef)
+        self._reward = math.nan  # mean of the last generation
         self._stepped = time.perf_counter()
 
     def _make_collector(self, rewards: RewardRunner) -> Collector:
@@ -202,6 +206,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
     def _generate(self, generation: int) -> Experience:
         experience, samples, metrics = self._collector.train(self._prompts, self._plan, generation)
         self.state.record(metrics)
+        self._reward = metrics["reward"]
         if self.args.log_completions:
             self._completions.add(samples)
         return experience
@@ -268,14 +273,17 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         )
         self._entropy = EntropyControl(float(coef), float(entropy))
 
+    def _figures(self, values: Mapping[str, Any]) -> dict[str, float]:
+        return {"reward": self._reward, "loss": values["loss"]}
+
     def _count_tokens(self, values: Mapping[str, Any]) -> None:
         """Nothing: tokens count when they are made."""
 
     def _window_record(self, window: Mapping[str, list[float]]) -> Record:
-        record: Record = {name: mean(values) for name, values in window.items() if name not in NOT_LOGGED}
-        record |= {"grad_norm": window["grad_norm"][-1], "num_tokens": self.state.num_input_tokens_seen}
+        means: Record = {name: mean(values) for name, values in window.items() if name not in NOT_LOGGED}
+        means |= {"grad_norm": window["grad_norm"][-1], "num_tokens": self.state.num_input_tokens_seen}
         self._show_completions("completions")
-        return record
+        return {name: means[name] for name in FIRST if name in means} | means
 
     def _show_completions(self, kind: str) -> None:
         table = self._completions.flush(self.state.global_step, kind)

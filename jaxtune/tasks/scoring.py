@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tqdm.auto import tqdm
+from jaxtune.generate import Engine
 
 Message = dict[str, str]
 
@@ -21,30 +21,18 @@ def answers(
         model: a `jaxtune.model.Model`.
         prompts: conversations of {"role", "content"} messages.
         max_new_tokens: tokens of an answer at most; it ends earlier at the end-of-turn token.
-        batch_size: prompts generated together. All are padded to one length, so that generation compiles once.
+        batch_size: prompts generated together at most.
 
     Returns:
         One text for each prompt, without special tokens and surrounding space.
     """
     tokenizer = model.tokenizer
-    encoded = tokenizer.apply_chat_template(
-        list(prompts),
-        add_generation_prompt=True,
-        padding=True,
-        return_dict=True,
-        return_tensors="np",
-    )
-    ids, mask = encoded["input_ids"], encoded["attention_mask"]  # [N, T]
-    texts: list[str] = []
-    starts = range(0, len(prompts), batch_size)
-    for start in tqdm(starts, desc="answer", unit="batch", disable=None, leave=False):
-        rows = slice(start, start + batch_size)
-        out = model.generate(
-            input_ids=ids[rows], attention_mask=mask[rows], max_new_tokens=max_new_tokens, do_sample=False
-        )
-        new = [row[ids.shape[1] :] for row in out]
-        texts += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
-    return texts
+    ids = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
+    with Engine(model, max_sequences=batch_size) as engine:
+        found = engine.generate(ids, max_new_tokens=max_new_tokens)
+    return [text.strip() for text in found.texts(tokenizer)]
 
 
 def accuracy(

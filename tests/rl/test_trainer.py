@@ -7,6 +7,7 @@ import datasets
 import jax
 import numpy as np
 import pytest
+from tolerances import SAMPLER_GAP
 
 from jaxtune.fast import FastLanguageModel
 from jaxtune.rl.config import GRPOConfig
@@ -16,27 +17,12 @@ from jaxtune.rl.trainer import GRPOTrainer
 
 EOS = 2
 ROWS = [{"prompt": [{"role": "user", "content": "say " + "xy" * i}], "answer": i} for i in range(6)]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 CLOCK = {"step_time", "tokens_per_second", "peak_memory_gib", "eval_runtime"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Keep compiled steps on disk, so that the same step in another test is not compiled again."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 @pytest.fixture(scope="module")
-def base(tiny_model_dir):
+def base(tiny_model_dir, quick_compilation):
     folder = tiny_model_dir("llama", num_hidden_layers=1)
     return FastLanguageModel.from_pretrained(str(folder), max_seq_length=128, dtype="float32")[0]
 
@@ -210,3 +196,26 @@ def test_arguments_that_are_not_there(base, tmp_path):
         make_trainer(base, tmp_path, rows=[{"text": "a"}])
     with pytest.raises(TypeError, match="put a reward model behind"):
         make_trainer(base, tmp_path, "org/reward-model")
+
+
+def test_the_engine_samples_from_the_policy_of_its_step(base, tmp_path):
+    """Log-probabilities of the sampler and of the trainer are equal at each step, though the steps are large."""
+    settings = {
+        "beta": 0.0,
+        "num_iterations": 1,
+        "steps_per_generation": 1,
+        "save_strategy": "no",
+        "logging_steps": 1,
+    }
+    settings |= {"learning_rate": 0.05, "importance_sampling_correction": True, "max_steps": 4}
+    trainer = make_trainer(base, tmp_path, rollout_func=None, **settings)
+    trainer.train()
+    records = [r for r in trainer.state.log_history if "loss" in r]
+    gaps = [r["sampling/sampling_logp_difference/max"] for r in records]
+    assert len(gaps) == 4 and max(gaps) < SAMPLER_GAP
+    assert all(r["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-3) for r in records)
+    assert records[-1]["completions/max_length"] <= 10
+    assert (tmp_path / "reward.png").is_file()
+    again = make_trainer(base, tmp_path / "again", rollout_func=None, **settings)
+    again.train()
+    assert results(again.state.log_history)[:-1] == results(trainer.state.log_history)[:-1]

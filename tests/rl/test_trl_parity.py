@@ -18,6 +18,7 @@ from jaxtune.rl.config import GRPOConfig
 from jaxtune.rl.data import make_plan
 from jaxtune.rl.trainer import GRPOTrainer
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 STEPS, EOS = 5, 2
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 ROWS = [

@@ -1,0 +1,249 @@
+"""The compiled programs of generation: prefill of prompts, the first token, a segment of decode steps.
+
+Shapes, beside the repository's: P groups of rows that share a prompt (and prompts, one a group), G rows a group, S
+columns of the prompts' cache, T columns of the rows' own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxtune.generate.attention import KV, decode_attention, prompt_attention
+from jaxtune.generate.sampling import Choice, Sampling, choose, row_keys
+from jaxtune.generate.weights import Layer, Weights
+from jaxtune.kernels.keep import keeping_nothing
+from jaxtune.models.decoder import ACTIVATIONS, DecoderConfig
+from jaxtune.models.rope import rotate, tables
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the programs are compiled for beside shapes."""
+
+    config: DecoderConfig
+    dtype: Any
+    sampling: Sampling
+
+
+class Prompts(NamedTuple):
+    """One prompt for each group: of each layer k, v [P, K, S, h]; lengths int32 [P], tokens of each."""
+
+    layers: tuple[KV, ...]
+    lengths: jax.Array
+
+
+class State(NamedTuple):
+    """What a decode step changes. Which rows are done only the host knows; they go on, unread.
+
+    layers: of each layer k, v [P·G, K, T, h]. last int32 [P·G]: newest token. step int32 []: columns that are filled.
+    seen bool [P·G, V] or None: tokens so far, for the repetition penalty.
+    """
+
+    layers: tuple[KV, ...]
+    last: jax.Array
+    step: jax.Array
+    seen: jax.Array | None
+
+
+class Report(NamedTuple):
+    """What the host reads of a segment of N steps: token int32, logprob and kept_logprob (or None) float32 [N, P·G]."""
+
+    token: jax.Array
+    logprob: jax.Array
+    kept_logprob: jax.Array | None
+
+
+def _norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
+    return weight * normed.astype(x.dtype)
+
+
+def _tables(spec: Spec, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [B, T, 1, h/2] of int32 [B, T]; rows apart, since "dynamic" frequencies depend on the longest."""
+    rows = jax.vmap(lambda one: tables(spec.config.rope, one[None], spec.dtype))(positions)
+    return rows[0][:, 0], rows[1][:, 0]
+
+
+def _queries(layer: Layer, x: jax.Array, spec: Spec, cos, sin) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x [B, T, D] -> rotated q [B, T, H, h] and k, and v [B, T, K, h]."""
+    c, (batch, tokens, _) = spec.config, x.shape
+    y = layer.qkv(_norm(x, layer.input_norm, c.rms_norm_eps).reshape(batch * tokens, -1))
+    y = y.reshape(batch, tokens, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+    q, k, v = jnp.split(y, [c.num_heads, c.num_heads + c.num_kv_heads], 2)
+    if layer.q_norm is not None and layer.k_norm is not None:
+        q, k = _norm(q, layer.q_norm, c.rms_norm_eps), _norm(k, layer.k_norm, c.rms_norm_eps)
+    return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+def _after_attention(layer: Layer, x: jax.Array, attended: jax.Array, spec: Spec) -> jax.Array:
+    """The residual x [N, D] and the heads' outputs [N, H·h] -> the layer's output."""
+    x = x + layer.out(attended)
+    gate, up = jnp.split(layer.gate_up(_norm(x, layer.post_norm, spec.config.rms_norm_eps)), 2, -1)
+    return x + layer.down(ACTIVATIONS[spec.config.hidden_act](gate) * up)
+
+
+@partial(jax.jit, static_argnames="spec", donate_argnames="store")
+def prefill(
+    weights: Weights,
+    store: tuple[KV, ...],
+    ids: jax.Array,
+    lengths: jax.Array,
+    at: jax.Array,
+    *,
+    spec: Spec,
+) -> tuple[tuple[KV, ...], jax.Array]:
+    """Runs some prompts and writes their keys and values.
+
+    Args:
+      store: of each layer k, v [P, K, S, h].
+      ids: int32 [N, S], N prompts padded at the end. lengths: int32 [N].
+      at: int32 [], where the first of them stands in the store.
+
+    Returns:
+      (store, hidden state of each prompt's last token [N, D]).
+    """
+    batch, tokens = ids.shape
+    positions = jnp.minimum(jnp.arange(tokens), lengths[:, None] - 1)
+    cos, sin = _tables(spec, positions)
+    x, written = weights.embed[ids].astype(spec.dtype), []
+    with keeping_nothing():
+        for layer, kv, window in zip(weights.layers(), store, spec.config.windows, strict=True):
+            q, k, v = _queries(layer, x, spec, cos, sin)
+            new = (part.swapaxes(1, 2) for part in (k, v))  # [N, K, S, h]
+            written.append(
+                tuple(
+                    jax.lax.dynamic_update_slice(old, one, (at, 0, 0, 0))
+                    for old, one in zip(kv, new, strict=True)
+                )
+            )
+            attended = prompt_attention(q, k, v, window).reshape(batch * tokens, -1)
+            x = _after_attention(layer, x.reshape(batch * tokens, -1), attended, spec).reshape(x.shape)
+    return tuple(written), x[jnp.arange(batch), lengths - 1]
+
+
+def _next(weights: Weights, x: jax.Array, seen, keys, step, spec: Spec) -> tuple[Choice, Any]:
+    """Hidden states [B, D] before the last norm -> the tokens chosen, and what has been seen with them."""
+    x = _norm(x, weights.norm, spec.config.rms_norm_eps)
+    logits = jnp.dot(x, weights.head.T, preferred_element_type=jnp.float32)
+    choice = choose(logits, seen, keys, step, spec.sampling)
+    if seen is not None:
+        seen = seen.at[jnp.arange(len(seen)), choice.token].set(True)
+    return choice, seen
+
+
+@partial(jax.jit, static_argnames="spec")
+def begin(
+    weights: Weights,
+    hidden: jax.Array,
+    ids: jax.Array | None,
+    lengths: jax.Array,
+    streams: jax.Array,
+    seed: jax.Array,
+    *,
+    spec: Spec,
+) -> tuple[State, Report]:
+    """The first token of each row; the state has no caches yet.
+
+    Args:
+      hidden: [P, D] of `prefill`. ids: int32 [P, S], needed for a repetition penalty only. lengths: int32 [P].
+      streams: int32 [P, G, 2], (prompt, sample) of each row. seed: uint32 [].
+    """
+    groups, size = streams.shape[:2]
+    seen = None
+    if spec.sampling.repetition_penalty != 1:
+        assert ids is not None
+        mask = jnp.arange(ids.shape[1]) < lengths[:, None]
+        seen = jnp.zeros((groups, spec.config.vocab_size), bool)
+        seen = seen.at[jnp.arange(groups)[:, None], ids].max(mask).repeat(size, 0)
+    keys = _keys(seed, streams)
+    choice, seen = _next(weights, hidden.repeat(size, 0), seen, keys, jnp.int32(0), spec)
+    state = State((), choice.token, jnp.int32(0), seen)
+    return state, Report(*jax.tree.map(lambda x: x[None], choice))
+
+
+def _keys(seed: jax.Array, streams: jax.Array) -> jax.Array:
+    return row_keys(jax.random.key(seed, impl="threefry2x32"), streams.reshape(-1, 2))
+
+
+@partial(jax.jit, static_argnames=("spec", "steps"), donate_argnames="state")
+def decode(
+    weights: Weights,
+    prompts: Prompts,
+    state: State,
+    streams: jax.Array,
+    seed: jax.Array,
+    *,
+    spec: Spec,
+    steps: int,
+) -> tuple[State, Report]:
+    """`steps` tokens of each row; arguments as of `begin`. All rows write the same column: they began together."""
+    keys, positions = _keys(seed, streams), prompts.lengths.repeat(streams.shape[1])
+    rows = len(state.last)
+    f32 = partial(jnp.zeros, (steps, rows), jnp.float32)
+    kept = f32() if spec.sampling.cuts() else None
+    report = Report(jnp.zeros((steps, rows), jnp.int32), f32(), kept)
+
+    def step(i: jax.Array, carry: tuple[State, Report]) -> tuple[State, Report]:
+        state, report = carry
+        x = weights.embed[state.last].astype(spec.dtype)
+        cos, sin = _tables(spec, (positions + state.step)[:, None])
+        layers = []
+        for layer, prompt, own, window in zip(
+            weights.layers(), prompts.layers, state.layers, spec.config.windows, strict=True
+        ):
+            q, k, v = _queries(layer, x[:, None], spec, cos, sin)
+            at = (0, 0, state.step, 0)
+            own = tuple(
+                jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2), at)
+                for old, new in zip(own, (k, v), strict=True)
+            )
+            q = q.reshape(*streams.shape[:2], *q.shape[2:])
+            attended = decode_attention(q, prompt, own, prompts.lengths, state.step, window)
+            x = _after_attention(layer, x, attended, spec)
+            layers.append(own)
+        choice, seen = _next(weights, x, state.seen, keys, state.step + 1, spec)
+        report = Report(
+            *(
+                None if whole is None else whole.at[i].set(one)
+                for whole, one in zip(report, choice, strict=True)
+            )
+        )
+        return State(tuple(layers), choice.token, state.step + 1, seen), report
+
+    with keeping_nothing():
+        return jax.lax.fori_loop(0, steps, step, (state, report))
+
+
+@jax.jit
+def _take(x: jax.Array, rows: jax.Array) -> jax.Array:
+    return x[rows]
+
+
+@partial(jax.jit, static_argnames="columns")
+def _widen(x: jax.Array, columns: int) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, 0), (0, columns - x.shape[2]), (0, 0)))
+
+
+def widened(layers: list[KV], columns: int) -> tuple[KV, ...]:
+    """Caches with more columns. Empties `layers` one by one: never are two copies of all of them there."""
+    return _each(layers, partial(_widen, columns=columns))
+
+
+def taken(layers: list[KV], rows: jax.Array) -> tuple[KV, ...]:
+    """Some rows of caches; empties `layers` likewise."""
+    return _each(layers, partial(_take, rows=rows))
+
+
+def _each(layers: list[KV], change: Callable[[jax.Array], jax.Array]) -> tuple[KV, ...]:
+    made = []
+    while layers:
+        k, v = layers.pop(0)
+        k = change(k)
+        v = change(v)
+        made.append((k, v))
+    return tuple(made)

@@ -1,0 +1,173 @@
+"""One wave: rows that begin together, from their prompts to the last one's end."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm.auto import tqdm
+
+from jaxtune.generate import plan, steps
+from jaxtune.generate.results import Record
+from jaxtune.generate.weights import Weights, step_bytes
+
+COMPACT = 0.6  # of a step's cost: what a smaller batch must come down to
+
+
+class Job(NamedTuple):
+    """One call of `generate`.
+
+    prompts: different ones. streams: int32 [N, 2], the (prompt, sample) that each row's noise is drawn for. segment:
+    decode steps a dispatch.
+    """
+
+    prompts: list[list[int]]
+    streams: np.ndarray
+    seed: np.uint32
+    spec: steps.Spec
+    record: Record
+    segment: int
+
+
+class Pending(NamedTuple):
+    """A report that the device may still be working on: whose rows it is, and the number of its first token."""
+
+    report: steps.Report
+    rows: np.ndarray
+    column: int
+
+
+class Wave:
+    """Runs the rows of a job that are seated.
+
+    Args:
+      weights: what steps read. job: whose rows these are. seats: which of them.
+      programs: gets a key for every compiled program that is used.
+    """
+
+    def __init__(self, weights: Weights, job: Job, seats: plan.Slots, programs: set):
+        self._weights, self._job, self._seats, self._programs = weights, job, seats, programs
+        token = plan.token_bytes(job.spec.config, job.spec.dtype)
+        self._weights_cost = step_bytes(weights) / token  # in tokens of cache
+        longest = max(len(job.prompts[prompt]) for prompt in seats.prompts if prompt >= 0)
+        self._columns = plan.bucket(longest, plan.PROMPT_COLUMNS)  # of the prompts' caches
+        self._own = 0  # columns of the rows' own caches
+        self._steps = 0  # decode steps dispatched
+
+    def run(self, bar: tqdm) -> None:
+        """Fills the job's record for these rows; returns when all of them have ended."""
+        record = self._job.record
+        mine = self._seats.rows[self._seats.rows >= 0]
+        pending = self._begin()
+        while True:
+            following = self._segment() if self._steps + 1 < record.limit else None
+            before = record.ended[mine].sum()
+            record.receive(jax.device_get(pending.report), pending.rows, pending.column)
+            bar.update(int(record.ended[mine].sum() - before))
+            if following is None or record.ended[mine].all():
+                return
+            pending = following
+            self._compact()
+
+    def _begin(self) -> Pending:
+        """Prompts, each run once, and first tokens."""
+        job = self._job
+        seated = self._seats.prompts.tolist()
+        different = list(dict.fromkeys(prompt for prompt in seated if prompt >= 0))
+        ids, lengths, layers, hidden = self._prefill(different)
+        if len(lengths) != len(seated):
+            group = np.array([different.index(prompt) if prompt >= 0 else 0 for prompt in seated])
+            ids, lengths, hidden, layers = ids[group], lengths[group], hidden[group], list(layers)
+            layers = steps.taken(layers, group)
+        self._prompts = steps.Prompts(layers, lengths)
+        self._uses("begin", *self._seats.rows.shape)
+        self._state, report = steps.begin(
+            self._weights, hidden, ids, lengths, self._streams(), job.seed, spec=job.spec
+        )
+        return Pending(report, self._seats.rows.ravel(), 0)
+
+    def _prefill(self, prompts: list[int]):
+        """Prompts by number -> ids int32 [P, S], lengths int32 [P], caches, last hidden states [P, D]."""
+        job, count = self._job, plan.bucket(len(prompts))
+        ids, lengths = np.zeros((count, self._columns), np.int32), np.ones(count, np.int32)
+        for place, prompt in enumerate(prompts):
+            tokens = job.prompts[prompt]
+            ids[place, : len(tokens)], lengths[place] = tokens, len(tokens)
+        layers, batch, hidden = (
+            self._caches(count, self._columns),
+            plan.prefill_batch(count, self._columns),
+            [],
+        )
+        self._uses("prefill", count, batch)
+        for at in range(0, count, batch):
+            some = slice(at, at + batch)
+            layers, last = steps.prefill(
+                self._weights, layers, ids[some], lengths[some], np.int32(at), spec=job.spec
+            )
+            hidden.append(last)
+        return jnp.asarray(ids), jnp.asarray(lengths), layers, jnp.concatenate(hidden)
+
+    def _segment(self) -> Pending:
+        """Dispatches the next steps."""
+        job, count, column = self._job, self._job.segment, self._steps + 1
+        self._make_room(self._steps + count)
+        self._uses("decode", *self._seats.rows.shape, self._own, count)
+        self._state, report = steps.decode(
+            self._weights, self._prompts, self._state, self._streams(), job.seed, spec=job.spec, steps=count
+        )
+        self._steps += count
+        return Pending(report, self._seats.rows.ravel(), column)
+
+    def _make_room(self, columns: int) -> None:
+        if columns <= self._own:
+            return
+        self._own = plan.bucket(columns, plan.OWN_COLUMNS)
+        layers = list(self._state.layers)
+        self._state = self._state._replace(layers=())
+        made = steps.widened(layers, self._own) if layers else self._caches(self._seats.rows.size, self._own)
+        self._state = self._state._replace(layers=made)
+
+    def _compact(self) -> None:
+        """Moves the rows that go on into a smaller batch, if that makes steps cheaper by enough."""
+        job, rows = self._job, dict[int, list[int]]()
+        for prompt, mine in zip(self._seats.prompts.tolist(), self._seats.rows.tolist(), strict=True):
+            going_on = [row for row in mine if row >= 0 and not job.record.ended[row]]
+            if going_on:
+                rows.setdefault(prompt, []).extend(going_on)
+        size = plan.group_size(rows, self._columns, self._own)
+        parts = plan.split(rows, size)
+        places, room = self._seats.rows.shape
+        now = plan.cost(places, room, self._columns, self._own, self._weights_cost)
+        then = plan.cost(len(parts), size, self._columns, self._own, self._weights_cost)
+        if then > COMPACT * now:
+            return
+        old, self._seats = self._seats, plan.seat(parts, size)
+        place = {row: at for at, row in enumerate(old.rows.ravel().tolist())}
+        group = {prompt: at for at, prompt in enumerate(old.prompts.tolist())}
+        # empty places take any: nobody reads them
+        by_row = jnp.array([place[row] if row >= 0 else 0 for row in self._seats.rows.ravel().tolist()])
+        by_group = jnp.array([group[prompt] if prompt >= 0 else 0 for prompt in self._seats.prompts.tolist()])
+        own, prompts = list(self._state.layers), list(self._prompts.layers)
+        state, self._state = self._state._replace(layers=()), self._state._replace(layers=())
+        self._prompts = self._prompts._replace(layers=())
+        self._state = steps.State(
+            steps.taken(own, by_row),
+            state.last[by_row],
+            state.step,
+            None if state.seen is None else state.seen[by_row],
+        )
+        lengths = self._prompts.lengths[by_group]
+        self._prompts = steps.Prompts(steps.taken(prompts, by_group), lengths)
+
+    def _caches(self, batch: int, columns: int) -> tuple:
+        c, dtype = self._job.spec.config, self._job.spec.dtype
+        shape = (batch, c.num_kv_heads, columns, c.head_dim)
+        return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in c.windows)
+
+    def _streams(self) -> np.ndarray:
+        """int32 [P, G, 2] of the seated rows."""
+        return self._job.streams[np.maximum(self._seats.rows, 0)]
+
+    def _uses(self, *program: Any) -> None:
+        kind = jax.tree.structure(self._weights)
+        self._programs.add((*program, self._columns, self._job.spec, kind))

@@ -1,0 +1,226 @@
+"""What a decode step reads: the layers' projections, those that share x side by side, their adapters folded once.
+
+"lora" reads the model's own leaves. "merged" is a copy in the model's dtype, W + s·A·B of a dequantised W, an array for
+each layer: a step then is four products a layer, and none of them reads a slice of a stack.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxtune.kernels import nf4_matmul
+from jaxtune.kernels.linear import Adapter, adapted_linear, dense
+from jaxtune.models.decoder import CausalLM, Segment
+from jaxtune.models.layers import Linear, NF4Weight
+from jaxtune.models.names import Leaves, Slot, linear_slots, module_at
+from jaxtune.quant import NF4, dequantize_absmax
+
+PROJECTIONS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "out": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+
+
+class Projection(NamedTuple):
+    """scale · (x W_iᵀ + (x A_i) B_i) + bias of layers that share x, side by side.
+
+    weights: NF4 or arrays [out_i, in]. adapters: an Adapter or None for each. scale (DoRA's) and bias: [sum of out_i]
+    or None.
+    """
+
+    weights: tuple[NF4 | jax.Array, ...]
+    adapters: tuple[Adapter | None, ...]
+    scale: jax.Array | None
+    bias: jax.Array | None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, in] -> [B, sum of out_i]."""
+        y = adapted_linear(x, self.weights, self.adapters)
+        y = y if self.scale is None else y * self.scale
+        return y if self.bias is None else y + self.bias
+
+
+class Layer(NamedTuple):
+    """The weights of one decoder layer; those of several have a leading axis. Norms are [D], or [h] of q and k."""
+
+    input_norm: jax.Array
+    post_norm: jax.Array
+    q_norm: jax.Array | None
+    k_norm: jax.Array | None
+    qkv: Projection
+    out: Projection
+    gate_up: Projection
+    down: Projection
+
+
+class Weights(NamedTuple):
+    """embed, head: [V, D]. norm: [D]. segments: of each the layers of a period, stacked over its repeats."""
+
+    embed: jax.Array
+    head: jax.Array
+    norm: jax.Array
+    segments: tuple[tuple[Layer, ...], ...]
+
+    def layers(self) -> Iterator[Layer]:
+        """One layer after the other; to be traced, where a slice costs nothing."""
+        for segment in self.segments:
+            for repeat in range(len(segment[0].input_norm)):
+                for layer in segment:
+                    yield jax.tree.map(lambda leaf, at=repeat: leaf[at], layer)
+
+
+def stored(model: Any, *, read_codes: bool) -> Weights:
+    """A model's own leaves ("lora"). Only the adapters are new arrays, and with `read_codes` the scales in float32, as
+    `nf4_matmul` reads them: 0.37 bits a weight."""
+    return _weights(model, lambda layers: _cast(layers, model.dtype, read_codes), lambda layers, _: (layers,))
+
+
+def merged(model: Any) -> Weights:
+    """The copy in the model's dtype, made layer by layer ("merged")."""
+
+    def apart(layers: tuple[Layer, ...], plan: Segment) -> Iterator[tuple[Layer, ...]]:
+        for repeat in range(plan.repeats):
+            for layer in layers:
+                yield (_merge_layer(layer, jnp.int32(repeat), dtype=model.dtype),)
+
+    return _weights(model, lambda layers: layers, apart)
+
+
+def _decoder_slots(model: Any) -> dict[str, Slot]:
+    return {name: slot for name, slot in linear_slots(model.module).items() if name != "lm_head"}
+
+
+def merged_bytes(model: Any) -> int:
+    """Device memory of what `merged` makes."""
+    linears = [module_at(model.module, slot.path) for slot in _decoder_slots(model).values()]
+    count = sum(linear.in_features * linear.out_features for linear in linears)
+    return count * jnp.dtype(model.dtype).itemsize
+
+
+def reads_codes(model: Any, batch: int) -> bool:
+    """Whether every linear layer of the decoder can be multiplied from its NF4 codes by `nf4_matmul` at this batch."""
+    paths = {slot.path for slot in _decoder_slots(model).values()}
+    stored_codes = (f"{path}.weight.codes" for path in paths)
+    codes = [model.base[path] for path in stored_codes if path in model.base]
+    if len(codes) < len(paths):
+        return False
+    shapes = [(c.shape[-2], 2 * c.shape[-1]) for c in codes]
+    ranks = (leaf.shape[-1] for path, leaf in model.trainable.items() if path.endswith("lora_A"))
+    return nf4_matmul.supported(batch, model.dtype, shapes, max(ranks, default=0))
+
+
+def _weights(model: Any, prepare: Callable, split: Callable) -> Weights:
+    """prepare: stacked layers as stored (adapters float32) -> what is split(layers, segment) into segments."""
+    module, leaves, segments = model.module, {**model.base, **model.trainable}, []
+    for i, plan in enumerate(module.plan):
+        layers = tuple(_stacked_layer(module, leaves, f"model.layers.{i}.{j}") for j in range(plan.period))
+        segments += split(prepare(layers), plan)
+    embed = leaves["model.embed_tokens.weight"].astype(model.dtype)
+    head = embed if module.lm_head is None else leaves["lm_head.weight"].astype(model.dtype)
+    return Weights(embed, head, leaves["model.norm.weight"].astype(model.dtype), tuple(segments))
+
+
+def _stacked_layer(module: CausalLM, leaves: Leaves, prefix: str) -> Layer:
+    norms = (leaves.get(f"{prefix}.{name}.weight") for name in NORMS)
+    norms = (None if norm is None else norm.astype(module.dtype) for norm in norms)
+    found = (
+        _stacked_projection(module, leaves, [f"{prefix}.{name}" for name in names])
+        for names in PROJECTIONS.values()
+    )
+    return Layer(*norms, *found)
+
+
+def _stacked_projection(module: CausalLM, leaves: Leaves, paths: list[str]) -> Projection:
+    """As stored: full weights may be float32 masters, adapters are float32 with their scaling in B."""
+    linears: list[Linear] = [module_at(module, path) for path in paths]
+    weights, adapters = [], []
+    for linear, path in zip(linears, paths, strict=True):
+        if isinstance(linear.weight, NF4Weight):
+            weights.append(NF4(**{f: leaves.get(f"{path}.weight.{f}") for f in NF4._fields}))
+        else:
+            weights.append(leaves[f"{path}.weight"])
+        adapter = None
+        if f"{path}.lora_A" in leaves:
+            scaling = leaves[f"{path}.lora_scaling"][:, None, None]
+            adapter = Adapter(leaves[f"{path}.lora_A"], leaves[f"{path}.lora_B"] * scaling)
+        adapters.append(adapter)
+    scale, bias = None, None
+    if any(f"{path}.lora_magnitude" in leaves for path in paths):
+        parts = zip(linears, paths, weights, adapters, strict=True)
+        scale = jnp.concatenate([_dora_scale(leaves, *part) for part in parts], -1)
+    if any(f"{path}.bias" in leaves for path in paths):
+        layers = len(next(leaf for path in paths if (leaf := leaves.get(f"{path}.bias")) is not None))
+        empty = (jnp.zeros((layers, linear.out_features), module.dtype) for linear in linears)
+        biases = [leaves.get(f"{path}.bias", zeros) for path, zeros in zip(paths, empty, strict=True)]
+        bias = jnp.concatenate([one.astype(module.dtype) for one in biases], -1)
+    return Projection(tuple(weights), tuple(adapters), scale, bias)
+
+
+def _dora_scale(leaves: Leaves, linear: Linear, path: str, weight, adapter: Adapter | None) -> jax.Array:
+    """DoRA's magnitude over the norm of the adapted weight, float32 [layers, out]; 1 without an adapter."""
+    if adapter is None:
+        layers = len(jax.tree.leaves(weight)[0])
+        return jnp.ones((layers, linear.out_features), jnp.float32)
+    norms = _norms(weight, adapter)
+    return jnp.where(
+        leaves[f"{path}.lora_scaling"][:, None] == 0, 1.0, leaves[f"{path}.lora_magnitude"] / norms
+    )
+
+
+@jax.jit
+def _norms(weight, adapter: Adapter) -> jax.Array:
+    one = lambda each: jnp.linalg.norm(dense(each[0], jnp.float32) + (each[1].a @ each[1].b).T, axis=1)  # noqa: E731
+    return jax.lax.map(one, (weight, adapter))
+
+
+@jax.jit
+def _decoded_scales(weight: NF4) -> jax.Array:
+    return jax.lax.map(dequantize_absmax, weight)
+
+
+def _cast(layers: tuple[Layer, ...], dtype, read_codes: bool) -> tuple[Layer, ...]:
+    """Stacked layers as stored -> in the dtype that a step computes in."""
+
+    def weight(w):
+        if not isinstance(w, NF4):
+            return w.astype(dtype)
+        return NF4(w.codes, _decoded_scales(w)) if read_codes and w.absmax_scale is not None else w
+
+    def projection(p: Projection) -> Projection:
+        cast = partial(jax.tree.map, lambda leaf: leaf.astype(dtype))
+        return Projection(tuple(map(weight, p.weights)), cast(p.adapters), cast(p.scale), p.bias)
+
+    return tuple(
+        layer._replace(**{name: projection(getattr(layer, name)) for name in PROJECTIONS}) for layer in layers
+    )
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _merge_layer(layer: Layer, at: jax.Array, *, dtype) -> Layer:
+    """Layer `at` of stacked ones, its projections one matrix each; a leading axis of 1."""
+    layer = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, at, keepdims=False), layer)
+
+    def merge(p: Projection) -> Projection:
+        parts = []
+        for weight, adapter in zip(p.weights, p.adapters, strict=True):
+            whole = dense(weight, jnp.float32)
+            if adapter is not None:
+                whole += jnp.matmul(adapter.a, adapter.b, precision="highest").T
+            parts.append(whole)
+        matrix = jnp.concatenate(parts) if p.scale is None else jnp.concatenate(parts) * p.scale[:, None]
+        return Projection((matrix.astype(dtype),), (None,), None, p.bias)
+
+    layer = layer._replace(**{name: merge(getattr(layer, name)) for name in PROJECTIONS})
+    return jax.tree.map(lambda leaf: leaf[None], layer)
+
+
+def step_bytes(weights: Weights) -> int:
+    """Bytes of weights that a decode step reads; the embedding's few rows are not counted."""
+    leaves = jax.tree.leaves((weights.norm, weights.head, weights.segments))
+    return sum(leaf.nbytes for leaf in leaves)
