@@ -12,7 +12,8 @@ from jaxtune.models.names import Leaves
 from jaxtune.rl.advantages import ZERO_STD, Advantages, compute_advantages
 from jaxtune.rl.config import GRPOConfig
 from jaxtune.rl.data import Plan, Prompts, is_conversational
-from jaxtune.rl.experience import Collator, Experience, Sample, unpad
+from jaxtune.rl.experience import Collator, Experience, Sample
+from jaxtune.rl.groups import GroupCollator
 from jaxtune.rl.losses.grpo import GRPOLossOptions, sampling_metrics
 from jaxtune.rl.reference import without_adapter
 from jaxtune.rl.reward_runner import RewardRunner
@@ -56,7 +57,8 @@ class Collector:
     rewards: RewardRunner
     weights: np.ndarray
     end_ids: frozenset[int]
-    collator: Collator
+    collator: Collator | GroupCollator
+    eval_collator: Collator
     policy: Policy
     loss: GRPOLossOptions
     state: Callable[[], Any]
@@ -77,7 +79,9 @@ class Collector:
         for sample, advantage in zip(samples, np.asarray(found.values), strict=True):
             sample.advantage = float(advantage)
         order = plan.row_order(generation)
-        experience, more = self._scored([samples[i] for i in order], self.args.per_device_train_batch_size)
+        experience, more = self._scored(
+            [samples[i] for i in order], self.args.per_device_train_batch_size, self.collator
+        )
         return experience, samples, metrics | more
 
     def evaluation(
@@ -89,7 +93,7 @@ class Collector:
         found = self._advantages(samples, group)
         for sample, advantage in zip(samples, np.asarray(found.values), strict=True):
             sample.advantage = float(advantage)
-        experience, more = self._scored(samples, self.args.per_device_eval_batch_size)
+        experience, more = self._scored(samples, self.args.per_device_eval_batch_size, self.eval_collator)
         return experience, samples, metrics | self._reward_metrics(found) | _length_metrics(samples) | more
 
     def _seed(self, generation: int, attempt: int) -> int:
@@ -191,7 +195,9 @@ class Collector:
         std = np.asarray(found.std)[::group]
         return np.flatnonzero(~(std > ZERO_STD)).tolist()
 
-    def _scored(self, samples: list[Sample], height: int) -> tuple[Experience, Metrics]:
+    def _scored(
+        self, samples: list[Sample], height: int, collator: Collator | GroupCollator
+    ) -> tuple[Experience, Metrics]:
         """Experience in the order of the samples, with the log-probabilities that its training needs."""
         args = self.args
         masks = [
@@ -207,38 +213,47 @@ class Collector:
         )
         metrics: Metrics = {}
         if args.needs_old_log_probs:
-            experience.per_token["old_log_probs"] = self._score(experience, height, self.policy.log_probs)
+            experience.per_token["old_log_probs"] = _score(
+                experience, height, collator, self.policy.log_probs
+            )
         if args.beta != 0:
-            experience.per_token["ref_log_probs"] = self._score(experience, height, self.policy.ref_log_probs)
+            experience.per_token["ref_log_probs"] = _score(
+                experience, height, collator, self.policy.ref_log_probs
+            )
         if args.corrects_sampler or (
             args.off_policy_mask_threshold is not None and samples[0].log_probs is not None
         ):
             experience.per_token["sampling_log_probs"] = _sampler_log_probs(samples)
         if args.corrects_sampler:
-            metrics = self._sampling_metrics(experience, height)
+            metrics = self._sampling_metrics(experience, collator)
         return experience, metrics
 
-    def _score(
-        self, experience: Experience, height: int, function: Callable[[dict[str, np.ndarray]], np.ndarray]
-    ) -> list[np.ndarray]:
-        """Of every completion's tokens, [C] a row."""
-        parts = [
-            range(first, min(first + height, len(experience))) for first in range(0, len(experience), height)
-        ]
-        batch = self.collator([(experience, part) for part in parts], height)
-        needed = ("input_ids", "segment_ids", "positions", "starts", "mask")
-        found = function({name: batch[name] for name in needed})
-        return [
-            row for part, values in zip(parts, found, strict=True) for row in unpad(values, experience, part)
-        ]
-
-    def _sampling_metrics(self, experience: Experience, height: int) -> Metrics:
-        parts = [(experience, range(len(experience)))]
-        batch = self.collator(parts, len(experience))
+    def _sampling_metrics(self, experience: Experience, collator: Collator | GroupCollator) -> Metrics:
+        batch = collator([(experience, range(len(experience)))], len(experience))
         old, sampling, mask = (
             batch[f"{name}"][0] for name in ("old_log_probs", "sampling_log_probs", "mask")
         )
         return {name: float(value) for name, value in _sampling(old, sampling, mask, self.loss).items()}
+
+
+def _score(
+    experience: Experience,
+    height: int,
+    collator: Collator | GroupCollator,
+    function: Callable[[dict[str, np.ndarray]], np.ndarray],
+) -> list[np.ndarray]:
+    """Of every completion's tokens, [C] a row."""
+    parts = [
+        range(first, min(first + height, len(experience))) for first in range(0, len(experience), height)
+    ]
+    batch = collator([(experience, part) for part in parts], height)
+    needed = batch.keys() - {"advantages", "num_items", "old_log_probs"}
+    found = function({name: batch[name] for name in needed})
+    return [
+        row
+        for part, values in zip(parts, found, strict=True)
+        for row in collator.unpad(values, experience, part)
+    ]
 
 
 def _sampler_log_probs(samples: list[Sample]) -> list[np.ndarray]:

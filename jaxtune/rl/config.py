@@ -108,6 +108,9 @@ class GRPOConfig(TrainingConfig):
     """Variables for the chat template, such as {"enable_thinking": false}."""
     rollout_weights: Literal["auto", "merged", "lora"] = "auto"
     """What the embedded engine samples from: a 16-bit copy with the adapter merged in, or the weights as trained."""
+    shared_prefix: bool = False
+    """Compute a prompt once for all its completions; micro-batches then hold whole groups. Worth it where prompts are
+    not much shorter than completions."""
     max_resample_rounds: int = 0
     """DAPO's dynamic sampling (arXiv 2503.14476): groups whose rewards are all equal are given other prompts, up to so
     many times a generation; 0 = never, as in TRL."""
@@ -251,6 +254,11 @@ class GRPOConfig(TrainingConfig):
                 stacklevel=4,
             )
             object.__setattr__(self, "per_device_train_batch_size", group)
+        if self.shared_prefix and rows % group:
+            raise ValueError(
+                f"shared_prefix=True needs whole groups: per_device_train_batch_size={rows} must be a multiple of "
+                f"num_generations={group}"
+            )
         if self.eval_strategy != "no" and self.per_device_eval_batch_size % self.group(train=False):
             raise ValueError(
                 f"per_device_eval_batch_size={self.per_device_eval_batch_size} must be a multiple of the "

@@ -37,7 +37,7 @@ class Plan:
     gone through `iterations` times. An optimizer step takes the next `accumulation` micro-batches of the epoch.
     Prompts that fill no whole generation are left out of the epoch.
 
-    num_prompts: prompts of the data. unique: of one generation.
+    num_prompts: prompts of the data. unique: of one generation. whole_groups: a prompt's rows stay together.
     """
 
     num_prompts: int
@@ -48,6 +48,7 @@ class Plan:
     accumulation: int
     seed: int
     shuffle: bool
+    whole_groups: bool = False
 
     def __post_init__(self) -> None:
         if self.num_prompts < self.unique:
@@ -97,7 +98,10 @@ class Plan:
 
     def row_order(self, generation: int) -> np.ndarray:
         """The shuffle of a generation's rows, int64 [unique * group]."""
-        return self.random(generation, 0).permutation(self.unique * self.group)
+        if not self.whole_groups:
+            return self.random(generation, 0).permutation(self.unique * self.group)
+        first = self.random(generation, 0).permutation(self.unique) * self.group
+        return (first[:, None] + np.arange(self.group)).reshape(-1)
 
     def random(self, generation: int, stream: int) -> np.random.Generator:
         """Numbers that depend on the generation and the stream alone."""
@@ -115,6 +119,7 @@ def make_plan(args: GRPOConfig, num_prompts: int) -> Plan:
         accumulation=args.gradient_accumulation_steps,
         seed=args.seed if args.data_seed is None else args.data_seed,
         shuffle=args.shuffle_dataset,
+        whole_groups=args.shared_prefix,
     )
 
 

@@ -82,6 +82,26 @@ class Experience:
             )
 
 
+def bucket_sizes(limit: int) -> np.ndarray:
+    """The few static lengths up to a limit, ascending."""
+    return np.asarray(buckets(limit))
+
+
+def bucket(sizes: np.ndarray, lengths: Sequence[int]) -> int:
+    """The smallest static length that holds the longest of these.
+
+    Raises:
+        ValueError: none does.
+    """
+    longest = max(lengths)
+    if longest > sizes[-1]:
+        raise ValueError(
+            f"came {longest} tokens, more than the {sizes[-1]} that there is room for (prompt and completion: "
+            "from_pretrained's max_seq_length; completion: max_completion_length)"
+        )
+    return int(sizes[np.searchsorted(sizes, longest)])
+
+
 class Collator:
     """Rows of experience -> arrays, padded on the right to one of a few lengths, each a compilation.
 
@@ -91,22 +111,8 @@ class Collator:
     """
 
     def __init__(self, limit: int, pad: int):
-        self._sizes = np.asarray(buckets(limit))
+        self._sizes = bucket_sizes(limit)
         self._pad = pad
-
-    def length(self, lengths: Sequence[int]) -> int:
-        """The smallest static length that holds the longest of these.
-
-        Raises:
-            ValueError: none does.
-        """
-        longest = max(lengths)
-        if longest > self._sizes[-1]:
-            raise ValueError(
-                f"a prompt with its completion has {longest} tokens, more than the {self._sizes[-1]} that the model "
-                "was loaded for; give from_pretrained a larger max_seq_length, or make max_completion_length smaller"
-            )
-        return int(self._sizes[np.searchsorted(self._sizes, longest)])
 
     def __call__(self, parts: Sequence[tuple[Experience, Sequence[int]]], height: int) -> Arrays:
         """Micro-batches [A, B = height, T] of rows of experience; a part with fewer rows is filled with empty ones.
@@ -116,7 +122,7 @@ class Collator:
             What belongs to a token stands where it is predicted.
         """
         rows = [(source, i) for source, numbers in parts for i in numbers]
-        length = self.length([len(s.prompt_ids[i]) + len(s.completion_ids[i]) for s, i in rows])
+        length = bucket(self._sizes, [len(s.prompt_ids[i]) + len(s.completion_ids[i]) for s, i in rows])
         shape = (len(parts), height, length)
         names = parts[0][0].per_token
         batch: Arrays = {
@@ -140,11 +146,10 @@ class Collator:
                     batch[name][a, b, len(prompt) - 1 : end - 1] = source.per_token[name][i]
         return batch
 
-
-def unpad(values: np.ndarray, experience: Experience, numbers: Sequence[int]) -> list[np.ndarray]:
-    """Values [B, T] at the places where tokens are predicted -> of each row's completion, [C]."""
-    starts = [len(experience.prompt_ids[i]) - 1 for i in numbers]
-    return [
-        values[b, start : start + len(experience.completion_ids[i])].copy()
-        for b, (i, start) in enumerate(zip(numbers, starts, strict=True))
-    ]
+    def unpad(self, values: np.ndarray, experience: Experience, numbers: Sequence[int]) -> list[np.ndarray]:
+        """Values [B, T] at the places where tokens are predicted -> of each row's completion, [its tokens]."""
+        starts = [len(experience.prompt_ids[i]) - 1 for i in numbers]
+        return [
+            values[b, start : start + len(experience.completion_ids[i])].copy()
+            for b, (i, start) in enumerate(zip(numbers, starts, strict=True))
+        ]

@@ -3,9 +3,9 @@
     score(trainable, base, batch [M, B, T]) -> log-probabilities [M, B, T]
     step(trainable, opt_state, base, batch [A, B, T], key) -> (trainable, opt_state, metrics)
 
-A row of a batch is a prompt, its completion and padding. Everything that belongs to a completion's token stands where
-that token is predicted, one place before it. Rows that predict nothing are left out of the head's product, so the
-prompt costs no logits.
+A row of a batch is a prompt, its completion and padding, and what belongs to a completion's token stands where that
+token is predicted, one place before it; or a prompt stands once before its completions (groups.GroupCollator). What
+predicts nothing is left out of the head's product, so the prompt costs no logits.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,10 @@ import optax
 from flax import nnx
 
 from jaxtune.kernels.cross_entropy import IGNORE, Options, token_log_probs
+from jaxtune.models.decoder import CausalLM
 from jaxtune.models.names import Leaves, join
 from jaxtune.models.remat import Remat
+from jaxtune.models.shared_prefix import SharedPrefix
 from jaxtune.rl.losses.grpo import GRPOLossOptions, active_entropy, grpo_loss
 from jaxtune.step import RECOMPUTE_ALL, Batch, Trainable, TrainStep, clip, compiler_options, default_chunk
 
@@ -39,30 +41,40 @@ def log_probs(
     """(log-probabilities, entropies) float32 [B, T] of the tokens that follow where batch["mask"] is not 0; else 0.
 
     Args:
-      batch: input_ids, positions, segment_ids int32 [B, T], starts int32 [B, 1], mask float32 [B, T].
+      batch: as experience.Collator or groups.GroupCollator lays it out; one micro-batch.
       temperature: logits are divided by it.
       key: of dropout; None: none.
       chunk: tokens whose logits exist at a time.
     """
     module = join(graphdef, trainable, base)
-    ids = batch["input_ids"]
-    hidden, _ = module.hidden(
-        module.embed(ids),
-        batch["positions"],
-        batch["segment_ids"],
-        starts=batch["starts"],
-        key=key,
-        remat=remat,
-    )
-    following = jnp.pad(ids[:, 1:], ((0, 0), (0, 1)))
-    want = jnp.where(batch["mask"] != 0, following, IGNORE).reshape(-1)
+    hidden, ids = _predictors(module, batch, key, remat)
+    want = jnp.where(batch["mask"] != 0, ids, IGNORE)
     options = Options(
         chunk=chunk or default_chunk(), logit_scale=1 / temperature, train_head=module.trains_head()
     )
     with jax.named_scope("log_probs"):
-        found = token_log_probs(hidden.reshape(-1, hidden.shape[-1]), module.head(), want, options)
-    chosen, entropies = (x.reshape(ids.shape) for x in found)
+        found = token_log_probs(
+            hidden.reshape(-1, hidden.shape[-1]), module.head(), want.reshape(-1), options
+        )
+    chosen, entropies = (x.reshape(want.shape) for x in found)
     return chosen, entropies
+
+
+def _predictors(
+    module: CausalLM, batch: Batch, key: jax.Array | None, remat: Remat | None
+) -> tuple[jax.Array, jax.Array]:
+    """(hidden states [B, T, D], the tokens int32 [B, T] that they predict), places as in batch["mask"]."""
+    ids, how = batch["input_ids"], {"key": key, "remat": remat}
+    x = module.embed(ids)
+    if "row_positions" not in batch:
+        hidden, _ = module.hidden(x, batch["positions"], batch["segment_ids"], starts=batch["starts"], **how)
+        return hidden, jnp.pad(ids[:, 1:], ((0, 0), (0, 1)))
+    height, completion = batch["mask"].shape
+    copies = height // ids.shape[0]
+    layout = (batch["row_positions"], batch["row_segments"], batch["row_starts"])
+    shared = SharedPrefix(ids.shape[1] - copies * completion, copies, *layout)
+    hidden, _ = module.hidden(x, batch["positions"], batch["segment_ids"], shared=shared, **how)
+    return shared.predictors(hidden), ids[:, shared.prompt :].reshape(height, completion)
 
 
 def make_score(model: Trainable, temperature: float, *, chunk: int | None = None) -> Score:

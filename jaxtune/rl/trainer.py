@@ -29,6 +29,7 @@ from jaxtune.rl.completions import CompletionLog
 from jaxtune.rl.config import GRPOConfig
 from jaxtune.rl.data import Plan, Prompts, make_plan, prepare_prompts
 from jaxtune.rl.experience import Collator, Experience
+from jaxtune.rl.groups import GroupCollator
 from jaxtune.rl.losses.grpo import GRPOLossOptions, adapted_entropy_coef
 from jaxtune.rl.reference import reference_leaves
 from jaxtune.rl.reward_runner import RewardRunner
@@ -142,10 +143,17 @@ class GRPOTrainer(Trainer[GRPOConfig]):
                 f"reward_weights has {len(weights)} numbers for {len(rewards.names)} reward functions "
                 f"({', '.join(rewards.names)})"
             )
+        pad = tokenizer.pad_token_id or 0
         longest = max(
             (data.longest() for data in (self._prompts, *self._eval_prompts.values()) if data), default=0
         )
-        limit = longest + args.max_completion_length if longest else model.max_seq_length
+        limit = (
+            min(longest + args.max_completion_length, model.max_seq_length)
+            if longest
+            else model.max_seq_length
+        )
+        collator = Collator(limit, pad)
+        groups = GroupCollator(longest or limit, args.max_completion_length, pad, args.num_generations)
         ends = {*model.stop_ids(), tokenizer.pad_token_id} - {None}
         return Collector(
             args=args,
@@ -154,7 +162,8 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             rewards=rewards,
             weights=np.asarray(weights, np.float32),
             end_ids=frozenset(ends),
-            collator=Collator(min(limit, model.max_seq_length), tokenizer.pad_token_id or 0),
+            collator=groups if args.shared_prefix else collator,
+            eval_collator=collator,
             policy=Policy(model, make_score(model, args.temperature), self._reference),
             loss=self._loss,
             state=lambda: self.state,
@@ -196,7 +205,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             (self._held[m.generation], range(m.part * height, (m.part + 1) * height)) for m in micros
         ]
         empty = plan.accumulation - len(parts)  # the last step of an epoch may be short
-        batch = self._collator(parts + [(parts[0][0], ())] * empty, height)
+        batch = self._collector.collator(parts + [(parts[0][0], ())] * empty, height)
         batch["accumulation"] = np.full(plan.accumulation, len(parts), np.float32)
         if self._has_entropy_bonus:
             active = not self.args.use_adaptive_entropy or self._entropy.last <= self.args.entropy_target
@@ -210,10 +219,6 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         if self.args.log_completions:
             self._completions.add(samples)
         return experience
-
-    @property
-    def _collator(self) -> Collator:
-        return self._collector.collator
 
     @property
     def _has_entropy_bonus(self) -> bool:
@@ -367,7 +372,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         for first in range(0, len(prompts), height // group):
             numbers = range(first, min(first + height // group, len(prompts)))
             experience, samples, metrics = self._collector.evaluation(prompts, numbers)
-            batch = self._collator([(experience, range(len(experience)))], len(experience))
+            batch = self._collector.eval_collator([(experience, range(len(experience)))], len(experience))
             batch = {name: value[0] for name, value in batch.items()}
             batch["accumulation"] = np.float32(1)
             if self._has_entropy_bonus:

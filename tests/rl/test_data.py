@@ -7,7 +7,7 @@ import pytest
 
 from jaxtune.rl.config import GRPOConfig
 from jaxtune.rl.data import make_plan, prepare_prompts
-from jaxtune.rl.experience import Collator, Experience, unpad
+from jaxtune.rl.experience import Collator, Experience
 
 PLANS = [  # per_device_train_batch_size, num_generations, accumulation, steps_per_generation, num_iterations
     (4, 2, 1, 1, 1),
@@ -103,9 +103,9 @@ def test_values_stand_where_tokens_are_predicted(experience):
     assert batch["old_log_probs"][0, 0, :5].tolist() == [-3, -4, -5, 0, 0]
     assert batch["positions"][0, 0, :5].tolist() == [0, 1, 2, 3, 0]
     assert batch["segment_ids"].sum() == 9 and batch["advantages"][0].tolist() == [-1, 1, 0]
-    back = unpad(batch["old_log_probs"][0, :2], experience, [1, 0])
+    back = Collator(100, pad=0).unpad(batch["old_log_probs"][0, :2], experience, [1, 0])
     assert [row.tolist() for row in back] == [[-3, -4, -5], [-1, -2]]
-    with pytest.raises(ValueError, match="has 5 tokens, more than the 4"):
+    with pytest.raises(ValueError, match="came 5 tokens, more than the 4"):
         Collator(4, pad=0)([(experience, [0])], 1)
 
 
