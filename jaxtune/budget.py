@@ -110,7 +110,8 @@ class PlannedStep:
 
     def __call__(self, trainable, opt_state, base, batch, key):
         arguments = (trainable, opt_state, base, batch, key)
-        shapes = tuple((name, array.shape) for name, array in sorted(batch.items()))
+        arrays, structure = jax.tree.flatten(batch)
+        shapes = structure, *(array.shape for array in arrays)
         if shapes not in self._compiled:
             self._compiled[shapes] = self.compile(arguments)
         return self._compiled[shapes](*arguments)
