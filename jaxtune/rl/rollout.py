@@ -34,6 +34,7 @@ class Completions:
     prompt_ids: tokens before the completion. completion_ids: with the token that ended it, without padding.
     logprobs: of each token, what the sampler gave it before top-k, top-p and min-p (NaN: not known); None: not given.
     tool_mask: 1 where the model wrote the token; None: everywhere. extra: further columns for the reward functions.
+    messages: of each completion, where it is more than one of the assistant. metrics: to log.
     """
 
     prompt_ids: list[list[int]]
@@ -41,6 +42,8 @@ class Completions:
     logprobs: list[list[float]] | None = None
     tool_mask: list[list[int]] | None = None
     extra: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    messages: list[list[dict[str, Any]]] | None = None
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Rollout(Protocol):

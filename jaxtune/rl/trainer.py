@@ -35,6 +35,7 @@ from jaxtune.rl.reference import reference_leaves
 from jaxtune.rl.reward_runner import RewardRunner
 from jaxtune.rl.rollout import Rollout, RolloutFunc, make_rollout
 from jaxtune.rl.step import make_grpo_eval, make_grpo_step, make_score
+from jaxtune.rl.tools import with_tools
 from jaxtune.step import TrainStep
 from jaxtune.training_loop import Run, Trainer, TrainOutput, checked_model
 
@@ -65,7 +66,8 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         processing_class (or tokenizer): the model's own by default.
         callbacks: as SFTTrainer's.
         rollout_func: `f(prompts, trainer) -> {"prompt_ids", "completion_ids", "logprobs", …}` in place of the engine;
-            see rollout.FunctionRollout. Also for turns with tools: "env_mask" marks what the model wrote.
+            see rollout.FunctionRollout.
+        tools: functions that the model may call, see tools.ToolRollout; prompts are then messages.
         rollout: a `Rollout` of your own.
 
     With beta, the reference is the model as it is when the trainer is made: without its adapter where that is new.
@@ -96,7 +98,6 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             reward_processing_classes=reward_processing_classes,
             optimizers=optimizers,
             peft_config=peft_config,
-            tools=tools,
             environment_factory=environment_factory,
         )
         model = checked_model(model, "GRPOTrainer")
@@ -104,15 +105,17 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         processing_class = processing_class or tokenizer or model.tokenizer
         rewards = RewardRunner(reward_funcs or (), Path(args.output_dir) / "completions", args.reward_timeout)
         self.rollout = rollout or make_rollout(model, args, rollout_func, self)
+        tools = list(tools or ())
+        if tools:
+            self.rollout = with_tools(self.rollout, processing_class, tools, args, model.max_seq_length)
         if eval_dataset is None and (args.eval_strategy != "no" or args.eval_on_start):
             raise ValueError(f"eval_strategy={args.eval_strategy!r} needs an eval_dataset; got None")
 
         def prepare(data: Any) -> Prompts:
-            tokenise = not self.rollout.makes_prompt_ids
-            return prepare_prompts(
-                data, processing_class, args, limit=model.max_seq_length, tokenise=tokenise
-            )
+            tokenise, limit = not self.rollout.makes_prompt_ids, model.max_seq_length
+            return prepare_prompts(data, processing_class, args, limit=limit, tokenise=tokenise, tools=tools)
 
+        self._prepare = prepare
         self._prompts: Any = None if train_dataset is None else prepare(train_dataset)
         named = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
         self._eval_prompts = (
@@ -345,11 +348,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         prompts = self._eval_prompts
         if eval_dataset is not None:
             named = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
-            limit, tokenise = self.model.max_seq_length, not self.rollout.makes_prompt_ids
-            prompts = {
-                name: prepare_prompts(data, self.processing_class, self.args, limit=limit, tokenise=tokenise)
-                for name, data in named.items()
-            }
+            prompts = {name: self._prepare(data) for name, data in named.items()}
         if not prompts:
             raise ValueError(
                 "evaluate() needs an eval_dataset, here or in GRPOTrainer(eval_dataset=…); got None"
@@ -416,7 +415,6 @@ def _refuse(**arguments: Any) -> None:
         "reward_processing_classes": "put a reward model behind a function",
         "optimizers": "set optim, learning_rate and lr_scheduler_type in GRPOConfig",
         "peft_config": "call FastLanguageModel.get_peft_model(model, …) first",
-        "tools": "write the turns in a rollout_func, with env_mask for what the model did not write",
         "environment_factory": "write the turns in a rollout_func, with env_mask for what the model did not write",
     }
     for name, value in arguments.items():

@@ -184,10 +184,13 @@ def test_evaluation(base, tmp_path):
 
 
 def test_arguments_that_are_not_there(base, tmp_path):
+    model = FastLanguageModel.get_peft_model(base, r=4)
     with pytest.raises(
-        ValueError, match="GRPOTrainer: tools is not supported; write the turns in a rollout_func"
+        ValueError, match="environment_factory is not supported; write the turns in a rollout_func"
     ):
-        GRPOTrainer(base, odd, GRPOConfig(str(tmp_path)), ROWS, tools=[len])
+        GRPOTrainer(model, odd, GRPOConfig(str(tmp_path)), ROWS, environment_factory=dict)
+    with pytest.raises(ValueError, match="give tools or rollout_func, not both"):
+        GRPOTrainer(model, odd, GRPOConfig(str(tmp_path)), ROWS, rollout_func=rollout, tools=[len])
     with pytest.raises(ValueError, match="one generation takes 8"):
         make_trainer(base, tmp_path, per_device_train_batch_size=16, steps_per_generation=1).train()
     with pytest.raises(ValueError, match="reward_weights has 2 numbers for 1"):
