@@ -83,6 +83,12 @@ class ToolRollout:
     def sync(self, step: int) -> None:
         self._inner.sync(step)
 
+    def pause(self) -> None:
+        self._inner.pause()
+
+    def forecast(self, groups: int, group: int, prompt: int) -> str:
+        return self._inner.forecast(groups, group, prompt)
+
     def close(self) -> None:
         self._inner.close()
 

@@ -28,7 +28,7 @@ from jaxtune.rl.collect import Collector, Policy
 from jaxtune.rl.completions import CompletionLog
 from jaxtune.rl.config import GRPOConfig
 from jaxtune.rl.data import Plan, Prompts, make_plan, prepare_prompts
-from jaxtune.rl.experience import Collator, Experience
+from jaxtune.rl.experience import Collator, Experience, blank_rows
 from jaxtune.rl.groups import GroupCollator
 from jaxtune.rl.losses.grpo import GRPOLossOptions, adapted_entropy_coef
 from jaxtune.rl.reference import reference_leaves
@@ -189,6 +189,36 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         finally:
             self.rollout.close()
 
+    def _begin(self, resume: Path | None) -> Run:
+        run = super()._begin(resume)
+        longest = self._prompts.longest()
+        if longest:  # of a rollout_func's rows it is not known
+            self._say_memory(longest)
+        return run
+
+    def _say_memory(self, longest: int) -> None:
+        """Compile the step for the longest rows, which says what it takes; and say what the rollouts take.
+
+        Raises:
+            MemoryError: the longest rows do not fit.
+        """
+        args = self.args
+        needed = {
+            "mask": True,
+            "old_log_probs": args.needs_old_log_probs,
+            "ref_log_probs": args.beta != 0,
+            "sampling_log_probs": args.corrects_sampler or args.off_policy_mask_threshold is not None,
+        }
+        names = [name for name, is_needed in needed.items() if is_needed]
+        completion = min(args.max_completion_length, self.model.max_seq_length - longest)
+        rows = blank_rows(args.per_device_train_batch_size, longest, completion, names)
+        batch = self._collated([(rows, range(len(rows)))] * self._plan.accumulation)
+        arguments = (self.model.trainable, self.opt_state, self.model.base, batch, jax.random.key(0))
+        self._train_step.prepare(arguments)
+        line = self.rollout.forecast(self._plan.unique, self._plan.group, longest)
+        if line:
+            print(line, flush=True)
+
     # -- batches ---------------------------------------------------------------------------------------------
 
     def _make_batches(self) -> "GRPOBatches":
@@ -200,13 +230,19 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         plan = self._plan
         micros = plan.micros(number)
         self._held = {g: held for g, held in self._held.items() if g >= micros[0].generation}
-        for micro in micros:
-            if micro.generation not in self._held:
-                self._held[micro.generation] = self._generate(micro.generation)
+        missing = dict.fromkeys(m.generation for m in micros if m.generation not in self._held)
+        for generation in missing:
+            self._held[generation] = self._generate(generation)
+        if missing:
+            self.rollout.pause()
         height = self.args.per_device_train_batch_size
-        parts: list[tuple[Experience, Sequence[int]]] = [
-            (self._held[m.generation], range(m.part * height, (m.part + 1) * height)) for m in micros
-        ]
+        return self._collated(
+            [(self._held[m.generation], range(m.part * height, (m.part + 1) * height)) for m in micros]
+        )
+
+    def _collated(self, parts: list[tuple[Experience, Sequence[int]]]) -> dict[str, np.ndarray]:
+        """The batch of a step from the rows of its micro-batches."""
+        plan, height = self._plan, self.args.per_device_train_batch_size
         empty = plan.accumulation - len(parts)  # the last step of an epoch may be short
         batch = self._collector.collator(parts + [(parts[0][0], ())] * empty, height)
         batch["accumulation"] = np.full(plan.accumulation, len(parts), np.float32)
@@ -357,6 +393,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         for name, data in prompts.items():
             prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
             results |= {f"{prefix}_{key}": value for key, value in self._evaluated(data).items()}
+        self.rollout.pause()
         self._show_completions("eval_completions")
         return results
 
