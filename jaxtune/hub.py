@@ -343,3 +343,15 @@ def fix_pad_token(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) 
     if chosen == tokenizer.eos_token:
         logger.warning("the tokenizer has no spare token for padding; %r stays both EOS and padding", chosen)
     tokenizer.pad_token = chosen
+
+
+# What `python -m jaxtune.train` leaves in its output folder, what to take first.
+_OUTPUTS = ("merged", "model", "adapter")
+
+
+def trained_in(name: str) -> str:
+    """The model in the output folder of a training run; `name` itself where it is none."""
+    folder = Path(name).expanduser()
+    if (folder / "train.yaml").is_file():
+        return next((str(folder / part) for part in _OUTPUTS if (folder / part).is_dir()), name)
+    return name

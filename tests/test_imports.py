@@ -37,7 +37,7 @@ STAGES = [
     {"job"},
     {"dry_run"},
     {"rl"},
-    {"train", "export.__main__"},
+    {"train", "export.__main__", "chat"},
 ]
 STAGE_OF = {name: number for number, names in enumerate(STAGES) for name in names}
 JUDGES = {"torch", "trl", "peft", "bitsandbytes", "accelerate", "vllm"}
@@ -114,8 +114,16 @@ assert not xla_bridge._backends, "importing started a jax backend"
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("program", ["train", "rl.train", "export.__main__"])
-def test_help_is_quick_and_needs_no_jax(program):
+@pytest.mark.parametrize(
+    "program, flag",
+    [
+        ("train", "--learning_rate"),
+        ("rl.train", "--num_generations"),
+        ("export.__main__", "--imatrix"),
+        ("chat", "--temperature"),
+    ],
+)
+def test_help_is_quick_and_needs_no_jax(program, flag):
     code = f"""
 import sys
 from jaxtune.{program} import main
@@ -128,4 +136,4 @@ assert not slow, slow
 """
     done = _run(code)
     assert done.returncode == 0, done.stderr
-    assert ("--imatrix" if program == "export.__main__" else "--learning_rate") in done.stdout
+    assert flag in done.stdout

@@ -27,8 +27,6 @@ examples:
 methods:
 {_NAMES}
   {_ALIASES}"""
-# What `python -m jaxtune.train` leaves in its output folder, what to export first.
-_OUTPUTS = ("merged", "model", "adapter")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +98,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(job: Export) -> dict:
     """Load, and write; what `save_pretrained_gguf` returns."""
     # Only now: --help and a mistyped setting should not wait for jax and transformers.
+    from jaxtune import hub
     from jaxtune.export.imatrix import load_or_collect
     from jaxtune.fast import FastLanguageModel
 
     for method in job.method:
         find_method(method)
-    model_name = _trained(job.model)
+    model_name = hub.trained_in(job.model)
     # a run's output folder has the name that its parts lack
     name = job.name or (Path(job.model).resolve().name if model_name != job.model else None)
     model, tokenizer = FastLanguageModel.from_pretrained(
@@ -133,14 +132,6 @@ def run(job: Export) -> dict:
         processes=job.processes,
         pre_tokenizer=job.pre_tokenizer,
     )
-
-
-def _trained(name: str) -> str:
-    """A model's name, or what to export of the output folder of a training run."""
-    folder = Path(name).expanduser()
-    if (folder / "train.yaml").is_file():
-        return next((str(folder / part) for part in _OUTPUTS if (folder / part).is_dir()), name)
-    return name
 
 
 def _loading(model_name: str, job: Export) -> dict:

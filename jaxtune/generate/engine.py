@@ -125,36 +125,61 @@ class Engine:
         Raises:
           ValueError: an argument cannot be meant. MemoryError: not even one row fits.
         """
+        asked = self._job(
+            prompts,
+            n=n,
+            sampling=sampling or Sampling(),
+            limit=max_new_tokens,
+            seed=seed,
+            stop=stop_token_ids,
+            strings=stop_strings,
+            on_tokens=on_tokens,
+            streams=streams,
+        )
+        weights, job, waves = self._seated(asked, n)
+        shown = self._progress and max_new_tokens > 1 and on_tokens is None
+        with tqdm(
+            total=len(job.streams),
+            desc="generate",
+            unit="row",
+            delay=2,
+            leave=False,
+            disable=None if shown else True,
+        ) as bar:
+            for seats in waves:
+                Wave(weights, job, seats, self._programs).run(bar)
+        return job.record.generations([(i, j) for i in range(len(prompts)) for j in range(n)])
+
+    def _job(
+        self, prompts, *, n: int, sampling: Sampling, limit: int, seed: int, stop, strings, on_tokens, streams
+    ) -> Job:
+        """The checked arguments of `generate`."""
         ids = self._ids(prompts)
-        sampling = sampling or Sampling()
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        if limit < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {limit}")
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed must be in [0, 2**32), got {seed}")
-        if isinstance(stop_strings, str) or any(not text for text in stop_strings):
-            raise ValueError(f"stop_strings must be a list of texts that are not empty, got {stop_strings!r}")
+        if isinstance(strings, str) or any(not text for text in strings):
+            raise ValueError(f"stop_strings must be a list of texts that are not empty, got {strings!r}")
         if streams is not None and len(streams) != len(ids):
             raise ValueError(f"streams must name one stream a prompt: {len(ids)}, got {len(streams)}")
-        stop = self.model.stop_ids() if stop_token_ids is None else stop_token_ids
-        first = [(i, 0) for i in range(len(ids))] if streams is None else streams
         record = Record(
             len(ids) * n,
-            max_new_tokens,
-            stop=stop,
-            strings=stop_strings,
+            limit,
+            stop=self.model.stop_ids() if stop is None else stop,
+            strings=strings,
             tokenizer=self.model.tokenizer,
             on_tokens=on_tokens,
             kept=sampling.cuts(),
         )
-        config = self.model.module.config
-        spec = steps.Spec(config, jnp.dtype(self.model.dtype), sampling)
+        first = [(i, 0) for i in range(len(ids))] if streams is None else streams
+        of_rows = np.array([(p, s + j) for p, s in first for j in range(n)], np.int32).reshape(-1, 2)
+        spec = steps.Spec(self.model.module.config, jnp.dtype(self.model.dtype), sampling)
         longest = SEGMENT if on_tokens is None else STREAMED
-        segment = min(longest, 1 << (max_new_tokens - 2).bit_length() if max_new_tokens > 1 else 1)
-        given = np.array([(p, s + j) for p, s in first for j in range(n)], np.int32).reshape(-1, 2)
-        self._run(Job(ids, given, np.uint32(seed), spec, record, segment), n)
-        return record.generations([(i, j) for i in range(len(ids)) for j in range(n)])
+        segment = min(longest, 1 << (limit - 2).bit_length()) if limit > 1 else 1
+        return Job(ids, of_rows, np.uint32(seed), spec, record, segment)
 
     def _ids(self, prompts) -> list[list[int]]:
         if isinstance(prompts, str) or not len(prompts):
@@ -174,7 +199,8 @@ class Engine:
                 raise ValueError(f"prompt {i} has ids outside of the vocabulary of {vocabulary}")
         return found
 
-    def _run(self, job: Job, n: int) -> None:
+    def _seated(self, job: Job, n: int) -> tuple[Weights, Job, list[plan.Slots]]:
+        """What steps read, the job with equal prompts given once, and the rows of each wave in their places."""
         rows: dict[tuple[int, ...], list[int]] = {}
         for i, prompt in enumerate(job.prompts):
             rows.setdefault(tuple(prompt), []).extend(range(i * n, (i + 1) * n))
@@ -200,17 +226,7 @@ class Engine:
         if waves > 1:  # prompts of like length together
             parts.sort(key=lambda part: len(job.prompts[part.prompt]))
         each = -(-len(parts) // waves)
-        shown = self._progress and job.record.limit > 1
-        with tqdm(
-            total=len(job.streams),
-            desc="generate",
-            unit="row",
-            delay=2,
-            leave=False,
-            disable=None if shown else True,
-        ) as bar:
-            for at in range(0, len(parts), each):
-                Wave(weights, job, plan.seat(parts[at : at + each], size), self._programs).run(bar)
+        return weights, job, [plan.seat(parts[at : at + each], size) for at in range(0, len(parts), each)]
 
     def _choose_weights(self, groups: int, size: int, columns: int, own: int) -> Weights:
         """What these groups read; groups that must wait for a later wave included."""

@@ -4,6 +4,7 @@ Shapes, beside the repository's: P groups of rows that share a prompt (and promp
 columns of the prompts' cache, T columns of the rows' own.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -87,7 +88,56 @@ def _after_attention(layer: Layer, x: jax.Array, attended: jax.Array, spec: Spec
     return x + layer.down(ACTIVATIONS[spec.config.hidden_act](gate) * up)
 
 
-@partial(jax.jit, static_argnames="spec", donate_argnames="store")
+def _written(caches: KV, new: KV, at: tuple) -> KV:
+    """Caches [B, K, S, h] with new keys and values [B, T, K, h] written at a place."""
+    k, v = (
+        jax.lax.dynamic_update_slice(old, one.swapaxes(1, 2), at)
+        for old, one in zip(caches, new, strict=True)
+    )
+    return k, v
+
+
+def _prefill_layer(spec: Spec, layer: Layer, x, kv: KV, cos, sin, at, window: int | None):
+    """x [N, S, D] of prompts -> the layer's output, and its cache with their keys and values from row `at` on."""
+    q, k, v = _queries(layer, x, spec, cos, sin)
+    kv = _written(kv, (k, v), (at, 0, 0, 0))
+    flat = x.reshape(-1, x.shape[-1])
+    attended = prompt_attention(q, k, v, window).reshape(len(flat), -1)
+    return _after_attention(layer, flat, attended, spec).reshape(x.shape), kv
+
+
+def _decode_layer(
+    spec: Spec, layer: Layer, x, prompt: KV, own: KV, cos, sin, lengths, step, window: int | None
+):
+    """x [P·G, D] of the newest tokens -> the layer's output, and the rows' own cache with column `step` written."""
+    q, k, v = _queries(layer, x[:, None], spec, cos, sin)
+    own = _written(own, (k, v), (0, 0, step, 0))
+    q = q.reshape(len(lengths), -1, *q.shape[2:])
+    attended = decode_attention(q, prompt, own, lengths, step, window)
+    return _after_attention(layer, x, attended, spec), own
+
+
+def _shared(layer: Callable, spec: Spec) -> Callable:
+    """A layer's function that is traced and lowered once for all layers of a kind (XLA inlines it): without that each
+    of their kernels would be built for itself. A new one for each program, since jit keeps what it has traced."""
+    return jax.jit(partial(layer, spec), static_argnames="window")
+
+
+def _compiled(function: Callable, **options) -> Callable:
+    """jit, with the compiler told how to read weights in stacks: as operands of library calls, which take slices where
+    they are. Triton's products would get copies of them, and products of the same x would be merged by copying."""
+    alone = jax.jit(function, **options)
+    flags = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+    stacked = jax.jit(function, compiler_options=flags, **options)
+
+    @functools.wraps(alone)
+    def call(weights: Weights, *arguments, **static):
+        return (stacked if weights.are_stacked else alone)(weights, *arguments, **static)
+
+    return call
+
+
+@partial(_compiled, static_argnames="spec", donate_argnames="store")
 def prefill(
     weights: Weights,
     store: tuple[KV, ...],
@@ -111,18 +161,11 @@ def prefill(
     positions = jnp.minimum(jnp.arange(tokens), lengths[:, None] - 1)
     cos, sin = _tables(spec, positions)
     x, written = weights.embed[ids].astype(spec.dtype), []
+    run = _shared(_prefill_layer, spec)
     with keeping_nothing():
         for layer, kv, window in zip(weights.layers(), store, spec.config.windows, strict=True):
-            q, k, v = _queries(layer, x, spec, cos, sin)
-            new = (part.swapaxes(1, 2) for part in (k, v))  # [N, K, S, h]
-            written.append(
-                tuple(
-                    jax.lax.dynamic_update_slice(old, one, (at, 0, 0, 0))
-                    for old, one in zip(kv, new, strict=True)
-                )
-            )
-            attended = prompt_attention(q, k, v, window).reshape(batch * tokens, -1)
-            x = _after_attention(layer, x.reshape(batch * tokens, -1), attended, spec).reshape(x.shape)
+            x, kv = run(layer, x, kv, cos, sin, at, window=window)
+            written.append(kv)
     return tuple(written), x[jnp.arange(batch), lengths - 1]
 
 
@@ -170,7 +213,7 @@ def _keys(seed: jax.Array, streams: jax.Array) -> jax.Array:
     return row_keys(jax.random.key(seed, impl="threefry2x32"), streams.reshape(-1, 2))
 
 
-@partial(jax.jit, static_argnames=("spec", "steps"), donate_argnames="state")
+@partial(_compiled, static_argnames=("spec", "steps"), donate_argnames="state")
 def decode(
     weights: Weights,
     prompts: Prompts,
@@ -187,6 +230,7 @@ def decode(
     f32 = partial(jnp.zeros, (steps, rows), jnp.float32)
     kept = f32() if spec.sampling.cuts() else None
     report = Report(jnp.zeros((steps, rows), jnp.int32), f32(), kept)
+    run = _shared(_decode_layer, spec)
 
     def step(i: jax.Array, carry: tuple[State, Report]) -> tuple[State, Report]:
         state, report = carry
@@ -196,15 +240,7 @@ def decode(
         for layer, prompt, own, window in zip(
             weights.layers(), prompts.layers, state.layers, spec.config.windows, strict=True
         ):
-            q, k, v = _queries(layer, x[:, None], spec, cos, sin)
-            at = (0, 0, state.step, 0)
-            own = tuple(
-                jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2), at)
-                for old, new in zip(own, (k, v), strict=True)
-            )
-            q = q.reshape(*streams.shape[:2], *q.shape[2:])
-            attended = decode_attention(q, prompt, own, prompts.lengths, state.step, window)
-            x = _after_attention(layer, x, attended, spec)
+            x, own = run(layer, x, prompt, own, cos, sin, prompts.lengths, state.step, window=window)
             layers.append(own)
         choice, seen = _next(weights, x, state.seen, keys, state.step + 1, spec)
         report = Report(

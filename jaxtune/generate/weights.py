@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune.kernels import nf4_matmul
-from jaxtune.kernels.linear import Adapter, adapted_linear, dense
+from jaxtune.kernels.linear import Adapter, adapted_linear, apart, dense
 from jaxtune.models.decoder import CausalLM, Segment
 from jaxtune.models.layers import Linear, NF4Weight
 from jaxtune.models.names import Leaves, Slot, linear_slots, module_at
@@ -41,7 +41,11 @@ class Projection(NamedTuple):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, in] -> [B, sum of out_i]."""
-        y = adapted_linear(x, self.weights, self.adapters)
+        weights = self.weights
+        if len(x) > nf4_matmul.MAX_ROWS and any(isinstance(weight, NF4) for weight in weights):
+            # else XLA dequantises many layers before it needs them
+            weights, x = apart(weights, x)
+        y = adapted_linear(x, weights, self.adapters)
         y = y if self.scale is None else y * self.scale
         return y if self.bias is None else y + self.bias
 
@@ -66,6 +70,14 @@ class Weights(NamedTuple):
     head: jax.Array
     norm: jax.Array
     segments: tuple[tuple[Layer, ...], ...]
+
+    @property
+    def are_stacked(self) -> bool:
+        """Whether products read slices of stacked 16-bit or 32-bit matrices."""
+        projections = [
+            p for segment in self.segments for layer in segment for p in layer if isinstance(p, Projection)
+        ]
+        return any(not isinstance(w, NF4) and len(w) > 1 for p in projections for w in p.weights)
 
     def layers(self) -> Iterator[Layer]:
         """One layer after the other; to be traced, where a slice costs nothing."""

@@ -1,15 +1,18 @@
-"""Generation on random weights of a real shape: tokens a second from the NF4 codes and from a bf16 copy of them.
+"""Rollouts on random weights of a real shape: tokens a second, a decode step, and memory, beside their floors.
 
-    python scripts/bench/generate.py [--batch 1 8 64 128] [--weights default bf16] [--profile]
+    python scripts/bench/generate.py --sequences 8 64 256 512 --weights merged      # Llama-3.1-8B, 512 + 1,024 tokens
+    python scripts/bench/generate.py --sequences 1 8 --group 1 --weights auto lora  # batch inference
+    python scripts/bench/generate.py --sequences 256 --profile                      # where a decode step's time goes
+    python scripts/bench/generate.py --compile_for_h200                             # no GPU needed, only jax[cuda13]
 
-`default` is what `Model.generate` takes for that batch: the codes up to 64 rows on Hopper, above them (or on another
-GPU) the copy. `bf16` is the copy at any batch. Both go through `Model.generate`, greedy, with LoRA, whole answers.
-A token's time is the answer's less the prompt's (prefill, timed apart) and less what a call does first (setup: on the
-codes, their scales decoded). The floor is the bytes of weights and of the cache's filled columns over the copy
-bandwidth of the same machine. Medians; about 12 s a line on a GPU, most of it compiling, and 25 GB.
+One `Engine.generate` of all sequences in groups that share a prompt, sampled at temperature 1 with log-probs, nothing
+stops early. tokens/s is new tokens over the whole call, prefill included. A decode step is timed apart at each width of
+the rows' caches (`--steps` steps each, the programs compiled before); the floor of one is the larger of its products'
+operations and the weights' bytes, and the bytes of caches that are filled, at the ceilings of the same machine.
+Predicted memory is weights and the engine's forecast; the peak is the process's so far: give sequences in rising order.
+Takes 60 to 90 s a line at 512 sequences on an H200, 25 to 40 s below, half of it compiling.
 
---profile adds what one segment of decode steps took by kernel, a token: in the middle of the answer, without CUDA
-graphs (they hide the names), which slows the other columns down too: time without it.
+--profile adds what the kernels of a step took, at the widest caches and without CUDA graphs, which hide the names.
 """
 
 import argparse
@@ -18,7 +21,6 @@ import json
 import os
 import statistics
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,33 +31,34 @@ import step
 
 @dataclasses.dataclass
 class Result:
-    """One batch with one form of the weights; times in milliseconds, all but the last two medians of the runs."""
+    """One number of sequences with one form of the weights. step_ms, floor_ms: by width of the rows' caches, tokens."""
 
-    batch: int
+    sequences: int
     weights: str
-    reads_codes: bool
-    setup_ms: float
-    prefill_ms: float
-    answer_ms: float
-    token_ms: float
     tokens_per_second: float
-    decode_tokens_per_second: float
-    floor_ms: float
-    spread_ms: tuple[float, float]
+    seconds: tuple[float, ...]
+    prefill_s: float
+    step_ms: dict[int, float]
+    floor_ms: dict[int, float]
+    predicted_gb: float
+    peak_gb: float
     compile_s: float
+    waves: int
     took_ms: dict[str, float] | None = None
     kernels: list[dict[str, Any]] | None = None
 
     def line(self) -> str:
-        stored, (low, high) = "codes" if self.reads_codes else "dense", self.spread_ms
+        steps = "  ".join(f"{w}: {ms:.2f} ({self.floor_ms[w]:.2f})" for w, ms in self.step_ms.items())
+        memory = f"{self.predicted_gb:9.2f} {self.peak_gb:7.2f}"
         return (
-            f"{self.batch:5d} {self.weights:8s}{stored:6s} {self.token_ms:8.2f} ({low:.2f} to {high:.2f}) "
-            f"{self.floor_ms:6.2f} {self.decode_tokens_per_second:9.0f} {self.tokens_per_second:9.0f} "
-            f"{self.prefill_ms:9.1f} {self.setup_ms:7.1f} {self.answer_ms:9.1f} {self.compile_s:6.1f}"
+            f"{self.sequences:5d} {self.weights:7s} {self.tokens_per_second:9.0f} {min(self.seconds):8.2f} "
+            f"{self.prefill_s:8.2f} {memory} {self.compile_s:8.1f} {self.waves:5d}   {steps}"
         )
 
 
-HEADER = "batch weights read  ms/token (shortest, longest) floor  decode/s  answer/s   prefill   setup    answer  first"
+HEADER = (
+    "  seq weights  tokens/s  seconds  prefill predicted    peak  compile waves   ms a step (floor) by width"
+)
 
 
 def arguments() -> argparse.Namespace:
@@ -63,100 +66,150 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=step.MODELS, default="llama-3.1-8b")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64, 128], help="prompts")
-    forms = ["default", "bf16"]
-    parser.add_argument("--weights", nargs="+", choices=forms, default=forms, help="in this order only")
-    parser.add_argument("--prompt", type=int, default=128, help="tokens, a multiple of 16")
-    parser.add_argument("--new", type=int, default=128, help="tokens")
+    parser.add_argument("--sequences", nargs="+", type=int, default=[8, 64, 256, 512])
+    parser.add_argument("--group", type=int, default=8, help="sequences that share a prompt")
+    parser.add_argument("--weights", nargs="+", choices=("auto", "merged", "lora"), default=["merged"])
+    parser.add_argument("--prompt", type=int, default=512, help="tokens")
+    parser.add_argument("--new", type=int, default=1024, help="tokens")
+    parser.add_argument("--top_k", type=int, default=0)
+    parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--rank", type=int, default=16, help="of the adapter")
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=48, help="decode steps timed at each width")
+    parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--out", default=".", help="folder for generate.json")
+    parser.add_argument("--compile_for_h200", action="store_true")
+    parser.add_argument("--out", default=".", help="folder for generate.json and the programs' HLO")
     return parser.parse_args()
+
+
+def make_bench(args: argparse.Namespace) -> step.Bench:
+    return step.Bench(argparse.Namespace(**vars(args), compute_dtype="bf16", optim="adamw_8bit"))
 
 
 def make_model(args: argparse.Namespace):
     """The `Model` that a user has, on `step.Bench`'s random leaves."""
-    import jax.numpy as jnp
-
-    from jaxtune import lora, models
+    from jaxtune import lora
     from jaxtune.model import Model
 
-    bench = step.Bench(argparse.Namespace(**vars(args), compute_dtype="bf16", optim="adamw_8bit"))
+    bench = make_bench(args)
     bench.fill()
     checkpoint: Any = SimpleNamespace(config=bench.config, name_or_path=args.model, generation_config={})
-    recipe = partial(models.build, bench.config, jnp.bfloat16)
     model = Model(bench.module, bench.trainable, bench.base, checkpoint=checkpoint, tokenizer=None,
-                  max_seq_length=args.prompt + args.new, recipe=recipe)  # fmt: skip
+                  max_seq_length=args.prompt + args.new, recipe=None)  # fmt: skip
     model.lora = lora.LoraConfig(r=args.rank)
     return model
 
 
-def floor_ms(model, base, args: argparse.Namespace, batch: int, ceilings: roofline.Ceilings) -> float:
-    """Reading the weights of a step and the cache as it is filled on average."""
-    c, tied = model.module.config, model.module.lm_head is None
-    leaves = model.trainable | base
-    weights = sum(leaf.nbytes for path, leaf in leaves.items() if tied or "embed_tokens" not in path)
-    column = 2 * len(c.windows) * c.num_kv_heads * c.head_dim * model.dtype.dtype.itemsize
-    return (weights + batch * (args.prompt + args.new / 2) * column) / ceilings.bandwidth * 1e3
+def floor_ms(model, weights, rows: int, groups: int, prompt: int, own: int, ceilings) -> float:
+    """Of a decode step: weights and products, and caches of which `own` columns a row are filled."""
+    from jaxtune.generate import plan
+    from jaxtune.generate.weights import merged_bytes, step_bytes
+
+    c, token = model.module.config, plan.token_bytes(model.module.config, model.dtype)
+    parameters = merged_bytes(model) // model.dtype.dtype.itemsize + c.vocab_size * c.hidden_size
+    products = max(step_bytes(weights) / ceilings.bandwidth, 2 * parameters * rows / ceilings.bf16)
+    return (products + (groups * prompt + rows * own) * token / ceilings.bandwidth) * 1e3
 
 
-def milliseconds(work) -> float:
+def widths(limit: int) -> list[int]:
+    """Columns of the rows' caches as an answer of `limit` tokens grows."""
+    from jaxtune.generate import plan
+
+    found = [plan.bucket(1, plan.OWN_COLUMNS)]
+    while found[-1] < limit - 1:
+        found.append(plan.bucket(found[-1] + 1, plan.OWN_COLUMNS))
+    return found
+
+
+def time_steps(
+    engine, request: dict[str, Any], args: argparse.Namespace
+) -> tuple[Any, float, dict[int, float]]:
+    """Runs each program of a call once and times the decode steps of each width: (the wave, prefill s, ms a step)."""
     import jax
 
-    began = time.perf_counter()
-    jax.block_until_ready(work())
-    return (time.perf_counter() - began) * 1e3
+    from jaxtune.generate.wave import Wave
+
+    weights, job, waves = engine._seated(engine._job(**request), args.group)
+    for _ in range(2):  # the first compiles
+        wave = Wave(weights, job, waves[0], set())
+        began = time.perf_counter()
+        jax.block_until_ready(wave._begin().report)
+        prefill, took = time.perf_counter() - began, {}
+    for width in widths(args.new):
+        times = []
+        for _ in range(1 + max(1, args.steps // job.segment)):
+            wave._steps = width - job.segment
+            wave._make_room(width)
+            jax.block_until_ready(wave._state)
+            began = time.perf_counter()
+            jax.block_until_ready(wave._segment().report)
+            times.append((time.perf_counter() - began) / job.segment * 1e3)
+        took[width] = statistics.median(times[1:])
+    return wave, prefill * len(waves), took
 
 
-def measure(model, name: str, batch: int, args: argparse.Namespace, ceilings: roofline.Ceilings) -> Result:
+def measure(
+    model, kind: Any, sequences: int, args: argparse.Namespace, ceilings: roofline.Ceilings
+) -> Result:
     import jax
     import numpy as np
 
-    from jaxtune.generate import Sampling, engine
+    from jaxtune.generate import Engine, Sampling, plan
+    from jaxtune.generate.weights import merged_bytes
 
-    def stored():
-        """What `generate` would read; nothing is kept that it would not keep."""
-        kept = model._dense
-        found = model._weights_for(batch)
-        model._dense = kept
-        return found
+    compiled = [0.0]
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: (
+            compiled.append(seconds) if name.endswith("backend_compile_duration") else None
+        )
+    )
+    prompts = np.random.default_rng(0).integers(4, 1000, (-(-sequences // args.group), args.prompt)).tolist()
+    sampling = Sampling(do_sample=True, top_k=args.top_k, top_p=args.top_p)
+    with Engine(model, weights=kind, progress=False) as engine:
+        request = {"prompts": prompts, "n": args.group, "sampling": sampling, "seed": 0}
+        asked = request | {"limit": args.new, "stop": [], "strings": (), "on_tokens": None, "streams": None}
+        wave, prefill, took = time_steps(engine, asked, args)
+        profiled = profile(wave, args, ceilings) if args.profile else (None, None)
+        places, size = wave._seats.rows.shape
+        weights, waves = wave._weights, -(-len(prompts) * args.group // int((wave._seats.rows >= 0).sum()))
+        del wave
+        seconds = []
+        for _ in range(args.runs):
+            began = time.perf_counter()
+            found = engine.generate(**request, max_new_tokens=args.new, stop_token_ids=[])
+            seconds.append(time.perf_counter() - began)
+        columns = plan.bucket(args.prompt, plan.PROMPT_COLUMNS)
+        need = engine.forecast(places, size, columns, plan.bucket(args.new, plan.OWN_COLUMNS)).total
+        copy = merged_bytes(model) if engine.weights == "merged" else 0
+        floors = {
+            width: floor_ms(model, weights, places * size, places, args.prompt, width, ceilings)
+            for width in took
+        }
+        peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+        return Result(
+            sequences, engine.weights, found.num_tokens / min(seconds), tuple(seconds), prefill, took, floors,
+            (model.memory_bytes() + copy + need) / 1e9, peak / 1e9, sum(compiled), waves, *profiled,
+        )  # fmt: skip
 
-    ids = np.random.default_rng(0).integers(4, 32000, (batch, args.prompt)).astype(np.int32)
-    mask, key = np.ones_like(ids), jax.random.key(0)
-    options = {"sampling": Sampling(), "stop": (), "pad": 0}
-    graphdef, base = stored()
-    leaves = model.trainable, base
 
-    prefill = lambda: engine._prefill(graphdef, *leaves, ids, mask, key, new=args.new, **options)  # noqa: E731
-    answer = lambda: model.generate(ids, mask, max_new_tokens=args.new, eos_token_id=[])  # noqa: E731
-    first = milliseconds(answer)  # compiles
-    before = [(milliseconds(lambda: stored()[1]), milliseconds(prefill)) for _ in range(4)][1:]
-    setup, prompt = map(statistics.median, zip(*before, strict=True))
-    times = [milliseconds(answer) for _ in range(args.runs)]
-    a_token = [(total - setup - prompt) / max(1, args.new - 1) for total in times]
-    whole, one = statistics.median(times), statistics.median(a_token)
-    reads_codes = any(path.endswith(".codes") for path in base)
-    result = Result(
-        batch, name, reads_codes, setup, prompt, whole, one, batch * args.new / whole * 1e3, batch / one * 1e3,
-        floor_ms(model, base, args, batch, ceilings), (min(a_token), max(a_token)), (first - whole) / 1e3,
-    )  # fmt: skip
-    if args.profile and jax.devices()[0].platform == "gpu":
-        state, steps = prefill(), min(engine.SEGMENT, args.new - 1)
-        arguments = {"steps": engine.SEGMENT, **options}
-        compiled = engine._decode.lower(graphdef, *leaves, state, **arguments).compile()
+def profile(wave, args: argparse.Namespace, ceilings) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """What one segment's kernels took, a step."""
+    import jax
 
-        def segment():
-            nonlocal state
-            state = jax.block_until_ready(compiled(*leaves, state))
+    from jaxtune.generate import steps
 
-        segment()
-        kinds, kernels = step.profile(segment, compiled.as_text(), ceilings, steps)
-        result.took_ms = {kind: round(value / steps, 3) for kind, value in kinds.items()}
-        result.kernels = [
-            row | {key: row[key] / steps for key in ("ms", "floor", "launches")} for row in kernels
-        ]
-    return result
+    job = wave._job
+    lowered = steps.decode.__wrapped__.lower(
+        wave._weights, wave._prompts, wave._state, wave._streams(), job.seed, spec=job.spec, steps=job.segment
+    )
+
+    def segment():
+        wave._steps -= job.segment
+        jax.block_until_ready(wave._segment().report)
+
+    kinds, rows = step.profile(segment, lowered.compile().as_text(), ceilings, job.segment)
+    rows = [row | {key: row[key] / job.segment for key in ("ms", "floor", "launches")} for row in rows]
+    return {kind: round(value / job.segment, 3) for kind, value in kinds.items()}, rows
 
 
 def show(result: Result) -> None:
@@ -164,33 +217,105 @@ def show(result: Result) -> None:
     if result.took_ms is None or result.kernels is None:
         return
     launches = sum(row["launches"] for row in result.kernels)
-    print(f"      a token: {launches:.0f} launches, ms by kind", result.took_ms)
+    print(f"      a step: {launches:.0f} launches, ms by kind", result.took_ms)
     for row in result.kernels[:40]:
         print(
-            f"      {row['ms'] * 1e3:8.1f} us a token, floor {row['floor'] * 1e3:7.1f}, {row['launches']:5.1f} times "
+            f"      {row['ms'] * 1e3:8.1f} us a step, floor {row['floor'] * 1e3:7.1f}, {row['launches']:5.1f} times "
             f"{row['ms'] * 1e3 / row['launches']:6.1f} us  {row['kernel'][:44]:44s} {row['op'][-60:]}"
         )
 
 
+def without_a_gpu(args: argparse.Namespace) -> None:
+    """The widest decode step of each number of sequences, compiled for an H200 on a machine without one."""
+    os.environ |= {
+        "CUDA_VISIBLE_DEVICES": "-1",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "JAXTUNE_COMPILE_CACHE": "0",
+    }
+    os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+
+    from jaxtune.generate import Sampling, plan, steps
+    from jaxtune.generate.weights import merged, reads_codes, stored
+    from jaxtune.kernels import target
+
+    device = topologies.get_topology_desc(platform="cuda", target_config=step.H200, topology="1x1x1").devices[
+        0
+    ]
+    place = jax.sharding.SingleDeviceSharding(device)
+    bench = make_bench(args)
+    c, dtype = bench.module.config, jnp.dtype(bench.module.dtype)
+
+    def leaf(*shape, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    def model(base, trainable):
+        return SimpleNamespace(module=bench.module, base=base, trainable=trainable, dtype=bench.module.dtype)
+
+    def caches(rows, columns):
+        one = leaf(rows, c.num_kv_heads, columns, c.head_dim, dtype=dtype)
+        return ((one, one),) * len(c.windows)
+
+    spec = steps.Spec(c, dtype, Sampling(do_sample=True, top_k=args.top_k, top_p=args.top_p))
+    for kind in args.weights:
+        for rows in args.sequences:
+            groups = -(-rows // args.group)
+            with target.tracing_for((9, 0)):
+                codes = reads_codes(model(bench.base, bench.trainable), rows)
+                make = merged if kind == "merged" else lambda m, codes=codes: stored(m, read_codes=codes)
+                weights = jax.eval_shape(
+                    lambda *leaves, make=make: make(model(*leaves)), bench.base, bench.trainable
+                )
+                weights = jax.tree.map(lambda x: leaf(*x.shape, dtype=x.dtype), weights)
+                state = steps.State(caches(rows, widths(args.new)[-1]), leaf(rows), leaf(), None)
+                prompts = steps.Prompts(caches(groups, plan.bucket(args.prompt, 64)), leaf(groups))
+                began = time.perf_counter()
+                compiled = (
+                    steps.decode.__wrapped__.trace(
+                        weights,
+                        prompts,
+                        state,
+                        leaf(groups, args.group, 2),
+                        leaf(dtype=jnp.uint32),
+                        spec=spec,
+                        steps=16,
+                    )
+                    .lower(lowering_platforms=("cuda",))
+                    .compile()
+                )
+            text, took = compiled.as_text(), time.perf_counter() - began
+            (Path(args.out) / f"decode_{rows}_{kind}.hlo.txt").write_text(text)
+            kernels = roofline.kernels(text, roofline.H200)
+            kinds = {name: round(value / 16 * 1e3, 3) for name, value in roofline.by_kind(kernels).items()}
+            print(
+                f"{rows:5d} {kind:7s} a step: {sum(kinds.values()):.2f} ms at best {kinds}, "
+                f"{sum(kernel.times for kernel in kernels) / 16:.0f} launches, temporaries "
+                f"{compiled.memory_analysis().temp_size_in_bytes / 1e9:.2f} GB, compiled in {took:.0f} s",
+                flush=True,
+            )
+
+
 def main() -> None:
     args = arguments()
-    if args.prompt % 16:
-        raise ValueError(f"--prompt must be a multiple of 16, got {args.prompt}")
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    if args.compile_for_h200:
+        without_a_gpu(args)
+        return
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
     if args.profile:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
     import jax
 
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     gpu = jax.devices()[0].platform == "gpu"
     ceilings = step.ceilings_here() if gpu else roofline.H200
     where = f"copy {ceilings.bandwidth / 1e12:.2f} TB/s" if gpu else "floors below are an H200's"
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {where}\n{HEADER}", flush=True)
     model, results = make_model(args), []
-    for name in args.weights:
-        if name == "bf16":
-            model.for_inference()._reads_codes = lambda rows: False  # whatever the batch
-        for batch in args.batch:
-            results.append(measure(model, name, batch, args, ceilings))
+    for kind in args.weights:
+        for sequences in args.sequences:
+            results.append(measure(model, kind, sequences, args, ceilings))
             show(results[-1])
             (Path(args.out) / "generate.json").write_text(
                 json.dumps([dataclasses.asdict(result) for result in results], indent=1)

@@ -32,6 +32,7 @@ MODELS = {
     "llama-3.1-8b": (4096, 14336, 32, 32, 8, 128, 128256, False),
     "llama-3.2-1b": (2048, 8192, 16, 32, 8, 64, 128256, True),
     "smollm2-135m": (576, 1536, 30, 9, 3, 64, 49152, True),
+    "tiny": (256, 512, 2, 4, 2, 64, 1024, False),  # for trying the scripts on a CPU
 }
 H200 = """
 gpu_device_info {
