@@ -114,7 +114,8 @@ class PlannedStep:
 
     def prepare(self, arguments: tuple) -> Any:
         """The step for arguments of these shapes, compiled where it was not."""
-        shapes = tuple((name, array.shape) for name, array in sorted(arguments[3].items()))
+        arrays, structure = jax.tree.flatten(arguments[3])
+        shapes = structure, *(array.shape for array in arrays)
         if shapes not in self._compiled:
             self._compiled[shapes] = self.compile(arguments)
         return self._compiled[shapes]
