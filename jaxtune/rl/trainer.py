@@ -127,16 +127,16 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         self._loss = _loss_options(args)
         self._reference = reference_leaves(model) if args.beta != 0 else None
         self._collector = self._make_collector(rewards)
-        self._completions = CompletionLog(
-            Path(args.output_dir) / "completions",
-            rewards.names,
-            args.num_completions_to_print,
-            args.log_unique_prompts,
-        )
+        self._completions = self._make_log(rewards.names)
         self._held: dict[int, Experience] = {}
         self._entropy = EntropyControl(args.entropy_coef)
         self._reward = math.nan  # mean of the last generation
         self._stepped = time.perf_counter()
+
+    def _make_log(self, names: Sequence[str]) -> CompletionLog:
+        args = self.args
+        folder = Path(args.output_dir) / "completions"
+        return CompletionLog(folder, names, args.num_completions_to_print, args.log_unique_prompts)
 
     def _make_collector(self, rewards: RewardRunner) -> Collector:
         args, tokenizer, model = self.args, self.processing_class, self.model
