@@ -280,3 +280,17 @@ def test_a_rollout_of_ones_own_is_called_in_order(base, tmp_path, capsys):
     ]  # fmt: skip
     assert trainer.state.log_history[0]["mine"] == 3.0
     assert "2 2 " in capsys.readouterr().out.split("step 1/3")[0]
+
+
+def test_a_loss_that_is_no_number_is_told_with_its_rows(base, tmp_path):
+    trainer = make_trainer(base, tmp_path, save_strategy="no", beta=0.0)
+
+    class Break:
+        def on_step_end(self, trainer, metrics):
+            if trainer.state.global_step == 2:  # step 3's batch is made already, and step 4 will be another's
+                trainer.model.trainable = {path: x * np.nan for path, x in trainer.model.trainable.items()}
+
+    trainer.callbacks.append(Break())
+    with pytest.raises(FloatingPointError, match=r"step \d of 7: loss nan") as caught:
+        trainer.train()
+    assert str(caught.value).count("a completion that ends with") == 4
