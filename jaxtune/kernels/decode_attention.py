@@ -8,6 +8,7 @@ On Hopper (sm_90) a CTA takes up to 64 queries and a part of the columns, 64 at 
 Its one warpgroup also starts the copies: two CTAs of a processor take turns at memory and matrix units.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -51,9 +52,9 @@ def merge(parts: list[Attended]) -> jax.Array:
     """One softmax over the columns of all parts; at least one column is seen. [B, K, M, h] in their dtype."""
     lse = jnp.stack([part.lse for part in parts])
     shares = jax.nn.softmax(lse, axis=0)
-    out = sum(
-        part.out.astype(jnp.float32) * share[..., None] for part, share in zip(parts, shares, strict=True)
-    )
+    out = jnp.zeros(parts[0].out.shape, jnp.float32)
+    for part, share in zip(parts, shares, strict=True):
+        out += part.out.astype(jnp.float32) * share[..., None]
     return out.astype(parts[0].out.dtype)
 
 
@@ -124,7 +125,8 @@ def kernel(q, k, v, first, end, interpret: plgpu.InterpretGPUParams | None = Non
 
 def _add_values(acc: jax.Array, weights: jax.Array, values) -> jax.Array:
     """acc [64, h] + weights [64, 64] times the values of a chunk (a ref) [64, h]."""
-    return pl.run_state(lambda ref: plgpu.wgmma(ref, weights, values))(plgpu.ACC.init(acc))
+    multiply: Callable = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, values))
+    return multiply(plgpu.ACC.init(acc))
 
 
 def _add_values_twin(acc: jax.Array, weights: jax.Array, values) -> jax.Array:

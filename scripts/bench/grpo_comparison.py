@@ -107,12 +107,11 @@ def run_trl(args, seed: int) -> None:
         device_map={"": "cuda" if on_gpu else "cpu"},
     )
     model = PeftModel.from_pretrained(base, args.out / "first_adapter", is_trainable=True)
+    here: dict[str, Any] = {"bf16": on_gpu, "use_cpu": not on_gpu, "gradient_checkpointing": False}
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=[arithmetic.correct, arithmetic.short],
-        args=GRPOConfig(
-            **settings(args, seed, "trl"), bf16=on_gpu, use_cpu=not on_gpu, gradient_checkpointing=False
-        ),
+        args=GRPOConfig(**settings(args, seed, "trl") | here),
         train_dataset=datasets.Dataset.from_list(arithmetic.make_rows(ROWS)),
         processing_class=AutoTokenizer.from_pretrained(args.model),
     )

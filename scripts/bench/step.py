@@ -263,25 +263,29 @@ def profile(
     return {kind: round(value, 2) for kind, value in kinds.most_common()}, table
 
 
+def seconds_a_call(call, *args) -> float:
+    """Median of 7 runs of 20 queued calls."""
+    import jax
+
+    call = jax.jit(call)
+    jax.block_until_ready(call(*args))
+    times = []
+    for _ in range(7):
+        began = time.perf_counter()
+        for _ in range(20):
+            last = call(*args)
+        jax.block_until_ready(last)
+        times.append((time.perf_counter() - began) / 20)
+    return statistics.median(times)
+
+
 def ceilings_here() -> roofline.Ceilings:
-    """Copy bandwidth and product rates of this GPU on random data, medians of 7 runs of 20 queued calls."""
+    """Copy bandwidth and product rates of this GPU on random data."""
     import jax
     import jax.numpy as jnp
 
-    def median(call, *args):
-        call = jax.jit(call)
-        jax.block_until_ready(call(*args))
-        times = []
-        for _ in range(7):
-            began = time.perf_counter()
-            for _ in range(20):
-                last = call(*args)
-            jax.block_until_ready(last)
-            times.append((time.perf_counter() - began) / 20)
-        return statistics.median(times)
-
     big = jax.random.normal(jax.random.key(0), (1 << 29,), jnp.bfloat16)
-    copied = 4 * big.size / median(lambda x: x + 1, big)
+    copied = 4 * big.size / seconds_a_call(lambda x: x + 1, big)
     a, b = (
         jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
         for i, shape in ((1, (8192, 4096)), (2, (14336, 4096)))
@@ -289,7 +293,8 @@ def ceilings_here() -> roofline.Ceilings:
     product = lambda a, b: jnp.dot(a, b.T, preferred_element_type=jnp.bfloat16)  # noqa: E731
     work = 2 * 8192 * 4096 * 14336
     rates = [
-        work / median(product, a.astype(kind), b.astype(kind)) for kind in (jnp.bfloat16, jnp.float8_e4m3fn)
+        work / seconds_a_call(product, a.astype(kind), b.astype(kind))
+        for kind in (jnp.bfloat16, jnp.float8_e4m3fn)
     ]
     return roofline.Ceilings()._replace(bandwidth=copied, bf16=rates[0], fp8=rates[1])
 
