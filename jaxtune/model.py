@@ -22,6 +22,7 @@ from jaxtune.export.adapter import save_adapter
 from jaxtune.export.merged import save_merged
 from jaxtune.export.save_gguf import save_gguf, save_lora_gguf
 from jaxtune.generate import Engine, Generations, Sampling
+from jaxtune.generate.results import Updates
 from jaxtune.lora import LoraConfig
 from jaxtune.models.names import Leaves, Slot, join, module_slots
 
@@ -170,7 +171,6 @@ class Model:
                     f"a streamer takes one answer, got num_return_sequences={num_return_sequences}"
                 )
             streamer.put(ids)
-        stream = lambda new: [streamer.put(np.array([token])) for token in new[0][1]]  # noqa: E731
         try:
             found = self._engine.generate(
                 [row[kept != 0].tolist() for row, kept in zip(ids, mask, strict=True)],
@@ -180,7 +180,7 @@ class Model:
                 seed=seed,
                 stop_token_ids=self.stop_ids(eos_token_id),
                 stop_strings=[stop_strings] if isinstance(stop_strings, str) else stop_strings or (),
-                on_tokens=None if streamer is None else stream,
+                on_tokens=None if streamer is None else partial(_stream, streamer),
             )
         finally:
             if not self._keeps_engine:
@@ -321,6 +321,11 @@ class Model:
         return upload.push_to_hub_gguf(
             self, repo_id, tokenizer or self.tokenizer, quantization_method, imatrix=imatrix, **options
         )
+
+
+def _stream(streamer, new: Updates) -> None:
+    for token in new[0][1]:
+        streamer.put(np.array([token]))
 
 
 def _padded(answers: Generations, pad: int) -> np.ndarray:
