@@ -230,8 +230,42 @@ def show(result: Result) -> None:
         )
 
 
+def compiled_step(bench: step.Bench, kind: str, rows: int, args: argparse.Namespace, place) -> Any:
+    """A decode step with full caches, compiled for a device that need not be there."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxtune.generate import Sampling, plan, steps
+    from jaxtune.generate.weights import merged, reads_codes, stored
+    from jaxtune.kernels import target
+
+    c, dtype = bench.module.config, jnp.dtype(bench.module.dtype)
+    groups = -(-rows // args.group)
+
+    def leaf(*shape, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    def caches(batch, columns):
+        one = leaf(batch, c.num_kv_heads, columns, c.head_dim, dtype=dtype)
+        return ((one, one),) * len(c.windows)
+
+    def make(base, trainable):
+        model = SimpleNamespace(module=bench.module, base=base, trainable=trainable, dtype=bench.module.dtype)
+        return merged(model) if kind == "merged" else stored(model, read_codes=reads_codes(model, rows))
+
+    spec = steps.Spec(c, dtype, Sampling(do_sample=True, top_k=args.top_k, top_p=args.top_p))
+    with target.tracing_for((9, 0)):
+        weights = jax.eval_shape(make, bench.base, bench.trainable)
+        weights = jax.tree.map(lambda x: leaf(*x.shape, dtype=x.dtype), weights)
+        state = steps.State(caches(rows, plan.bucket(args.new, plan.OWN_COLUMNS)), leaf(rows), leaf(), None)
+        prompts = steps.Prompts(caches(groups, plan.bucket(args.prompt, plan.PROMPT_COLUMNS)), leaf(groups))
+        streams, seed = leaf(groups, args.group, 2), leaf(dtype=jnp.uint32)
+        traced = steps.decode.of(weights).trace(weights, prompts, state, streams, seed, spec=spec, steps=16)
+        return traced.lower(lowering_platforms=("cuda",)).compile()
+
+
 def without_a_gpu(args: argparse.Namespace) -> None:
-    """The widest decode step of each number of sequences, compiled for an H200 on a machine without one."""
+    """What the compiler says of the decode steps that an H200 would run."""
     os.environ |= {
         "CUDA_VISIBLE_DEVICES": "-1",
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
@@ -239,60 +273,16 @@ def without_a_gpu(args: argparse.Namespace) -> None:
     }
     os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
     import jax
-    import jax.numpy as jnp
     from jax.experimental import topologies
-
-    from jaxtune.generate import Sampling, plan, steps
-    from jaxtune.generate.weights import merged, reads_codes, stored
-    from jaxtune.kernels import target
 
     device = topologies.get_topology_desc(platform="cuda", target_config=step.H200, topology="1x1x1").devices[
         0
     ]
-    place = jax.sharding.SingleDeviceSharding(device)
-    bench = make_bench(args)
-    c, dtype = bench.module.config, jnp.dtype(bench.module.dtype)
-
-    def leaf(*shape, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-    def model(base, trainable):
-        return SimpleNamespace(module=bench.module, base=base, trainable=trainable, dtype=bench.module.dtype)
-
-    def caches(rows, columns):
-        one = leaf(rows, c.num_kv_heads, columns, c.head_dim, dtype=dtype)
-        return ((one, one),) * len(c.windows)
-
-    spec = steps.Spec(c, dtype, Sampling(do_sample=True, top_k=args.top_k, top_p=args.top_p))
+    place, bench = jax.sharding.SingleDeviceSharding(device), make_bench(args)
     for kind in args.weights:
         for rows in args.sequences:
-            groups = -(-rows // args.group)
-            with target.tracing_for((9, 0)):
-                codes = reads_codes(model(bench.base, bench.trainable), rows)
-                make = merged if kind == "merged" else lambda m, codes=codes: stored(m, read_codes=codes)
-                weights = jax.eval_shape(
-                    lambda *leaves, make=make: make(model(*leaves)), bench.base, bench.trainable
-                )
-                weights = jax.tree.map(lambda x: leaf(*x.shape, dtype=x.dtype), weights)
-                state = steps.State(
-                    caches(rows, plan.bucket(args.new, plan.OWN_COLUMNS)), leaf(rows), leaf(), None
-                )
-                prompts = steps.Prompts(caches(groups, plan.bucket(args.prompt, 64)), leaf(groups))
-                began = time.perf_counter()
-                compiled = (
-                    steps.decode.of(weights)
-                    .trace(
-                        weights,
-                        prompts,
-                        state,
-                        leaf(groups, args.group, 2),
-                        leaf(dtype=jnp.uint32),
-                        spec=spec,
-                        steps=16,
-                    )
-                    .lower(lowering_platforms=("cuda",))
-                    .compile()
-                )
+            began = time.perf_counter()
+            compiled = compiled_step(bench, kind, rows, args, place)
             text, took = compiled.as_text(), time.perf_counter() - began
             (Path(args.out) / f"decode_{rows}_{kind}.hlo.txt").write_text(text)
             kernels = roofline.kernels(text, roofline.H200)
