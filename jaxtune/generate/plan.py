@@ -113,7 +113,7 @@ def forecast(
     step = batch * (3 * 4 * c.vocab_size + 4 * c.intermediate_size * item) + 2 * scores
     prompts = prefill_batch(groups, columns)
     width = 3 * c.intermediate_size + 4 * c.hidden_size + 2 * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-    prefill = prompts * columns * width * item
+    prefill = prompts * columns * (width * item + token)  # keys and values twice where layers are stacked
     if not flash:
         prefill += 2 * 4 * prompts * c.num_heads * columns * columns
     growing = batch * own * token // (2 * layers)  # one array of the caches is there twice

@@ -96,13 +96,12 @@ def _written(caches: KV, new: KV, at: tuple) -> KV:
     return k, v
 
 
-def _prefill_layer(spec: Spec, layer: Layer, x, kv: KV, cos, sin, at, window: int | None):
-    """x [N, S, D] of prompts -> the layer's output, and its cache with their keys and values from row `at` on."""
+def _prefill_layer(spec: Spec, layer: Layer, x, cos, sin, window: int | None) -> tuple[jax.Array, KV]:
+    """x [N, S, D] of prompts -> the layer's output, and their keys and values [N, S, K, h]."""
     q, k, v = _queries(layer, x, spec, cos, sin)
-    kv = _written(kv, (k, v), (at, 0, 0, 0))
     flat = x.reshape(-1, x.shape[-1])
     attended = prompt_attention(q, k, v, window).reshape(len(flat), -1)
-    return _after_attention(layer, flat, attended, spec).reshape(x.shape), kv
+    return _after_attention(layer, flat, attended, spec).reshape(x.shape), (k, v)
 
 
 def _decode_layer(
@@ -162,12 +161,21 @@ def prefill(
     batch, tokens = ids.shape
     positions = jnp.minimum(jnp.arange(tokens), lengths[:, None] - 1)
     cos, sin = _tables(spec, positions)
-    x, written = weights.embed[ids].astype(spec.dtype), []
-    run = _shared(_prefill_layer, spec)
+    x, run, made = weights.embed[ids].astype(spec.dtype), _shared(_prefill_layer, spec), []
     with keeping_nothing():
-        for layer, kv, window in zip(weights.layers(), store, spec.config.windows, strict=True):
-            x, kv = run(layer, x, kv, cos, sin, at, window=window)
-            written.append(kv)
+        for segment in weights.segments:  # stacked layers in a loop: compiling their kernels takes long
+            windows, repeats = spec.config.windows[len(made) :], len(segment[0].input_norm)
+
+            def period(x, layers, windows=windows):
+                new = []
+                for layer, window in zip(layers, windows, strict=False):
+                    x, kv = run(layer, x, cos, sin, window=window)
+                    new.append(kv)
+                return x, new
+
+            x, stacked = jax.lax.scan(period, x, segment, unroll=repeats == 1)
+            made += [jax.tree.map(lambda leaf, r=r: leaf[r], kv) for r in range(repeats) for kv in stacked]
+    written = [_written(old, new, (at, 0, 0, 0)) for old, new in zip(store, made, strict=True)]
     return tuple(written), x[jnp.arange(batch), lengths - 1]
 
 
