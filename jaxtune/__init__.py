@@ -11,12 +11,20 @@ if TYPE_CHECKING:
     from jaxtune.lora import LoraConfig
     from jaxtune.model import Model
     from jaxtune.models.remat import Remat
+    from jaxtune.rl.config import GRPOConfig
+    from jaxtune.rl.dpo import DPOTrainer
+    from jaxtune.rl.dpo_config import DPOConfig
+    from jaxtune.rl.trainer import GRPOTrainer
     from jaxtune.step import make_eval_step, make_train_step
     from jaxtune.trainer import SFTTrainer
 
 _HOMES = {
+    "DPOConfig": "jaxtune.rl.dpo_config",
+    "DPOTrainer": "jaxtune.rl.dpo",
     "FastLanguageModel": "jaxtune.fast",
     "FastModel": "jaxtune.fast",
+    "GRPOConfig": "jaxtune.rl.config",
+    "GRPOTrainer": "jaxtune.rl.trainer",
     "LoraConfig": "jaxtune.lora",
     "Model": "jaxtune.model",
     "Remat": "jaxtune.models.remat",

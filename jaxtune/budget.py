@@ -106,14 +106,15 @@ class PlannedStep:
         self._itemsize = jnp.dtype(model.dtype).itemsize
         self._fixed = None if remat == "auto" else Remat.parse(remat)
         self._budget_gb, self._announce = budget_gb, announce
-        self._compiled: dict[tuple[int, ...], Any] = {}
+        self._compiled: dict[tuple, Any] = {}
 
     def __call__(self, trainable, opt_state, base, batch, key):
         arguments = (trainable, opt_state, base, batch, key)
-        shape = tuple(batch["input_ids"].shape)
-        if shape not in self._compiled:
-            self._compiled[shape] = self.compile(arguments)
-        return self._compiled[shape](*arguments)
+        arrays, structure = jax.tree.flatten(batch)
+        shapes = structure, *(array.shape for array in arrays)
+        if shapes not in self._compiled:
+            self._compiled[shapes] = self.compile(arguments)
+        return self._compiled[shapes](*arguments)
 
     @property
     def compilations(self) -> int:

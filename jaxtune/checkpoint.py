@@ -24,23 +24,10 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from datasets import Dataset
 
-from jaxtune.config import SFTConfig
-from jaxtune.data import content_digest
+from jaxtune.config import TrainingConfig
 from jaxtune.metrics import TrainerState
 
-# What may differ between a checkpoint and the run that resumes it, because the result does not depend on it.
-# The length of the run and the warm-up count as numbers of steps, and what only decides the tokens counts through
-# the digest of the data, see `fingerprint`.
-FREE_SETTINGS = frozenset(
-    """output_dir logging_strategy logging_steps logging_first_step report_to run_name logging_dir
-    disable_tqdm eval_strategy eval_steps eval_on_start eval_packing per_device_eval_batch_size
-    save_strategy save_steps save_total_limit load_best_model_at_end resume_from_checkpoint
-    dataset_num_proc gradient_checkpointing num_train_epochs max_steps warmup_steps warmup_ratio
-    dataset_text_field dataset_kwargs chat_template_path eos_token completion_only_loss assistant_only_loss
-    shuffle_dataset""".split()
-)
 LORA_SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
 STATE_FILE = "trainer_state.json"
 ARRAYS = "state"
@@ -157,9 +144,11 @@ def remove_leftovers(output_dir: str | Path) -> None:
         shutil.rmtree(leftover)
 
 
-def fingerprint(args: SFTConfig, num_steps: int, model: Trained, dataset: Dataset) -> dict[str, Any]:
-    """What the result of a run depends on, as JSON values: settings, shapes, checksums of base and data."""
-    settings = {name: value for name, value in dataclasses.asdict(args).items() if name not in FREE_SETTINGS}
+def fingerprint(
+    args: TrainingConfig, num_steps: int, model: Trained, data: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the result of a run depends on, as JSON values: settings, shapes, checksum of the base, and `data`."""
+    settings = {n: value for n, value in dataclasses.asdict(args).items() if n not in args.FREE_SETTINGS}
     settings["warmup_steps"] = args.num_warmup_steps(num_steps)
     if not args.lr_scheduler_type.startswith("constant"):
         settings["steps of the schedule"] = num_steps
@@ -171,9 +160,8 @@ def fingerprint(args: SFTConfig, num_steps: int, model: Trained, dataset: Datase
         "trained weights": {
             name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in model.trainable.items()
         },
-        "frozen weights (checksum of a sample)": _sample_checksum(model.base),
-        "rows of data": len(dataset),
-        "data (digest)": content_digest(dataset),
+        "frozen weights (checksum of a sample)": leaves_checksum(model.base),
+        **data,
     }
     return json.loads(json.dumps(run))  # tuples become lists, as they come back from a file
 
@@ -192,8 +180,8 @@ def check_fingerprint(saved: Mapping[str, Any], now: Mapping[str, Any], folder: 
         )
 
 
-def _sample_checksum(base: Mapping[str, jax.Array]) -> int:
-    """CRC-32 of up to 256 numbers of each leaf; one small computation, however large the base is."""
+def leaves_checksum(leaves: Mapping[str, jax.Array]) -> int:
+    """CRC-32 of up to 256 numbers of each leaf; one small computation, however large they are."""
 
     @jax.jit
     def sample(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -202,7 +190,7 @@ def _sample_checksum(base: Mapping[str, jax.Array]) -> int:
         }
 
     value = 0
-    for _, array in sorted(jax.device_get(sample(dict(base))).items()):
+    for _, array in sorted(jax.device_get(sample(dict(leaves))).items()):
         value = zlib.crc32(np.ascontiguousarray(array).tobytes(), value)
     return value
 

@@ -1,9 +1,10 @@
-"""The arguments of `python -m jaxtune.train`: a YAML file, then the command line, over the defaults of config.py.
+"""The arguments of a training program: a YAML file, then the command line, over the defaults of its config classes.
 
     defaults  <  settings of the shipped task (when no dataset is given)  <  --config file.yaml  <  command line
 
 Flags and their help are generated from the dataclasses; no field name is in two of them, so the keys of the
-YAML file are the plain field names. This module imports neither jax nor transformers: --help is quick.
+YAML file are the plain field names. `Job` is that of `python -m jaxtune.train`; other programs have their own, with
+other parts. This module imports neither jax nor transformers: --help is quick.
 """
 
 import dataclasses
@@ -11,14 +12,12 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import tyro
 import yaml
 
-from jaxtune.config import ALIASES, IGNORED, REFUSED, DataArguments, LoadArguments, LoraArguments, SFTConfig
-
-PARTS = {"model": LoadArguments, "lora": LoraArguments, "data": DataArguments, "training": SFTConfig}
+from jaxtune.config import DataArguments, DataSource, LoadArguments, LoraArguments, SFTConfig, TrainingConfig
 
 # The job without a dataset: the shipped task, small enough for two CPU cores and a few minutes.
 SHIPPED_TASK = {
@@ -53,24 +52,36 @@ class ConfigError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """One run of `python -m jaxtune.train`."""
+class BaseJob:
+    """One run of a program; each has its own data and training."""
+
+    PROGRAM: ClassVar[str]
+    DESCRIPTION: ClassVar[str]
+    SHIPPED: ClassVar[dict[str, Any]]
+    """Settings of the shipped task, which runs without a dataset."""
 
     model: LoadArguments = dataclasses.field(default_factory=LoadArguments)
     lora: LoraArguments = dataclasses.field(default_factory=LoraArguments)
-    data: DataArguments = dataclasses.field(default_factory=DataArguments)
-    training: SFTConfig = dataclasses.field(default_factory=SFTConfig)
+    data: DataSource = dataclasses.field(default_factory=DataSource)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     config: Path | None = None
     """YAML file with settings under the names of this page."""
-    dry_run: bool = False
-    """Show the settings, the size of the model, the memory it will take and the data, then stop."""
     traceback: bool = False
     """Show where an error came from."""
+
+    @classmethod
+    def parts(cls) -> dict[str, Any]:
+        """The config classes by name; the last is that of the training."""
+        return {
+            field.name: field.type
+            for field in dataclasses.fields(cls)
+            if dataclasses.is_dataclass(field.type)
+        }
 
     def settings(self) -> dict[str, Any]:
         """Every setting by name, as plain YAML values; no access token."""
         values: dict[str, Any] = {}
-        for part in PARTS:
+        for part in self.parts():
             values |= dataclasses.asdict(getattr(self, part))
         values.pop("token")
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
@@ -79,18 +90,33 @@ class Job:
         """The settings as a file that --config reads back, one block per stage."""
         values = self.settings()
         blocks = []
-        for part, cls in PARTS.items():
+        for part, cls in self.parts().items():
             names = [field.name for field in dataclasses.fields(cls) if field.name in values]
             block = {name: values[name] for name in names}
             blocks.append(f"# {part}\n" + yaml.safe_dump(block, sort_keys=False, allow_unicode=True))
         return "\n".join(blocks)
 
 
-def parse(arguments: Sequence[str]) -> Job:
+@dataclasses.dataclass(frozen=True)
+class Job(BaseJob):
+    """One run of `python -m jaxtune.train`."""
+
+    PROGRAM: ClassVar[str] = "python -m jaxtune.train"
+    DESCRIPTION: ClassVar[str] = DESCRIPTION
+    SHIPPED: ClassVar[dict[str, Any]] = SHIPPED_TASK
+
+    data: DataArguments = dataclasses.field(default_factory=DataArguments)
+    training: SFTConfig = dataclasses.field(default_factory=SFTConfig)
+    dry_run: bool = False
+    """Show the settings, the size of the model, the memory it will take and the data, then stop."""
+
+
+def parse[J: BaseJob](arguments: Sequence[str], kind: type[J]) -> J:
     """The job that a command line asks for.
 
     Args:
         arguments: without the program's name.
+        kind: of job.
 
     Raises:
         ConfigError: the YAML file is missing, malformed, or has an unknown or unsuitable setting.
@@ -98,13 +124,13 @@ def parse(arguments: Sequence[str]) -> Job:
     """
     # Both have to be known before the flags can be given their defaults.
     file, dataset = _value("--config", arguments), _value("--dataset", arguments)
-    settings = read_yaml(Path(file) if file else None)
+    settings = read_yaml(Path(file) if file else None, kind)
     if dataset is None and settings.get("dataset") is None:
-        settings = SHIPPED_TASK | settings
-    return _from_command_line(arguments, settings)
+        settings = kind.SHIPPED | settings
+    return _from_command_line(arguments, settings, kind)
 
 
-def read_yaml(path: Path | None) -> dict[str, Any]:
+def read_yaml(path: Path | None, kind: type[BaseJob]) -> dict[str, Any]:
     """The settings of a YAML file, its names checked; {} for None."""
     if path is None:
         return {}
@@ -118,8 +144,9 @@ def read_yaml(path: Path | None) -> dict[str, Any]:
         return {}
     if not isinstance(settings, dict):
         raise ConfigError(f"--config {path}: expected lines 'name: value', came a {type(settings).__name__}")
-    known = {field.name for cls in PARTS.values() for field in dataclasses.fields(cls)}
-    foreign = ALIASES.keys() | IGNORED | REFUSED.keys()
+    parts = list(kind.parts().values())
+    known = {field.name for cls in parts for field in dataclasses.fields(cls)}
+    foreign = parts[-1].FOREIGN.names
     for name in settings:
         if name not in known | foreign:
             near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
@@ -137,31 +164,30 @@ def _value(flag: str, arguments: Sequence[str]) -> str | None:
     return None
 
 
-def _from_command_line(arguments: Sequence[str], settings: dict[str, Any]) -> Job:
+def _from_command_line[J: BaseJob](arguments: Sequence[str], settings: dict[str, Any], kind: type[J]) -> J:
     parts, left = {}, dict(settings)
-    for part, cls in PARTS.items():
+    for part, cls in kind.parts().items():
         names = {field.name for field in dataclasses.fields(cls)}
         own = {name: left.pop(name) for name in list(left) if name in names}
-        # What is left at the end are Hugging Face names that are no settings here; SFTConfig knows what to say.
-        own |= left if cls is SFTConfig else {}
+        # What is left at the end are Hugging Face names that are no settings here; that config knows what to say.
+        own |= left if part == "training" else {}
         try:
             parts[part] = cls(**own)
         except (TypeError, ValueError) as error:
             raise ConfigError(str(error)) from error
     job = tyro.cli(
-        Job,
-        prog="python -m jaxtune.train",
-        description=DESCRIPTION,
-        default=Job(**parts),
+        kind,
+        prog=kind.PROGRAM,
+        description=kind.DESCRIPTION,
+        default=kind(**parts),
         args=list(arguments),
         use_underscores=True,
         config=(tyro.conf.OmitArgPrefixes,),
     )
     resume = job.training.resume_from_checkpoint
     if isinstance(resume, str) and resume.lower() in ("true", "false"):
-        job = dataclasses.replace(
-            job, training=dataclasses.replace(job.training, resume_from_checkpoint=resume.lower() == "true")
-        )
+        training = dataclasses.replace(job.training, resume_from_checkpoint=resume.lower() == "true")
+        job = dataclasses.replace(job, training=training)
     return job
 
 

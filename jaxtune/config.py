@@ -2,21 +2,16 @@
 
 The command line and the YAML file of `python -m jaxtune.train` are generated from these classes; the
 line below each field is its help text. A config never changes once made: use `dataclasses.replace`.
-
-Three kinds of names that TRL's users may pass to `SFTConfig` are no fields of it (tables at the end of
-this file): other spellings of a field; arguments that mean nothing in JAX, accepted with one warning;
-arguments that would change the result and are not supported, which raise unless they ask for nothing.
+Names that TRL's users may pass and that are no fields: see `settings`.
 """
 
 import dataclasses
-import difflib
 import functools
 import math
-import numbers
-import types
-import warnings
-from collections.abc import Iterable
-from typing import Any, Literal, Union, get_args, get_origin
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from jaxtune.settings import FOREIGN, ForeignNames, check_at_least, check_types, tolerant
 
 Strategy = Literal["no", "steps", "epoch"]
 Event = Literal["logging", "eval", "save"]
@@ -30,23 +25,10 @@ OPTIMIZERS = {
 }
 
 
-_POSITIVE = """max_length dataset_num_proc per_device_train_batch_size
-    gradient_accumulation_steps per_device_eval_batch_size save_total_limit""".split()
+_POSITIVE = """per_device_train_batch_size gradient_accumulation_steps per_device_eval_batch_size
+    save_total_limit""".split()
 _NOT_NEGATIVE = """warmup_steps warmup_ratio weight_decay max_grad_norm learning_rate embedding_learning_rate
-    neftune_noise_alpha seed data_seed adam_epsilon adam_beta1 adam_beta2 logging_steps eval_steps
-    save_steps""".split()
-
-
-def _tolerant[T](cls: type[T]) -> type[T]:
-    """Let the constructor of SFTConfig take the foreign names of `_own_arguments` besides its fields."""
-    generated = cls.__init__
-
-    @functools.wraps(generated)
-    def __init__(self, *args, **kwargs):
-        generated(self, *args, **_own_arguments(cls, kwargs))
-
-    cls.__init__ = __init__
-    return cls
+    seed data_seed adam_epsilon adam_beta1 adam_beta2 logging_steps eval_steps save_steps""".split()
 
 
 # What a layer can keep for the backward pass, by name (see models.remat).
@@ -72,47 +54,28 @@ def remat_parts(text: str) -> tuple[frozenset[str], bool]:
     return frozenset(names), "offload" in parts
 
 
-@_tolerant
 @dataclasses.dataclass(frozen=True)
-class SFTConfig:
-    """Supervised fine-tuning: data preparation, optimisation, logging, checkpoints (TRL's defaults)."""
+class TrainingConfig:
+    """What every trainer has: batches and length of the run, optimizer, logging, evaluation, checkpoints."""
+
+    FOREIGN: ClassVar[ForeignNames] = FOREIGN
+    # What may differ between a checkpoint and the run that resumes it, because the result does not depend on it. The
+    # length of the run and the warm-up count as numbers of steps, see checkpoint.fingerprint.
+    FREE_SETTINGS: ClassVar[frozenset[str]] = frozenset(
+        """output_dir logging_strategy logging_steps logging_first_step report_to run_name logging_dir
+        disable_tqdm eval_strategy eval_steps eval_on_start per_device_eval_batch_size
+        save_strategy save_steps save_total_limit load_best_model_at_end resume_from_checkpoint
+        gradient_checkpointing num_train_epochs max_steps warmup_steps warmup_ratio""".split()
+    )
 
     output_dir: str = "trainer_output"
     """Folder for checkpoints, history.jsonl, the loss curve and the saved model."""
-
-    # -- data --------------------------------------------------------------------------------------
-    max_length: int | None = 1024
-    """Longest sequence in tokens, longer ones are cut on the right (None = not); with packing, row length."""
-    packing: bool = False
-    """Put several sequences into one row of max_length tokens; attention and positions stay apart."""
-    packing_strategy: Literal["bfd", "bfd_split", "wrapped"] = "bfd"
-    """bfd: best-fit decreasing, cuts overflow; bfd_split: splits overflow; wrapped: one stream cut up."""
-    eval_packing: bool | None = None
-    """Pack the evaluation data too. None = as packing."""
-    completion_only_loss: bool | None = None
-    """Train on the completion only. None = yes for prompt-completion data, no for other data."""
-    assistant_only_loss: bool = False
-    """Train on the assistant's turns only, found through the chat template."""
-    dataset_text_field: str = "text"
-    """Column that holds the text."""
-    dataset_num_proc: int | None = None
-    """Not needed: rows are tokenised in batches, on the tokenizer's own threads."""
-    dataset_kwargs: dict[str, bool] | None = None
-    """Only {"skip_prepare_dataset": true}: the data already has input_ids (and labels)."""
-    eos_token: str | None = None
-    """Token that ends a sequence. None = the tokenizer's."""
-    chat_template_path: str | None = None
-    """Jinja file, or tokenizer folder or repository, whose chat template replaces the tokenizer's."""
-    shuffle_dataset: bool = False
-    """Shuffle the rows once, before they are packed."""
-    train_sampling_strategy: Literal["random", "sequential"] = "random"
-    """Order of the rows in an epoch."""
 
     # -- batch and length of the run ---------------------------------------------------------------
     per_device_train_batch_size: int = 8
     """Rows in one forward pass."""
     gradient_accumulation_steps: int = 1
-    """Forward passes in one optimizer step; the loss is the mean over the label tokens of the whole step."""
+    """Forward passes in one optimizer step, which is that of one batch of all their rows."""
     per_device_eval_batch_size: int = 8
     """Rows in one forward pass of the evaluation."""
     num_train_epochs: float = 3.0
@@ -122,7 +85,7 @@ class SFTConfig:
 
     # -- optimizer ---------------------------------------------------------------------------------
     learning_rate: float = 2e-5
-    """Peak learning rate (LoRA usually wants 2e-4)."""
+    """Peak learning rate (LoRA usually wants ten times what full fine-tuning does)."""
     embedding_learning_rate: float | None = None
     """Learning rate of embed_tokens and lm_head when they are trained. None = learning_rate."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
@@ -143,10 +106,6 @@ class SFTConfig:
     """Gradients are clipped to this global norm; 0 = not clipped."""
     optim: str = "adamw"
     """adamw (float32 moments; also adamw_torch, adamw_torch_fused) or adamw_8bit (8-bit moments)."""
-    neftune_noise_alpha: float | None = None
-    """NEFTune: uniform noise of this strength on the embeddings while training."""
-    loss_type: Literal["nll"] = "nll"
-    """Negative log-likelihood; the logits are never materialised."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass where memory asks for it (see remat; "unsloth" is the same here);
     False: never."""
@@ -198,11 +157,11 @@ class SFTConfig:
 
     def __post_init__(self) -> None:
         self._normalise()
-        _check_types(self)
+        check_types(self)
         if self.remat != "auto":
             remat_parts(self.remat)
-        _check_at_least(self, 1, _POSITIVE)
-        _check_at_least(self, 0, _NOT_NEGATIVE)
+        check_at_least(self, 1, _POSITIVE)
+        check_at_least(self, 0, _NOT_NEGATIVE)
         if self.optim not in OPTIMIZERS:
             raise ValueError(
                 f"optim={self.optim!r} is not supported; expected one of {', '.join(OPTIMIZERS)}"
@@ -215,11 +174,6 @@ class SFTConfig:
                 f"nothing to train: max_steps is {self.max_steps} and num_train_epochs "
                 f"{self.num_train_epochs}; set one of them above 0"
             )
-        if self.packing and self.max_length is None:
-            raise ValueError("packing=True needs max_length (the row length in tokens), got None")
-        unknown = set(self.dataset_kwargs or ()) - {"skip_prepare_dataset"}
-        if unknown:
-            raise ValueError(f"dataset_kwargs knows only 'skip_prepare_dataset', got {sorted(unknown)}")
         for name in self.report_to:
             if name not in REPORTERS:
                 raise ValueError(f"report_to={name!r}: expected some of {', '.join(REPORTERS)}, or 'none'")
@@ -228,6 +182,11 @@ class SFTConfig:
                 "load_best_model_at_end=True is not supported; set save_steps = eval_steps, leave "
                 "save_total_limit at None and load the checkpoint with the lowest eval_loss in history.jsonl"
             )
+
+    @classmethod
+    def translated(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Constructor arguments, those that stand for several fields taken apart."""
+        return dict(given)
 
     def _normalise(self) -> None:
         """Fold equal spellings into one: enums to strings, optimizer names, report_to to a tuple."""
@@ -240,13 +199,6 @@ class SFTConfig:
         put("report_to", tuple(name for name in names if name != "none"))
         if self.gradient_checkpointing == "unsloth":
             put("gradient_checkpointing", True)
-        if self.loss_type == "chunked_nll":
-            put("loss_type", "nll")
-
-    @property
-    def max_seq_length(self) -> int | None:
-        """Unsloth's name of max_length."""
-        return self.max_length
 
     def num_warmup_steps(self, num_steps: int) -> int:
         """Steps of warm-up in a run of num_steps optimizer steps (Hugging Face's rounding)."""
@@ -260,6 +212,84 @@ class SFTConfig:
             return 0
         value = (self.eval_steps or self.logging_steps) if kind == "eval" else getattr(self, f"{kind}_steps")
         return math.ceil(num_steps * value) if value < 1 else int(value)
+
+
+@tolerant
+@dataclasses.dataclass(frozen=True)
+class SFTConfig(TrainingConfig):
+    """Supervised fine-tuning, with TRL's defaults: data preparation, and what TrainingConfig has."""
+
+    FOREIGN: ClassVar[ForeignNames] = FOREIGN.extended(
+        aliases={"max_seq_length": "max_length"},
+        ignored="activation_checkpointing activation_checkpointing_kwargs activation_offloading dataset_batch_size "
+        "padding_free",
+        refused={
+            "dataloader_drop_last": (False, "the short last step is padded with empty rows instead"),
+            "group_by_length": (False, "use packing=True"),
+            "num_of_sequences": (1024, "that was for streamed packing; leave it out"),
+            "pad_token": (None, "set tokenizer.pad_token"),
+            "truncation_mode": ("keep_start", "sequences are cut on the right"),
+        },
+    )
+    # What only decides the tokens counts through the digest of the data.
+    FREE_SETTINGS: ClassVar[frozenset[str]] = TrainingConfig.FREE_SETTINGS | set(
+        """eval_packing dataset_num_proc dataset_text_field dataset_kwargs chat_template_path eos_token
+        completion_only_loss assistant_only_loss shuffle_dataset""".split()
+    )
+
+    # -- data --------------------------------------------------------------------------------------
+    max_length: int | None = 1024
+    """Longest sequence in tokens, longer ones are cut on the right (None = not); with packing, row length."""
+    packing: bool = False
+    """Put several sequences into one row of max_length tokens; attention and positions stay apart."""
+    packing_strategy: Literal["bfd", "bfd_split", "wrapped"] = "bfd"
+    """bfd: best-fit decreasing, cuts overflow; bfd_split: splits overflow; wrapped: one stream cut up."""
+    eval_packing: bool | None = None
+    """Pack the evaluation data too. None = as packing."""
+    completion_only_loss: bool | None = None
+    """Train on the completion only. None = yes for prompt-completion data, no for other data."""
+    assistant_only_loss: bool = False
+    """Train on the assistant's turns only, found through the chat template."""
+    dataset_text_field: str = "text"
+    """Column that holds the text."""
+    dataset_num_proc: int | None = None
+    """Not needed: rows are tokenised in batches, on the tokenizer's own threads."""
+    dataset_kwargs: dict[str, bool] | None = None
+    """Only {"skip_prepare_dataset": true}: the data already has input_ids (and labels)."""
+    eos_token: str | None = None
+    """Token that ends a sequence. None = the tokenizer's."""
+    chat_template_path: str | None = None
+    """Jinja file, or tokenizer folder or repository, whose chat template replaces the tokenizer's."""
+    shuffle_dataset: bool = False
+    """Shuffle the rows once, before they are packed."""
+    train_sampling_strategy: Literal["random", "sequential"] = "random"
+    """Order of the rows in an epoch."""
+
+    # -- objective ---------------------------------------------------------------------------------
+    loss_type: Literal["nll"] = "nll"
+    """Negative log-likelihood; the logits are never materialised."""
+    neftune_noise_alpha: float | None = None
+    """NEFTune: uniform noise of this strength on the embeddings while training."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 1, ["max_length", "dataset_num_proc"])
+        check_at_least(self, 0, ["neftune_noise_alpha"])
+        if self.packing and self.max_length is None:
+            raise ValueError("packing=True needs max_length (the row length in tokens), got None")
+        unknown = set(self.dataset_kwargs or ()) - {"skip_prepare_dataset"}
+        if unknown:
+            raise ValueError(f"dataset_kwargs knows only 'skip_prepare_dataset', got {sorted(unknown)}")
+
+    def _normalise(self) -> None:
+        super()._normalise()
+        if self.loss_type == "chunked_nll":
+            object.__setattr__(self, "loss_type", "nll")
+
+    @property
+    def max_seq_length(self) -> int | None:
+        """Unsloth's name of max_length."""
+        return self.max_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,8 +321,8 @@ class LoadArguments:
     """Folder of downloaded files. None = the hub library's own."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _check_at_least(self, 1, ["max_seq_length"])
+        check_types(self)
+        check_at_least(self, 1, ["max_seq_length"])
         chosen = [
             name for name in ("load_in_4bit", "load_in_16bit", "full_finetuning") if getattr(self, name)
         ]
@@ -334,16 +364,16 @@ class LoraArguments:
                 object.__setattr__(self, name, (value,) if isinstance(value, (str, int)) else tuple(value))
         if self.target_modules == ("all-linear",):
             object.__setattr__(self, "target_modules", "all-linear")
-        _check_types(self)
-        _check_at_least(self, 1, ["r"])
-        _check_at_least(self, 0, ["lora_alpha", "lora_dropout", "random_state"])
+        check_types(self)
+        check_at_least(self, 1, ["r"])
+        check_at_least(self, 0, ["lora_alpha", "lora_dropout", "random_state"])
         if not self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be below 1, got {self.lora_dropout!r}")
 
 
 @dataclasses.dataclass(frozen=True)
-class DataArguments:
-    """The data of `python -m jaxtune.train`."""
+class DataSource:
+    """Where the rows of a run come from, and the chat template that they are written in."""
 
     dataset: str | None = None
     """Hub name, or JSONL, JSON, CSV or Parquet file. None = the small task that ships with jaxtune."""
@@ -359,6 +389,15 @@ class DataArguments:
     """Name of a known chat template ("llama-3.1", "chatml", …) to put in place of the tokenizer's."""
     system_message: str | None = None
     """System message of that template."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataArguments(DataSource):
+    """The data of `python -m jaxtune.train`."""
+
     standardize_sharegpt: bool = True
     """Turn ShareGPT columns (conversations, from, value) into messages when they are found."""
     train_on_responses_only: bool = False
@@ -369,123 +408,8 @@ class DataArguments:
     """Text that starts an assistant's turn. None = found from the chat template."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        super().__post_init__()
         if (self.instruction_part is None) != (self.response_part is None):
             raise ValueError(
                 "give both instruction_part and response_part, or neither (found from the template)"
             )
-
-
-def _check_types(config: Any) -> None:
-    """Raise unless every field of type bool, int, float or Literal (or None) holds such a value."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        kinds = _members(field.type)
-        choices = [choice for kind in kinds for choice in get_args(kind) if get_origin(kind) is Literal]
-        if (value is None and type(None) in kinds) or (isinstance(value, bool) and bool in kinds):
-            continue
-        if choices and value not in choices and not set(map(get_origin, kinds)) & {tuple}:
-            expected = ", ".join(repr(choice) for choice in choices)
-            raise ValueError(f"{field.name}={value!r} is not supported; expected one of {expected}")
-        if str in kinds or choices or not set(kinds) & {bool, int, float}:
-            continue
-        number = numbers.Real if float in kinds else numbers.Integral if int in kinds else ()
-        if isinstance(value, bool) or not isinstance(value, number) or not math.isfinite(value):
-            expected = " or ".join(kind.__name__ for kind in kinds)
-            hint = ' (YAML reads "2e-4" as text; write 2.0e-4)' if number and isinstance(value, str) else ""
-            raise TypeError(f"{field.name} must be {expected}, got {value!r}{hint}")
-
-
-def _members(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-
-
-def _check_at_least(config: Any, least: int, names: Iterable[str]) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value!r}")
-
-
-def _own_arguments(cls: type, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """kwargs with the foreign names renamed, dropped with one warning, or refused."""
-    fields = {field.name for field in dataclasses.fields(cls)}
-    own, ignored = {}, []
-    for name, value in kwargs.items():
-        name = ALIASES.get(name, name)
-        if name in fields:
-            if name in own and own[name] != value:
-                raise ValueError(f"{name} is given twice under different names: {own[name]!r} and {value!r}")
-            own[name] = value
-        elif name in REFUSED:
-            neutral, advice = REFUSED[name]
-            if value is not None and value != neutral:
-                raise ValueError(f"SFTConfig: {name}={value!r} is not supported; {advice}")
-        elif name in IGNORED:
-            ignored.append(name)
-        else:
-            near = difflib.get_close_matches(
-                name, fields | IGNORED | REFUSED.keys() | ALIASES.keys(), n=1, cutoff=0.5
-            )
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"SFTConfig has no argument {name!r}{hint}")
-    if ignored:
-        warnings.warn(f"SFTConfig: without effect in jaxtune, ignored: {', '.join(ignored)}", stacklevel=3)
-    return own
-
-
-ALIASES = {"max_seq_length": "max_length", "evaluation_strategy": "eval_strategy"}
-
-# Arguments of TRL, Hugging Face and Unsloth that could not change what a run here computes.
-IGNORED = frozenset(
-    """
-    accelerator_config activation_checkpointing activation_checkpointing_kwargs
-    activation_offloading average_tokens_across_devices batch_eval_metrics bf16 bf16_backend
-    bf16_full_eval data_parallel_backend dataloader_in_order dataloader_multiprocessing_context
-    dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory
-    dataloader_prefetch_factor dataset_batch_size ddp_backend ddp_broadcast_buffers
-    ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout debug deepspeed
-    disable_log_stats do_eval do_predict do_train enable_jit_checkpoint eval_accumulation_steps
-    eval_do_concat_batches eval_use_gather_object fp16 fp16_backend fp16_full_eval fp16_opt_level
-    fsdp fsdp_config full_determinism gradient_checkpointing_kwargs half_precision_backend
-    hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token
-    include_for_metrics include_inputs_for_metrics include_num_input_tokens_seen
-    include_tokens_per_second jit_mode_eval label_names length_column_name liger_kernel_config
-    local_rank log_level log_level_replica log_on_each_node logging_nan_inf_filter
-    overwrite_output_dir pad_to_multiple_of padding_free parallelism_config prediction_loss_only
-    project ray_scope remove_unused_columns restore_callback_states_from_checkpoint
-    save_on_each_node save_safetensors skip_memory_metrics tf32 torch_compile torch_compile_backend
-    torch_compile_mode torch_empty_cache_steps torchdynamo trackio_bucket_id trackio_space_id
-    trackio_static_space_id trust_remote_code use_cache use_liger use_liger_kernel use_mps_device
-    """.split()
-)
-
-# Arguments that would change the result: name -> (the value that asks for nothing, what to do instead).
-REFUSED: dict[str, tuple[Any, str]] = {
-    "compute_dtype": (None, "give it to FastLanguageModel.from_pretrained"),
-    "adafactor": (False, "use optim='adamw' or 'adamw_8bit'"),
-    "auto_find_batch_size": (False, "set per_device_train_batch_size"),
-    "dataloader_drop_last": (False, "the short last step is padded with empty rows instead"),
-    "eval_delay": (0, "use eval_steps"),
-    "greater_is_better": (None, "load_best_model_at_end is not there"),
-    "group_by_length": (False, "use packing=True"),
-    "ignore_data_skip": (False, "resuming goes on at the exact row, at no cost"),
-    "label_smoothing_factor": (0.0, "leave it out"),
-    "lr_scheduler_kwargs": ({}, "pick one of lr_scheduler_type's values"),
-    "metric_for_best_model": (None, "load_best_model_at_end is not there"),
-    "model_init_kwargs": ({}, "give them to FastLanguageModel.from_pretrained"),
-    "no_cuda": (False, "set the environment variable JAX_PLATFORMS=cpu before Python starts"),
-    "num_of_sequences": (1024, "that was for streamed packing; leave it out"),
-    "optim_args": (None, "use adam_beta1, adam_beta2, adam_epsilon"),
-    "optim_target_modules": (None, "use optim='adamw_8bit' to save memory"),
-    "pad_token": (None, "set tokenizer.pad_token"),
-    "push_to_hub": (False, "call model.push_to_hub after training"),
-    "q_galore_config": (None, "use optim='adamw_8bit' to save memory"),
-    "router_aux_loss_coef": (0.0, "mixture-of-experts models are not there yet"),
-    "save_only_model": (
-        False,
-        "each checkpoint folder is a PEFT adapter already; delete its 'state' to save space",
-    ),
-    "truncation_mode": ("keep_start", "sequences are cut on the right"),
-    "use_cpu": (False, "set the environment variable JAX_PLATFORMS=cpu before Python starts"),
-}

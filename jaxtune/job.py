@@ -18,7 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jaxtune.command_line import Job
+from jaxtune.command_line import BaseJob, Job
 from jaxtune.data import get_chat_template, load_dataset, standardize_sharegpt, train_on_responses_only
 from jaxtune.fast import FastLanguageModel
 from jaxtune.model import Model
@@ -85,7 +85,7 @@ def prepare(job: Job) -> Prepared:
     return Prepared(job, model, trainer, console, started)
 
 
-def load_model(job: Job) -> tuple[Model, Any]:
+def load_model(job: BaseJob) -> tuple[Model, Any]:
     """The base with a fresh adapter (or the one of an adapter folder, or none in full fine-tuning), and tokenizer."""
     model, tokenizer = FastLanguageModel.from_pretrained(**dataclasses.asdict(job.model))
     tokenizer = with_chat_template(tokenizer, job)
@@ -94,7 +94,7 @@ def load_model(job: Job) -> tuple[Model, Any]:
     return model, tokenizer
 
 
-def with_chat_template(tokenizer: Any, job: Job) -> Any:
+def with_chat_template(tokenizer: Any, job: BaseJob) -> Any:
     """The tokenizer with the chat template that the job asks for, or its own."""
     if job.data.chat_template is None:
         return tokenizer

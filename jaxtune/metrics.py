@@ -14,8 +14,9 @@ from types import ModuleType
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 
-from jaxtune.config import SFTConfig
+from jaxtune.config import TrainingConfig
 
 GIB = 2**30
 Record = dict[str, Any]
@@ -31,26 +32,28 @@ class TrainerState:
     num_input_tokens_seen: int = 0
     log_history: list[Record] = dataclasses.field(default_factory=list)
     total_loss: float = 0.0
-    window: dict[str, float] = dataclasses.field(default_factory=dict)
+    window: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
-    def add(self, metrics: Mapping[str, float]) -> None:
-        """Count one optimizer step."""
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        """Count one optimizer step: numbers, or arrays of one number a micro-batch."""
         self.total_loss += metrics["loss"]
-        self.num_input_tokens_seen += int(metrics["num_tokens"])
-        for name in ("loss", "accuracy"):
-            self.window[name] = self.window.get(name, 0.0) + metrics[name]
-        self.window["grad_norm"] = metrics["grad_norm"]
-        self.window["steps"] = self.window.get("steps", 0) + 1
+        self.record(metrics)
 
-    def close_window(self) -> Record:
-        """Means over the steps since the last log, in the names of TRL's logs, and start anew."""
+    def record(self, metrics: Mapping[str, Any]) -> None:
+        """Keep figures for the next log."""
+        for name, value in metrics.items():
+            self.window.setdefault(name, []).extend(np.ravel(value).tolist())
+
+    def close_window(self) -> dict[str, list[float]]:
+        """Every figure since the last log; start anew."""
         window, self.window = self.window, {}
-        return {
-            "loss": window["loss"] / window["steps"],
-            "grad_norm": window["grad_norm"],
-            "mean_token_accuracy": window["accuracy"] / window["steps"],
-            "num_tokens": self.num_input_tokens_seen,
-        }
+        return window
+
+
+def mean(values: Iterable[float]) -> float | None:
+    """Of what is not NaN; None where nothing is left (TRL's rule, and JSON's)."""
+    valid = [value for value in values if not math.isnan(value)]
+    return sum(valid) / len(valid) if valid else None
 
 
 class Speed:
@@ -99,7 +102,7 @@ class Reporter(Protocol):
 class History:
     """output_dir/history.jsonl (one record a line) and the reporters that report_to names."""
 
-    def __init__(self, args: SFTConfig, past: Iterable[Record] = ()) -> None:
+    def __init__(self, args: TrainingConfig, past: Iterable[Record] = ()) -> None:
         """Rewrite history.jsonl with the records before this run (those of the checkpoint it resumes)."""
         self.path = Path(args.output_dir) / "history.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +142,7 @@ def _grouped(name: str) -> str:
 class TensorBoard:
     """Event files in logging_dir (output_dir/runs by default), written by tensorboardX."""
 
-    def __init__(self, args: SFTConfig) -> None:
+    def __init__(self, args: TrainingConfig) -> None:
         module = _optional("tensorboardX", "tensorboard")
         self._writer = module.SummaryWriter(args.logging_dir or os.path.join(args.output_dir, "runs"))
 
@@ -155,7 +158,7 @@ class TensorBoard:
 class RunTracker:
     """wandb or trackio, which share one interface; project and login come from their own settings."""
 
-    def __init__(self, package: str, args: SFTConfig) -> None:
+    def __init__(self, package: str, args: TrainingConfig) -> None:
         self._module = _optional(package, package)
         self._module.init(
             project=os.environ.get(f"{package.upper()}_PROJECT", "jaxtune"),
@@ -190,7 +193,7 @@ def _optional(package: str, reporter: str) -> ModuleType:
 class Progress:
     """A bar in terminals and notebooks; elsewhere, or with disable_tqdm=True, one printed line a log."""
 
-    def __init__(self, args: SFTConfig, done: int, total: int) -> None:
+    def __init__(self, args: TrainingConfig, done: int, total: int) -> None:
         from tqdm.auto import tqdm  # decides about notebooks when it is imported
         from tqdm.notebook import tqdm as notebook_bar
 
@@ -204,10 +207,17 @@ class Progress:
         )
         self._shown = shown
 
-    def step(self, loss: float, learning_rate: float, tokens_per_second: float, memory_gib: float) -> None:
-        """One optimizer step is done."""
+    def step(
+        self,
+        figures: Mapping[str, float],
+        learning_rate: float,
+        tokens_per_second: float,
+        memory_gib: float,
+    ) -> None:
+        """One optimizer step is done; figures such as {"loss": 1.5} come first."""
+        first = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
         self._bar.set_postfix_str(
-            f"loss {loss:.4f}, lr {learning_rate:.2e}, {tokens_per_second:,.0f} tok/s, {memory_gib:.2f} GiB",
+            f"{first}, lr {learning_rate:.2e}, {tokens_per_second:,.0f} tok/s, {memory_gib:.2f} GiB",
             refresh=False,
         )
         self._bar.update()
@@ -236,8 +246,15 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
-def plot_losses(history: Iterable[Record], path: str | Path, title: str = "") -> Path | None:
-    """Draw training and evaluation loss over the steps into a PNG; None where there is nothing to draw."""
+def plot_curves(
+    history: Iterable[Record],
+    path: str | Path,
+    title: str = "",
+    *,
+    name: str = "loss",
+    unit: str = "nats per token",
+) -> Path | None:
+    """Draw a figure of training and of evaluation over the steps into a PNG; None where there is nothing to draw."""
     from matplotlib.backends.backend_agg import (
         FigureCanvasAgg,
     )  # no pyplot: the user's backend stays as it is
@@ -246,20 +263,20 @@ def plot_losses(history: Iterable[Record], path: str | Path, title: str = "") ->
 
     records = list(history)
     evaluations = sorted(
-        {key for r in records for key in r if key.startswith("eval") and key.endswith("_loss")}
+        {key for r in records for key in r if key.startswith("eval") and key.endswith(f"_{name}")}
     )
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for key in ["loss", *evaluations]:
-        points = [(r["step"], r[key]) for r in records if key in r and math.isfinite(r[key])]
+    for key in [name, *evaluations]:
+        points = [(r["step"], r[key]) for r in records if r.get(key) is not None and math.isfinite(r[key])]
         if points:
-            label = {"loss": "training", "eval_loss": "evaluation"}.get(key, key)
-            marker = "o" if key != "loss" or len(points) == 1 else ""
+            label = {name: "training", f"eval_{name}": "evaluation"}.get(key, key)
+            marker = "o" if key != name or len(points) == 1 else ""
             axes.plot(*zip(*points, strict=True), marker=marker, markersize=5, label=label)
     if not axes.lines:
         return None
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
+    axes.set(xlabel="optimizer step", ylabel=f"{name} ({unit})", title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

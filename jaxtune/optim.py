@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxtune.config import SFTConfig
+from jaxtune.config import TrainingConfig
 from jaxtune.quant import dynamic_map
 
 BLOCK = 256
@@ -129,7 +129,7 @@ def _is_embedding(path: str) -> bool:
 
 
 def make_optimizer(
-    args: SFTConfig, num_steps: int, trainable: dict[str, jax.Array]
+    args: TrainingConfig, num_steps: int, trainable: dict[str, jax.Array]
 ) -> optax.GradientTransformation:
     """AdamW with decoupled weight decay and the schedule of `args`; clipping is the step's.
 

@@ -1,58 +1,28 @@
-"""`python -m jaxtune.train`: fine-tune a model from a YAML file and the command line.
+"""`python -m jaxtune.train`: fine-tune a model from a YAML file and the command line. Exit status: see `program`."""
 
-Exit status: 0 done, 1 failed while training or saving, 2 a setting, model or dataset that cannot be used (one line),
-130 interrupted.
-"""
-
-import os
 import sys
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from jaxtune.command_line import ConfigError, parse
+from jaxtune.command_line import Job
+from jaxtune.program import Prepare, run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one job; returns the exit status."""
-    warnings.showwarning = _one_line
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that there is no PyTorch
-    try:
-        job = parse(sys.argv[1:] if arguments is None else arguments)
-    except ConfigError as error:
-        return _fail(error)
+    return run(sys.argv[1:] if arguments is None else arguments, Job, _load)
 
-    # Only now: --help and a mistyped setting should not wait for jax and transformers.
-    import datasets
 
+def _load() -> Prepare:
     from jaxtune import job as jobs
     from jaxtune.dry_run import dry_run
 
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    try:
+    def prepare(job: Job) -> Callable[[], None] | None:
         if job.dry_run:
-            dry_run(job)
-            return 0
+            return dry_run(job)
         prepared = jobs.prepare(job)
-    except (ValueError, TypeError, OSError) as error:  # what loading and data preparation raise on bad input
-        if job.traceback:
-            raise
-        return _fail(error)
-    try:
-        jobs.train(prepared)
-    except KeyboardInterrupt:  # the trainer has finished its step and saved
-        print("stopped; the same command with --resume_from_checkpoint true goes on", file=sys.stderr)
-        return 130
-    return 0
+        return lambda: jobs.train(prepared)
 
-
-def _fail(error: Exception) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
-
-
-def _one_line(message, category, filename, lineno, file=None, line=None) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    return prepare
 
 
 if __name__ == "__main__":

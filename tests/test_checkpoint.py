@@ -15,6 +15,7 @@ from datasets import Dataset
 
 from jaxtune import checkpoint
 from jaxtune.config import SFTConfig
+from jaxtune.data import content_digest
 from jaxtune.metrics import TrainerState
 
 
@@ -225,7 +226,8 @@ def test_fingerprint_names_what_differs():
 
     def fingerprint(args=args, steps=10, rows=rows, **changes):
         changed = SimpleNamespace(**vars(model) | changes)
-        return checkpoint.fingerprint(args, steps, changed, Dataset.from_list(rows))
+        data = {"rows of data": len(rows), "data (digest)": content_digest(Dataset.from_list(rows))}
+        return checkpoint.fingerprint(args, steps, changed, data)
 
     saved = fingerprint()
     assert json.loads(json.dumps(saved)) == saved

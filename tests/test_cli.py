@@ -1,6 +1,7 @@
 """`python -m jaxtune.train`: settings from YAML and flags, messages, dry run, and a whole small run."""
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -12,10 +13,11 @@ import transformers
 import yaml
 from safetensors.numpy import load_file
 
-from jaxtune import train
-from jaxtune.command_line import PARTS, SHIPPED_TASK, ConfigError, parse
+from jaxtune import command_line, train
+from jaxtune.command_line import SHIPPED_TASK, ConfigError, Job
 
 ROOT = Path(__file__).resolve().parents[1]
+parse = functools.partial(command_line.parse, kind=Job)
 
 
 def _yaml(tmp_path, text: str) -> str:
@@ -25,7 +27,7 @@ def _yaml(tmp_path, text: str) -> str:
 
 
 def test_every_setting_has_one_name():
-    names = [field.name for cls in PARTS.values() for field in dataclasses.fields(cls)]
+    names = [field.name for cls in Job.parts().values() for field in dataclasses.fields(cls)]
     assert len(names) == len(set(names))
 
 

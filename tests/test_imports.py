@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "jaxtune"
 # The order of the pipeline. A module may import from its own stage and from earlier ones.
 STAGES = [
-    {"config", "arguments", "compile_cache"},
+    {"settings", "arguments", "compile_cache"},
+    {"config"},
     {"hub", "formats"},
     {"quant"},
     {"kernels"},
@@ -28,11 +29,14 @@ STAGES = [
     {"model"},
     {"fast"},
     {"checkpoint", "metrics", "signals"},
+    {"training_loop"},
     {"trainer"},
     {"tasks"},
     {"command_line"},
+    {"program"},
     {"job"},
     {"dry_run"},
+    {"rl"},
     {"train", "export.__main__", "chat"},
 ]
 STAGE_OF = {name: number for number, names in enumerate(STAGES) for name in names}
@@ -112,7 +116,12 @@ assert not xla_bridge._backends, "importing started a jax backend"
 
 @pytest.mark.parametrize(
     "program, flag",
-    [("train", "--learning_rate"), ("export.__main__", "--imatrix"), ("chat", "--temperature")],
+    [
+        ("train", "--learning_rate"),
+        ("rl.train", "--learning_rate"),
+        ("export.__main__", "--imatrix"),
+        ("chat", "--temperature"),
+    ],
 )
 def test_help_is_quick_and_needs_no_jax(program, flag):
     code = f"""

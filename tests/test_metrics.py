@@ -4,6 +4,7 @@ import struct
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from jaxtune.config import SFTConfig
@@ -13,7 +14,7 @@ from jaxtune.metrics import (
     Speed,
     TrainerState,
     peak_memory_gib,
-    plot_losses,
+    plot_curves,
     read_history,
 )
 
@@ -26,19 +27,18 @@ HISTORY = [
 ]
 
 
-def test_window_is_the_mean_over_its_steps():
+def test_window_holds_every_figure_since_the_last_log():
     state = TrainerState()
-    for loss, tokens in ((1.0, 10), (2.0, 20), (6.0, 30)):
-        state.add(
-            {"loss": loss, "accuracy": loss / 10, "grad_norm": loss * 2, "num_tokens": tokens, "num_items": 5}
-        )
-    assert state.close_window() == pytest.approx(
-        {"loss": 3.0, "grad_norm": 12.0, "mean_token_accuracy": 0.3, "num_tokens": 60}
-    )
-    assert (state.window, state.total_loss) == ({}, 9.0)
-    state.add({"loss": 4.0, "accuracy": 0.0, "grad_norm": 1.0, "num_tokens": 1})
-    assert state.close_window()["loss"] == 4.0
-    assert state.num_input_tokens_seen == 61
+    for loss in (1.0, 2.0, 6.0):
+        state.add({"loss": loss, "grad_norm": loss * 2, "kl": np.asarray([loss, -loss])})
+    assert state.total_loss == 9.0
+    assert state.close_window() == {
+        "loss": [1.0, 2.0, 6.0],
+        "grad_norm": [2.0, 4.0, 12.0],
+        "kl": [1.0, -1.0, 2.0, -2.0, 6.0, -6.0],
+    }
+    state.record({"reward": 0.5})
+    assert (state.close_window(), state.window, state.total_loss) == ({"reward": [0.5]}, {}, 9.0)
 
 
 def test_speed_leaves_pauses_out(monkeypatch):
@@ -131,7 +131,7 @@ def test_missing_reporter_says_what_to_install(tmp_path, monkeypatch, reporter, 
 
 def test_progress_prints_lines_without_a_terminal(capsys):
     progress = Progress(SFTConfig(disable_tqdm=True), done=3, total=2000)
-    progress.step(1.0, 1e-4, 10.0, 0.5)
+    progress.step({"loss": 1.0}, 1e-4, 10.0, 0.5)
     progress.log({"loss": 1.23456, "num_tokens": 12345, "tokens_per_second": 123456.7, "step": 10})
     progress.close()
     captured = capsys.readouterr()
@@ -141,13 +141,13 @@ def test_progress_prints_lines_without_a_terminal(capsys):
 
 def test_progress_shows_loss_rate_speed_and_memory_in_the_bar(capsys):
     progress = Progress(SFTConfig(disable_tqdm=False), done=3, total=20)
-    progress.step(1.23456, 2e-4, 12345.6, 0.5)
+    progress.step({"reward": 0.5, "loss": 1.23456}, 2e-4, 12345.6, 0.5)
     progress.log({"loss": 1.0, "step": 10})
     progress.log({"eval_loss": 2.0, "step": 10})
     progress.close()
     captured = capsys.readouterr()
     assert "4/20" in captured.err
-    assert "loss 1.2346, lr 2.00e-04, 12,346 tok/s, 0.50 GiB" in captured.err
+    assert "reward 0.5000, loss 1.2346, lr 2.00e-04, 12,346 tok/s, 0.50 GiB" in captured.err
     assert captured.out == "step 10/20: eval_loss 2\n"
 
 
@@ -155,8 +155,8 @@ def test_loss_curve(tmp_path):
     import matplotlib
 
     backend = matplotlib.get_backend(auto_select=False)
-    path = plot_losses(HISTORY, tmp_path / "loss.png", "a model")
+    path = plot_curves(HISTORY, tmp_path / "loss.png", "a model")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert matplotlib.get_backend(auto_select=False) == backend
-    assert plot_losses([{"eval_loss": float("nan"), "step": 1}], tmp_path / "no.png") is None
+    assert plot_curves([{"eval_loss": float("nan"), "step": 1}], tmp_path / "no.png") is None
     assert not (tmp_path / "no.png").exists()

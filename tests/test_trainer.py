@@ -17,7 +17,8 @@ from jaxtune import checkpoint
 from jaxtune.config import SFTConfig
 from jaxtune.fast import FastLanguageModel
 from jaxtune.metrics import read_history
-from jaxtune.trainer import SFTTrainer, TrainOutput
+from jaxtune.trainer import SFTTrainer
+from jaxtune.training_loop import TrainOutput
 
 CLOCK = {"tokens_per_second", "peak_memory_gib", "eval_runtime"}
 ROWS = [{"text": f"row {i}: " + "abcdefgh"[: i % 9] * (i % 4)} for i in range(22)]

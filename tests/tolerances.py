@@ -17,3 +17,8 @@ GGUF_ERROR = 1.0005  # root mean square error of blocks made in JAX over that of
 # sides by √2 of that (3.7 %). e5m2 has 2 bits (5.3 %), and beside an e4m3 weight that makes 5.9 %.
 FP8 = 4.5e-2  # e4m3 products against float32, norm of the difference over the norm
 FP8_GRADIENT = 7e-2  # e5m2 by e4m3 products against float32
+RL_LOSS = 2e-5  # float32 losses, gradients and metrics of rl/losses against TRL, relative to the largest of an array
+ADVANTAGE = 2e-4  # advantages against TRL: near-equal rewards are divided by a small standard deviation
+SAMPLER_GAP = (
+    1e-4  # float32 log-probabilities of the engine, which merges the adapter, against those of the trainer
+)

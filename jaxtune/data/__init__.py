@@ -7,6 +7,7 @@ Batches
 from jaxtune.data.batches import Batches, buckets
 from jaxtune.data.columns import content_digest
 from jaxtune.data.packing import pack
+from jaxtune.data.preferences import PAIR_COLUMNS, pair_rows, prepare_preferences
 from jaxtune.data.prepare import PreparationReport, preparation_report, prepare_dataset
 from jaxtune.data.responses import train_on_responses_only
 from jaxtune.data.sharegpt import standardize_data_formats, standardize_sharegpt, to_sharegpt

@@ -1,6 +1,6 @@
 """Batches of static shape, each reachable by its step number."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import datasets
 import numpy as np
@@ -51,6 +51,8 @@ class Batches:
         shuffle: bool = True,
         pad_token_id: int | None = None,
         pad_to_multiple_of: int | None = None,
+        together: int = 1,
+        numbers: Mapping[str, np.ndarray] | None = None,
     ):
         """
         Args:
@@ -65,6 +67,8 @@ class Batches:
             pad_token_id: fills input_ids behind a row's end; None is 0 (padding is never attended to).
             pad_to_multiple_of: pad unpacked rows to multiples of this instead of to `buckets`; every length
                 that occurs is a compilation.
+            together: so many rows that follow each other stay together, in order; batch_size is a multiple.
+            numbers: more of each row, name -> float32 [rows]: in a batch [B, 1], 0 in empty rows.
 
         Raises:
             ValueError: no rows, or a row longer than max_length.
@@ -85,6 +89,7 @@ class Batches:
             )
         self.batch_size, self.accumulation = batch_size, accumulation
         self.seed, self.shuffle, self.pad_token_id = seed, shuffle, pad_token_id or 0
+        self._together, self._numbers = together, dict(numbers or {})
         if packed:
             self._sizes = np.asarray([self.max_length])
         elif pad_to_multiple_of:
@@ -136,7 +141,8 @@ class Batches:
         if not self.shuffle:
             return np.arange(len(self._ids))
         if self._order is None or self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self._ids))
+            pieces = np.arange(len(self._ids)).reshape(-1, self._together)
+            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(pieces).reshape(-1)
         return self._order[1]
 
     def _bucket(self, rows: np.ndarray) -> int:
@@ -152,6 +158,7 @@ class Batches:
             "positions": np.zeros(shape, np.int32),
             "segment_ids": np.zeros(shape, np.int32),
             "starts": self._empty_starts(height),
+            **{name: np.zeros((height, 1), np.float32) for name in self._numbers},
         }
         for place, row in enumerate(rows):
             ids = self._ids.row(row)
@@ -159,6 +166,8 @@ class Batches:
             batch["input_ids"][filled] = ids
             batch["labels"][filled] = self._labels.row(row)
             batch["positions"][filled], batch["segment_ids"][filled] = self._places(row, len(ids))
+            for name, values in self._numbers.items():
+                batch[name][place] = values[row]
             if self._documents is not None:
                 starts = np.concatenate([[0], np.cumsum(self._documents.row(row))])
                 starts = starts[starts < shape[1]]  # a full row has no padding

@@ -93,7 +93,7 @@ def canonical_row(
     if form == "alpaca":
         return alpaca_row(row, chat=chat)
     options = {
-        "tools": _tools(row.get("tools")),
+        "tools": json_tools(row.get("tools")),
         "chat_template_kwargs": row.get("chat_template_kwargs") or {},
     }
     if form == "conversations":
@@ -129,7 +129,7 @@ def alpaca_row(row: Row, *, chat: bool) -> tuple[str, dict[str, Any]]:
     return "prompt_completion", {"prompt": prompt, "completion": row["output"]}
 
 
-def _tools(tools: list | str | None) -> list | None:
+def json_tools(tools: list | str | None) -> list | None:
     """Tool schemas, given as a list or as its JSON text."""
     return json.loads(tools) if isinstance(tools, str) else tools
 

@@ -81,7 +81,7 @@ def prepare_dataset(
     """
     if args.packing and args.max_length is None:
         raise ValueError("packing needs max_length, the length of a packed row; it is None")
-    rows = _plain_rows(load_dataset(dataset))
+    rows = plain_rows(load_dataset(dataset))
     if args.chat_template_path is not None:
         use_chat_template_of(tokenizer, args.chat_template_path)
     _set_eos(tokenizer, args.eos_token)
@@ -148,7 +148,12 @@ def truncate_and_drop(
     return sealed(cut, report if earlier is None else earlier.then(report))
 
 
-def map_tokens(dataset: datasets.Dataset, function: Callable[..., Any], title: str) -> datasets.Dataset:
+def map_tokens(
+    dataset: datasets.Dataset,
+    function: Callable[..., Any],
+    title: str,
+    columns: datasets.Features = TOKEN_COLUMNS,
+) -> datasets.Dataset:
     """`function` over batches of rows, with a progress bar; the result has the token columns alone.
 
     It stays in memory and no cache is asked: a cached result could be that of an older template or function.
@@ -157,7 +162,7 @@ def map_tokens(dataset: datasets.Dataset, function: Callable[..., Any], title: s
         function,
         batched=True,
         remove_columns=dataset.column_names,
-        features=TOKEN_COLUMNS,
+        features=columns,
         keep_in_memory=True,
         load_from_cache_file=False,
         new_fingerprint=generate_random_fingerprint(),
@@ -177,7 +182,12 @@ def attach_report(dataset: datasets.Dataset, report: PreparationReport | None) -
     return dataset
 
 
-def _plain_rows(dataset: datasets.Dataset) -> datasets.Dataset:
+def plain_rows(dataset: datasets.Dataset) -> datasets.Dataset:
+    """A dataset whose rows are Python values.
+
+    Raises:
+        ValueError: it has a transform.
+    """
     if dataset.format["type"] == "custom":
         raise ValueError(
             "the dataset has a with_transform() function, which may give other rows each time; apply it once with "

@@ -75,7 +75,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> lis
 
 def encode_text_rows(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
     """Rows {"text"}; the EOS token is appended where the text does not end with it."""
-    texts = [_with_eos(row["text"], tokenizer) for row in rows]
+    texts = [with_eos(row["text"], tokenizer) for row in rows]
     return [Encoded(ids) for ids in encode_text(tokenizer, texts)]
 
 
@@ -84,7 +84,7 @@ def encode_prompt_rows(
 ) -> list[Encoded]:
     """Rows {"prompt", "completion"} of strings. The completion starts where prompt and whole first differ."""
     prompts = encode_text(tokenizer, [row["prompt"] for row in rows])
-    wholes = encode_text(tokenizer, [row["prompt"] + _with_eos(row["completion"], tokenizer) for row in rows])
+    wholes = encode_text(tokenizer, [row["prompt"] + with_eos(row["completion"], tokenizer) for row in rows])
     return [_split_at_prompt(prompt, whole) for prompt, whole in zip(prompts, wholes, strict=True)]
 
 
@@ -119,11 +119,11 @@ class ChatEncoder:
         if self.assistant_only:
             wholes = [self._with_mask(talk, chosen) for talk, chosen in zip(talks, options, strict=True)]
         else:
-            wholes = [Encoded(ids) for ids in self._ids(talks, options)]
+            wholes = [Encoded(ids) for ids in self.ids(talks, options)]
         if "messages" in rows[0]:
             return wholes
         asking = [chosen | {"add_generation_prompt": True} for chosen in options]
-        prompts = self._ids([row["prompt"] for row in rows], asking)
+        prompts = self.ids([row["prompt"] for row in rows], asking)
         return [
             replace(_split_at_prompt(prompt, whole.ids), assistant=whole.assistant)
             for prompt, whole in zip(prompts, wholes, strict=True)
@@ -135,7 +135,8 @@ class ChatEncoder:
     def _render(self, messages: Messages, options: Mapping[str, Any]) -> str:
         return render_chat(self.tokenizer, messages, **options) if messages else ""
 
-    def _ids(self, talks: Sequence[Messages], options: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
+    def ids(self, talks: Sequence[Messages], options: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
+        """Token ids of conversations, each rendered with its options of `apply_chat_template`."""
         texts = [self._render(talk, chosen) for talk, chosen in zip(talks, options, strict=True)]
         encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return [np.asarray(ids, np.int32) for ids in encoded]
@@ -151,7 +152,7 @@ class ChatEncoder:
                 )
             mask = np.asarray(encoded["assistant_masks"], bool)
             return Encoded(np.asarray(encoded["input_ids"], np.int32), assistant=mask)
-        ids = self._ids([messages], [options])[0]
+        ids = self.ids([messages], [options])[0]
         return Encoded(ids, assistant=self._spans_by_prefix(messages, options, ids))
 
     def _spans_by_prefix(self, messages: Messages, options: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
@@ -179,7 +180,7 @@ class ChatEncoder:
             if whole.startswith(through):
                 stop = np.searchsorted(begins, len(through))
             else:  # the template ends a conversation with something of its own, such as EOS
-                stop = common_prefix(ids, self._ids([messages[: turn + 1]], [options])[0])
+                stop = common_prefix(ids, self.ids([messages[: turn + 1]], [options])[0])
             mask[np.searchsorted(ends, len(before), side="right") : stop] = True
         return mask
 
@@ -189,7 +190,12 @@ def _split_at_prompt(prompt: np.ndarray, whole: np.ndarray) -> Encoded:
     return Encoded(whole, completion=np.arange(len(whole)) >= shared, prompt_changed=shared < len(prompt))
 
 
-def _with_eos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def with_eos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text, ending with the EOS token.
+
+    Raises:
+        ValueError: no text, or no EOS token.
+    """
     eos = tokenizer.eos_token
     if not isinstance(text, str):
         raise ValueError(f"expected a string to tokenise; a row has {text!r}. Filter such rows out first")

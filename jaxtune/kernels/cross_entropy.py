@@ -1,9 +1,9 @@
 """LM head and cross entropy in one pass over chunks of tokens: [tokens, vocabulary] logits never exist.
 
 `fused_cross_entropy` takes the gradient while a chunk's logits are at hand, in the forward pass (two matrix products in
-all, none recomputed). `token_log_probs` is for losses whose gradient with respect to a token's log-probability is not
-known then (GRPO, DPO): it keeps one number a token and makes the logits again (three products). Rows with label -100
-are sorted to the end and never visited, so they cost nothing.
+all, none recomputed). `token_log_probs` and `token_scores` are for losses whose gradient with respect to a token's
+log-probability is not known then (GRPO, DPO): they keep one number a token and make the logits again (three products).
+Rows with label -100 are sorted to the end and never visited, so they cost nothing.
 """
 
 from collections.abc import Callable
@@ -179,37 +179,62 @@ def _backward(options, residuals, cotangents):
 fused_cross_entropy.defvjp(_forward, _backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
+class TokenScores(NamedTuple):
+    """Of each row, float32 [N], 0 where the label is -100."""
+
+    log_probs: jax.Array  # log p(label); differentiable
+    entropies: jax.Array  # of the distribution p, in nats; differentiable
+    correct: jax.Array  # 1 where no token is more likely than the label
+    mean_logits: jax.Array  # over the vocabulary
+    log_sum_sq_probs: jax.Array  # log Σ p²
+
+
 def token_log_probs(
     hidden: jax.Array, head: jax.Array, labels: jax.Array, options: Options
 ) -> tuple[jax.Array, jax.Array]:
-    """log p(label) of each row, and the entropy of the distribution that it is taken from.
+    """log p(label) of each row, and the entropy of p: the first two of `token_scores`."""
+    scores = token_scores(hidden, head, labels, options)
+    return scores.log_probs, scores.entropies
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def token_scores(hidden: jax.Array, head: jax.Array, labels: jax.Array, options: Options) -> TokenScores:
+    """What is known of each row from its logits.
 
     Args:
       hidden: [N, D]. head: [V, D], same dtype. labels: int32 [N], already shifted, -100 to leave a row out.
-      options: static; the distribution is softmax(softcapped logit_scale·logits).
+      options: static; p is softmax(softcapped logit_scale·logits).
 
     Returns:
-      (log-probabilities, entropies in nats), float32 [N], 0 where the label is -100. Both are differentiable with
-      respect to hidden, and to head with options.train_head; what stays unused costs no memory traffic.
+      log-probabilities and entropies are differentiable with respect to hidden, and to head with options.train_head.
+      Under jit, what stays unused is not computed.
     """
     return _token_forward(hidden, head, labels, options)[0]
 
 
 def _token_forward(hidden, head, labels, options):
     def visit(take, put, y, _, carry):
-        log_probs, entropies, lses = carry
-        found = _statistics(_chunk_logits(take(hidden), head, options), y, entropy=True)
-        return put(log_probs, found.chosen - found.lse), put(entropies, found.entropy), put(lses, found.lse)
+        scores, lses = carry
+        logits = _chunk_logits(take(hidden), head, options)
+        found = _statistics(logits, y, entropy=True)
+        squares = jnp.sum(jnp.exp(2 * (logits - found.top[:, None])), axis=1)
+        values = TokenScores(
+            log_probs=found.chosen - found.lse,
+            entropies=found.entropy,
+            correct=(found.chosen >= found.top).astype(jnp.float32),
+            mean_logits=jnp.mean(logits, axis=1),
+            log_sum_sq_probs=jnp.log(squares) + 2 * (found.top - found.lse),
+        )
+        return jax.tree.map(put, scores, values), put(lses, found.lse)
 
     nothing = jnp.zeros(labels.shape, jnp.float32)
-    log_probs, entropies, lse = _fold(labels, options, visit, (nothing, nothing, nothing))
-    return (log_probs, entropies), (hidden, head, labels, lse, entropies)
+    scores, lse = _fold(labels, options, visit, (TokenScores(*[nothing] * 5), nothing))
+    return scores, (hidden, head, labels, lse, scores.entropies)
 
 
 def _token_backward(options, residuals, cotangents):
     hidden, head, labels, lse, entropies = residuals
-    for_log_probs, for_entropies = cotangents
+    for_log_probs, for_entropies, *_ = cotangents
 
     def visit(take, put, y, _, sums):
         x = take(hidden)
@@ -222,4 +247,4 @@ def _token_backward(options, residuals, cotangents):
     return d_hidden, None if d_head is None else d_head.astype(head.dtype), None
 
 
-token_log_probs.defvjp(_token_forward, _token_backward)
+token_scores.defvjp(_token_forward, _token_backward)

@@ -19,6 +19,7 @@ from jaxtune.models import rope
 from jaxtune.models.layers import Embedding, Linear, RMSNorm, apply_gated, apply_together
 from jaxtune.models.remat import Remat
 from jaxtune.models.rope import Rope, rotate, tables
+from jaxtune.models.shared_prefix import SharedPrefix
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -121,7 +122,8 @@ class Context(NamedTuple):
     """What every layer needs beside x: rope tables, who sees whom, the dropout key, the cache's columns.
 
     starts: int32 [B, M], the first token of each document of a row (kernels.attention.packed_layout), M = 1 where a
-    row is one document; None where that is not known, and masks say who sees whom.
+    row is one document; None where that is not known, and masks say who sees whom. shared: where a row holds one prompt
+    and several completions.
     """
 
     cos: jax.Array
@@ -133,6 +135,7 @@ class Context(NamedTuple):
     kv_positions: jax.Array | None = None
     kv_segments: jax.Array | None = None
     index: jax.Array | None = None
+    shared: SharedPrefix | None = None
 
 
 class Attention(nnx.Module):
@@ -156,6 +159,10 @@ class Attention(nnx.Module):
         return self.o_proj(out.reshape(*x.shape[:2], -1), ctx.key), (k, v)
 
     def _attend(self, q, k, v, ctx: Context, kv):
+        if ctx.shared is not None:
+            rows = ctx.shared
+            apart = Context(ctx.cos, ctx.sin, rows.positions, rows.segment_ids, rows.starts)
+            return rows.gather(self._attend(rows.spread(q), rows.spread(k), rows.spread(v), apart, None))
         if kv is None and ctx.starts is not None and supports_cudnn(q, packed=ctx.starts.shape[1] > 1):
             starts = ctx.starts if ctx.starts.shape[1] > 1 else None
             return cudnn_attention(q, k, v, starts, self.window)
@@ -290,6 +297,7 @@ class CausalLM(nnx.Module):
         key: jax.Array | None = None,
         remat: Remat | None = None,
         cache: Cache | None = None,
+        shared: SharedPrefix | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states [B, T, D] of embedded tokens x [B, T, D].
 
@@ -298,10 +306,11 @@ class CausalLM(nnx.Module):
           starts: int32 [B, M], see Context.
           key: dropout key; None at evaluation.
           remat: what to keep for the backward pass; None where there is none.
+          shared: the layout where rows hold one prompt and several completions; segment_ids and starts are then its.
           cache: when given, T new columns are written at `cache.index` and attention spans the cache.
         """
         cos, sin = tables(self.config.rope, positions, self.dtype)
-        ctx = Context(cos, sin, positions, segment_ids, starts, key)
+        ctx = Context(cos, sin, positions, segment_ids, starts, key, shared=shared)
         if cache is not None:
             ctx = ctx._replace(kv_positions=cache.positions, kv_segments=cache.segment_ids, index=cache.index)
         kept = []

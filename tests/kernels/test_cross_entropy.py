@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from tolerances import BF16, GRADIENT
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
 from jaxtune.kernels import cross_entropy
-from jaxtune.kernels.cross_entropy import Options, fused_cross_entropy, token_log_probs
+from jaxtune.kernels.cross_entropy import Options, fused_cross_entropy, token_log_probs, token_scores
 
 TOKENS, WIDTH, VOCAB = 100, 16, 501
 
@@ -211,3 +212,35 @@ def test_a_tie_for_the_first_rank_counts():
     twins = jnp.where(best == 3, 7, best)
     assert (best == 3).any()
     assert fused_cross_entropy(hidden, head, twins, Options(32))[1] == TOKENS
+
+
+@pytest.mark.parametrize(("softcap", "logit_scale"), [(None, 1.0), (3.0, 0.5)])
+def test_scores_beside_the_log_probs_are_trls(softcap, logit_scale):
+    hidden, head, labels = inputs()
+    masked = np.asarray(labels) == -100
+    labels = jnp.where(masked | (jnp.arange(TOKENS) % 2 == 0), labels, jnp.argmax(hidden @ head.T, -1))
+    want = ChunkedLogProbFunction.apply(
+        *(torch.tensor(np.asarray(x)) for x in (hidden, head)),
+        None,
+        torch.tensor(np.where(masked, 0, labels)).long(),
+        1.0,
+        64,
+        softcap,
+        logit_scale,
+    )
+    options = Options(32, softcap=softcap, logit_scale=logit_scale)
+    got = token_scores(hidden, head, labels, options)
+    by_name = dict(zip(("log_probs", "entropies", "log_sum_sq_probs", "mean_logits", "correct"), want))
+    for name, value in by_name.items():
+        assert_close(getattr(got, name), np.where(masked, 0, value.float().numpy()))
+    assert 0 < got.correct.sum() < TOKENS
+
+
+def test_scores_that_nobody_asks_for_are_not_computed():
+    hidden, head, labels = inputs()
+    text = [
+        jax.jit(lambda h, f=f: f(h, head, labels, Options(32))).lower(hidden).compile().as_text()
+        for f in (lambda *a: token_scores(*a).log_probs, token_scores)
+    ]
+    assert text[0].count(f"f32[{TOKENS}]") < text[1].count(f"f32[{TOKENS}]")
+    assert text[0].count("exponential") < text[1].count("exponential")

@@ -1,0 +1,285 @@
+"""Making experience: prompts -> completions -> rewards -> advantages -> log-probabilities."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtune.models.names import Leaves
+from jaxtune.rl.advantages import ZERO_STD, Advantages, compute_advantages
+from jaxtune.rl.config import GRPOConfig
+from jaxtune.rl.data import Plan, Prompts, is_conversational
+from jaxtune.rl.experience import Collator, Experience, Sample
+from jaxtune.rl.groups import GroupCollator
+from jaxtune.rl.losses.grpo import GRPOLossOptions, sampling_metrics
+from jaxtune.rl.reference import without_adapter
+from jaxtune.rl.reward_runner import RewardRunner
+from jaxtune.rl.rollout import Completions, Request, Rollout
+from jaxtune.rl.step import Score
+
+Metrics = dict[str, Any]
+_advantages = jax.jit(compute_advantages, static_argnames=("group", "scale_rewards", "aggregation"))
+_sampling = jax.jit(sampling_metrics, static_argnames="options")
+EVALUATION = 2**31  # the random stream of evaluations, which no generation has
+
+
+@dataclasses.dataclass
+class Policy:
+    """The model as the collector sees it: its leaves now, and those of the reference (None: without its adapter)."""
+
+    model: Any
+    score: Score
+    reference: Leaves | None
+
+    def log_probs(self, batch: dict[str, np.ndarray]) -> np.ndarray:
+        return np.asarray(self.score(self.model.trainable, self.model.base, batch))
+
+    def ref_log_probs(self, batch: dict[str, np.ndarray]) -> np.ndarray:
+        if self.reference is not None:
+            return np.asarray(self.score(self.reference, self.model.base, batch))
+        return np.asarray(self.score(self.model.trainable, without_adapter(self.model.base), batch))
+
+
+@dataclasses.dataclass
+class Collector:
+    """Turns prompts into experience.
+
+    weights: of the reward functions, float32 [F]. end_ids: tokens that end a completion, and the padding token.
+    state: the trainer's state, now.
+    """
+
+    args: GRPOConfig
+    tokenizer: Any
+    rollout: Rollout
+    rewards: RewardRunner
+    weights: np.ndarray
+    end_ids: frozenset[int]
+    collator: Collator | GroupCollator
+    eval_collator: Collator
+    policy: Policy
+    loss: GRPOLossOptions
+    state: Callable[[], Any]
+    _synced: int | None = None
+
+    def train(
+        self, prompts: Prompts, plan: Plan, generation: int
+    ) -> tuple[Experience, list[Sample], Metrics]:
+        """Experience of one generation in the order of training, its samples, and TRL's metrics of it."""
+        numbers = plan.prompts(generation)
+        samples, metrics = self._samples(prompts, numbers, plan.group, self._seed(generation, 0))
+        found = self._advantages(samples, plan.group)
+        metrics |= self._reward_metrics(found) | _length_metrics(samples)
+        self.state().num_input_tokens_seen += sum(len(s.prompt_ids) + sum(s.own) for s in samples)
+        if self.args.max_resample_rounds:
+            samples, more = self._resampled(samples, prompts, plan, generation)
+            found, metrics = self._advantages(samples, plan.group), metrics | more
+        for sample, advantage in zip(samples, np.asarray(found.values), strict=True):
+            sample.advantage = float(advantage)
+        order = plan.row_order(generation)
+        experience, more = self._scored(
+            [samples[i] for i in order], self.args.per_device_train_batch_size, self.collator
+        )
+        return experience, samples, metrics | more
+
+    def evaluation(
+        self, prompts: Prompts, numbers: Sequence[int]
+    ) -> tuple[Experience, list[Sample], Metrics]:
+        """The same of one batch of an evaluation."""
+        group = self.args.group(train=False)
+        samples, metrics = self._samples(prompts, numbers, group, self._seed(EVALUATION, int(numbers[0])))
+        found = self._advantages(samples, group)
+        for sample, advantage in zip(samples, np.asarray(found.values), strict=True):
+            sample.advantage = float(advantage)
+        experience, more = self._scored(samples, self.args.per_device_eval_batch_size, self.eval_collator)
+        return experience, samples, metrics | self._reward_metrics(found) | _length_metrics(samples) | more
+
+    def _seed(self, generation: int, attempt: int) -> int:
+        entropy = [self.args.seed, generation, attempt]
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0]) & 0x7FFFFFFF
+
+    def _samples(
+        self, prompts: Prompts, numbers: Sequence[int], group: int, seed: int
+    ) -> tuple[list[Sample], Metrics]:
+        """Rewarded completions of some prompts, `group` of each together; and what reward functions logged."""
+        step = self.state().global_step
+        if self._synced != step:
+            self.rollout.sync(step)
+            self._synced = step
+        rows = [prompts.rows[int(i)] for i in numbers for _ in range(group)]
+        request = Request(
+            prompts=[row["prompt"] for row in rows],
+            prompt_ids=None
+            if prompts.ids is None
+            else [prompts.ids[int(i)] for i in numbers for _ in range(group)],
+            group=group,
+            seed=seed,
+            max_new_tokens=self.args.max_completion_length,
+        )
+        made = self.rollout.generate(request)
+        _check(made)
+        for i, row in enumerate(rows):
+            row |= {name: values[i] for name, values in made.extra.items()}
+        completions = self._decoded(made, request)
+        columns = {name: [row.get(name) for row in rows] for name in rows[0]}
+        rewards = self.rewards(request.prompts, completions, made.completion_ids, columns, self.state())
+        samples = [
+            Sample(
+                row=row,
+                prompt=row["prompt"],
+                completion=completions[i],
+                prompt_ids=made.prompt_ids[i],
+                completion_ids=made.completion_ids[i],
+                log_probs=None if made.logprobs is None else made.logprobs[i],
+                own=[1] * len(made.completion_ids[i]) if made.tool_mask is None else made.tool_mask[i],
+                ended=bool(made.completion_ids[i]) and made.completion_ids[i][-1] in self.end_ids,
+                rewards=rewards.values[i],
+                extra={column: values[i] for column, values in rewards.extra.items()},
+            )
+            for i, row in enumerate(rows)
+        ]
+        return samples, dict(rewards.metrics)
+
+    def _decoded(self, made: Completions, request: Request) -> list[Any]:
+        texts = self.tokenizer.batch_decode(made.completion_ids, skip_special_tokens=True)
+        if not is_conversational(request.prompts[0]):
+            return texts
+        return [[{"role": "assistant", "content": text}] for text in texts]
+
+    def _advantages(self, samples: list[Sample], group: int) -> Advantages:
+        return _advantages(
+            np.stack([sample.rewards for sample in samples]),
+            self.weights,
+            group=group,
+            scale_rewards=self.args.scale_rewards,
+            aggregation=self.args.multi_objective_aggregation,
+        )
+
+    def _reward_metrics(self, found: Advantages) -> Metrics:
+        metrics = {
+            name: float(getattr(found, name)) for name in ("reward", "reward_std", "frac_reward_zero_std")
+        }
+        for i, name in enumerate(self.rewards.names):
+            metrics[f"rewards/{name}/mean"] = float(found.function_mean[i])
+            metrics[f"rewards/{name}/std"] = float(found.function_std[i])
+        return metrics
+
+    def _resampled(
+        self, samples: list[Sample], prompts: Prompts, plan: Plan, generation: int
+    ) -> tuple[list[Sample], Metrics]:
+        """DAPO's dynamic sampling: groups whose rewards are all equal give way to groups of other prompts."""
+        rounds = replaced = 0
+        for attempt in range(1, self.args.max_resample_rounds + 1):
+            flat = self._flat_groups(samples, plan.group)
+            if not flat:
+                break
+            rounds = attempt
+            numbers = plan.other_prompts(generation, attempt, len(flat))
+            new, _ = self._samples(prompts, numbers, plan.group, self._seed(generation, attempt))
+            self.state().num_input_tokens_seen += sum(len(s.prompt_ids) + sum(s.own) for s in new)
+            useless = set(self._flat_groups(new, plan.group))
+            useful = [g for g in range(len(flat)) if g not in useless]
+            for place, g in zip(flat, useful, strict=False):
+                samples[place * plan.group : (place + 1) * plan.group] = new[
+                    g * plan.group : (g + 1) * plan.group
+                ]
+            replaced += len(useful)
+        left = len(self._flat_groups(samples, plan.group)) / plan.unique
+        return samples, {"resample/rounds": rounds, "resample/groups": replaced, "resample/left": left}
+
+    def _flat_groups(self, samples: list[Sample], group: int) -> list[int]:
+        """Groups without a signal: rewards all equal, or fewer than two that say anything."""
+        found = _advantages(np.stack([s.rewards for s in samples]), self.weights, group=group)
+        std = np.asarray(found.std)[::group]
+        return np.flatnonzero(~(std > ZERO_STD)).tolist()
+
+    def _scored(
+        self, samples: list[Sample], height: int, collator: Collator | GroupCollator
+    ) -> tuple[Experience, Metrics]:
+        """Experience in the order of the samples, with the log-probabilities that its training needs."""
+        args = self.args
+        masks = [
+            np.asarray(s.own, np.float32) * (0 if args.mask_truncated_completions and not s.ended else 1)
+            for s in samples
+        ]
+        experience = Experience(
+            prompt_ids=[np.asarray(s.prompt_ids, np.int32) for s in samples],
+            completion_ids=[np.asarray(s.completion_ids, np.int32) for s in samples],
+            advantages=np.asarray([s.advantage for s in samples], np.float32),
+            num_items=float(sum(mask.sum() for mask in masks)),
+            per_token={"mask": masks},
+        )
+        metrics: Metrics = {}
+        if args.needs_old_log_probs:
+            experience.per_token["old_log_probs"] = _score(
+                experience, height, collator, self.policy.log_probs
+            )
+        if args.beta != 0:
+            experience.per_token["ref_log_probs"] = _score(
+                experience, height, collator, self.policy.ref_log_probs
+            )
+        if args.corrects_sampler or (
+            args.off_policy_mask_threshold is not None and samples[0].log_probs is not None
+        ):
+            experience.per_token["sampling_log_probs"] = _sampler_log_probs(samples)
+        if args.corrects_sampler:
+            metrics = self._sampling_metrics(experience, collator)
+        return experience, metrics
+
+    def _sampling_metrics(self, experience: Experience, collator: Collator | GroupCollator) -> Metrics:
+        batch = collator([(experience, range(len(experience)))], len(experience))
+        old, sampling, mask = (
+            batch[f"{name}"][0] for name in ("old_log_probs", "sampling_log_probs", "mask")
+        )
+        return {name: float(value) for name, value in _sampling(old, sampling, mask, self.loss).items()}
+
+
+def _score(
+    experience: Experience,
+    height: int,
+    collator: Collator | GroupCollator,
+    function: Callable[[dict[str, np.ndarray]], np.ndarray],
+) -> list[np.ndarray]:
+    """Of every completion's tokens, [C] a row."""
+    parts = [
+        range(first, min(first + height, len(experience))) for first in range(0, len(experience), height)
+    ]
+    batch = collator([(experience, part) for part in parts], height)
+    needed = batch.keys() - {"advantages", "num_items", "old_log_probs"}
+    found = function({name: batch[name] for name in needed})
+    return [
+        row
+        for part, values in zip(parts, found, strict=True)
+        for row in collator.unpad(values, experience, part)
+    ]
+
+
+def _sampler_log_probs(samples: list[Sample]) -> list[np.ndarray]:
+    if any(sample.log_probs is None for sample in samples):
+        raise ValueError(
+            "correcting for the sampler (importance_sampling_correction) needs its log-probabilities; rollout_func "
+            "returned logprobs=None"
+        )
+    return [np.asarray(sample.log_probs, np.float32) for sample in samples]
+
+
+def _length_metrics(samples: list[Sample]) -> Metrics:
+    lengths = np.asarray([sum(sample.own) for sample in samples])
+    ended = lengths[[sample.ended for sample in samples]]
+    metrics = {"completions/clipped_ratio": 1 - len(ended) / len(lengths)}
+    for kind, values in (("length", lengths), ("terminated_length", ended if len(ended) else np.zeros(1))):
+        for name in ("mean", "min", "max"):
+            metrics[f"completions/{name}_{kind}"] = float(getattr(values, name)())
+    return metrics
+
+
+def _check(made: Completions) -> None:
+    """Raises where a row has nothing to be predicted from."""
+    for i, ids in enumerate(made.prompt_ids):
+        if len(ids) == 0:
+            raise ValueError(
+                f"the prompt of completion {i} has no tokens, so that its first token has nothing to be predicted from "
+                f"(completion ids {json.dumps(made.completion_ids[i][:20])})"
+            )

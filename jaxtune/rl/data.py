@@ -1,0 +1,203 @@
+"""Which prompts a generation is made for, and which of its completions an optimizer step trains on."""
+
+import dataclasses
+import hashlib
+import json
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+
+from jaxtune.data import load_dataset
+from jaxtune.rl.config import GRPOConfig
+
+Prompt = str | list[dict[str, Any]]  # text, or messages
+
+
+def is_conversational(prompt: Prompt) -> bool:
+    """Whether a prompt is a list of messages."""
+    return not isinstance(prompt, str)
+
+
+class Micro(NamedTuple):
+    """A micro-batch: slice `part` of generation number `generation`. `is_first`: that generation starts here."""
+
+    generation: int
+    part: int
+    is_first: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The order of TRL's RepeatSampler, every part of it a function of (seed, step).
+
+    A generation takes `unique` prompts, each `group` times; its rows are shuffled, cut into `parts` micro-batches, and
+    gone through `iterations` times. An optimizer step takes the next `accumulation` micro-batches of the epoch.
+    Prompts that fill no whole generation are left out of the epoch.
+
+    num_prompts: prompts of the data. unique: of one generation. whole_groups: a prompt's rows stay together.
+    """
+
+    num_prompts: int
+    unique: int
+    group: int
+    parts: int
+    iterations: int
+    accumulation: int
+    seed: int
+    shuffle: bool
+    whole_groups: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_prompts < self.unique:
+            raise ValueError(
+                f"the training data has {self.num_prompts} prompts and one generation takes {self.unique} "
+                f"({self.unique * self.group} completions, {self.group} of each prompt); give more data or make "
+                "per_device_train_batch_size, gradient_accumulation_steps or steps_per_generation smaller"
+            )
+
+    @property
+    def generations_per_epoch(self) -> int:
+        return self.num_prompts // self.unique
+
+    @property
+    def micros_per_epoch(self) -> int:
+        return self.generations_per_epoch * self.parts * self.iterations
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The last step of an epoch may be short."""
+        return -(-self.micros_per_epoch // self.accumulation)
+
+    def micros(self, step: int) -> list[Micro]:
+        """The micro-batches of an optimizer step, counted from 0 over all epochs."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        first = within * self.accumulation
+        out = []
+        for number in range(first, min(first + self.accumulation, self.micros_per_epoch)):
+            generation, inside = divmod(number, self.parts * self.iterations)
+            generation += epoch * self.generations_per_epoch
+            out.append(Micro(generation, inside % self.parts, inside == 0))
+        return out
+
+    def prompts(self, generation: int) -> np.ndarray:
+        """Which prompts, int64 [unique]."""
+        epoch, within = divmod(generation, self.generations_per_epoch)
+        order = np.arange(self.num_prompts)
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.num_prompts)
+        return order[within * self.unique : (within + 1) * self.unique]
+
+    def other_prompts(self, generation: int, attempt: int, count: int) -> np.ndarray:
+        """Prompts to take in place of those without variance, int64 [count]: any but those of the generation."""
+        others = np.setdiff1d(np.arange(self.num_prompts), self.prompts(generation))
+        pool = others if len(others) else np.arange(self.num_prompts)
+        return self.random(generation, attempt).choice(pool, count, replace=len(pool) < count)
+
+    def row_order(self, generation: int) -> np.ndarray:
+        """The shuffle of a generation's rows, int64 [unique * group]."""
+        if not self.whole_groups:
+            return self.random(generation, 0).permutation(self.unique * self.group)
+        first = self.random(generation, 0).permutation(self.unique) * self.group
+        return (first[:, None] + np.arange(self.group)).reshape(-1)
+
+    def random(self, generation: int, stream: int) -> np.random.Generator:
+        """Numbers that depend on the generation and the stream alone."""
+        return np.random.default_rng([self.seed, 1 + generation, stream])
+
+
+def make_plan(args: GRPOConfig, num_prompts: int) -> Plan:
+    """The plan of a run."""
+    return Plan(
+        num_prompts=num_prompts,
+        unique=args.generation_rows // args.num_generations,
+        group=args.num_generations,
+        parts=args.generation_steps,
+        iterations=args.num_iterations,
+        accumulation=args.gradient_accumulation_steps,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        shuffle=args.shuffle_dataset,
+        whole_groups=args.shared_prefix,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Rows of a dataset with their prompts' tokens.
+
+    rows: with a column "prompt". ids: of each row; None where a rollout_func makes them.
+    """
+
+    rows: datasets.Dataset
+    ids: list[list[int]] | None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def longest(self) -> int:
+        """Tokens of the longest prompt, 0 where they are not known."""
+        return max(map(len, self.ids)) if self.ids else 0
+
+    def digest(self) -> str:
+        """Changes with any value of any row, and with any token of its prompt."""
+        digest = hashlib.blake2b(digest_size=32)
+        for i, row in enumerate(self.rows):
+            ids = None if self.ids is None else self.ids[i]
+            digest.update(json.dumps([row, ids], sort_keys=True, default=repr).encode())
+        return digest.hexdigest()
+
+
+def prepare_prompts(
+    data: Any, tokenizer: Any, args: GRPOConfig, *, limit: int, tokenise: bool = True
+) -> Prompts:
+    """Load rows, and make their prompts' tokens as TRL does.
+
+    Args:
+        data: what load_dataset takes; a column "prompt" of text or messages, and any others for the rewards.
+        limit: most tokens that prompt and completion may have together.
+        tokenise: False: a rollout_func does it.
+
+    Raises:
+        ValueError: no such column, or every prompt is too long.
+    """
+    rows = load_dataset(data)
+    if "prompt" not in rows.column_names:
+        raise ValueError(
+            f"GRPO needs a column 'prompt' (text, or a list of messages); the data has {', '.join(rows.column_names)}"
+        )
+    if not tokenise:
+        return Prompts(rows, None)
+    ids = prompt_ids(rows["prompt"], tokenizer, args.chat_template_kwargs or {})
+    room = limit - args.max_completion_length
+    if room < 1:
+        raise ValueError(
+            f"max_completion_length={args.max_completion_length} leaves no room for a prompt in the {limit} tokens "
+            "that the model was loaded for; give from_pretrained a larger max_seq_length"
+        )
+    allowed = min(room, args.max_prompt_length or room)
+    kept = [i for i, one in enumerate(ids) if 0 < len(one) <= allowed]
+    if not kept:
+        raise ValueError(
+            f"no prompt has between 1 and {allowed} tokens; the shortest has {min(map(len, ids))}"
+        )
+    if len(kept) < len(ids):
+        warnings.warn(
+            f"{len(ids) - len(kept)} of {len(ids)} prompts are left out: they are empty or have more than {allowed} "
+            "tokens (max_prompt_length, or the model's max_seq_length less max_completion_length)",
+            stacklevel=3,
+        )
+        rows, ids = rows.select(kept), [ids[i] for i in kept]
+    return Prompts(rows, ids)
+
+
+def prompt_ids(prompts: Sequence[Prompt], tokenizer: Any, template_kwargs: dict[str, Any]) -> list[list[int]]:
+    """Tokens of prompts: through the chat template with the answer's beginning, or as the tokenizer takes text."""
+    prompts = list(prompts)
+    if not is_conversational(prompts[0]):
+        return tokenizer(text=prompts)["input_ids"]
+    made = tokenizer.apply_chat_template(
+        conversation=prompts, add_generation_prompt=True, tokenize=True, return_dict=True, **template_kwargs
+    )
+    return made["input_ids"]

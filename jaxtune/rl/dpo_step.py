@@ -1,0 +1,187 @@
+"""The DPO step: a pure function of arrays, jitted.
+
+    step(trainable, opt_state, base, batch [G, 2B, T], key) -> (trainable, opt_state, metrics)
+
+Rows 2i and 2i + 1 of a micro-batch are pair i: the chosen completion and the rejected one, each behind its prompt.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from jaxtune.kernels.cross_entropy import IGNORE, Options, TokenScores, token_scores
+from jaxtune.models.names import Leaves, join
+from jaxtune.models.remat import Remat
+from jaxtune.rl.losses.dpo import DPOLossOptions, dpo_loss, sequence_log_probs
+from jaxtune.rl.reference import without_adapter
+from jaxtune.rl.step import update
+from jaxtune.step import RECOMPUTE_ALL, Batch, Trainable, TrainStep, compiler_options, default_chunk, targets
+
+Metrics = dict[str, jax.Array]
+
+
+class Scored(NamedTuple):
+    """What the model says of B pairs: [2B, T], the chosen rows first. mask is 1 where a completion is predicted."""
+
+    tokens: TokenScores
+    mask: jax.Array
+
+
+def score(
+    graphdef: nnx.GraphDef,
+    trainable: Leaves,
+    base: Leaves,
+    batch: Batch,
+    *,
+    key: jax.Array | None = None,
+    remat: Remat | None = None,
+    chunk: int | None = None,
+) -> Scored:
+    """Scores of the tokens that have a label, each where it is predicted.
+
+    Args:
+      batch: input_ids, labels, positions, segment_ids int32 [2B, T], starts int32 [2B, 1]; the rows of a pair together.
+      key: of dropout; None: none. remat, chunk: what the backward pass keeps; tokens whose logits exist at a time.
+    """
+    batch = {
+        name: _halves(batch[name]) for name in ("input_ids", "labels", "positions", "segment_ids", "starts")
+    }
+    module = join(graphdef, trainable, base)
+    hidden, _ = module.hidden(
+        module.embed(batch["input_ids"]),
+        batch["positions"],
+        batch["segment_ids"],
+        starts=batch["starts"],
+        key=key,
+        remat=remat,
+    )
+    want = targets(batch["labels"], batch["segment_ids"])
+    options = Options(chunk=chunk or default_chunk(), train_head=module.trains_head())
+    with jax.named_scope("scores"):
+        found = token_scores(hidden.reshape(-1, hidden.shape[-1]), module.head(), want.reshape(-1), options)
+    return Scored(jax.tree.map(lambda x: x.reshape(want.shape), found), (want != IGNORE).astype(jnp.float32))
+
+
+def _halves(x: jax.Array) -> jax.Array:
+    """[2B, …] with pairs together -> first the chosen rows, then the rejected ones."""
+    return jnp.concatenate([x[0::2], x[1::2]])
+
+
+def pair_log_probs(scored: Scored, options: DPOLossOptions) -> jax.Array:
+    """[2B], the chosen rows first."""
+    return sequence_log_probs(scored.tokens.log_probs, scored.mask, options.ld_alpha)
+
+
+def preference_loss(
+    graphdef: nnx.GraphDef,
+    trainable: Leaves,
+    base: Leaves,
+    reference: Leaves | None,
+    batch: Batch,
+    options: DPOLossOptions,
+    *,
+    chunk: int | None = None,
+    **how: Any,
+) -> tuple[jax.Array, Metrics]:
+    """(loss, metrics) of one micro-batch, the metrics with TRL's names and NaN where it has no pair.
+
+    Args:
+      reference: what is trained, as it was at the start; None: the reference is the model without its adapter.
+      batch: what `score` takes and, instead of running the reference, ref_log_probs float32 [2B, 1].
+      how: key and remat, for `score`.
+    """
+    scored = score(graphdef, trainable, base, batch, chunk=chunk, **how)
+    if "ref_log_probs" in batch:
+        ref = _halves(batch["ref_log_probs"][:, 0])
+    else:
+        leaves = (trainable, without_adapter(base)) if reference is None else (reference, base)
+        ref = pair_log_probs(score(graphdef, *jax.lax.stop_gradient(leaves), batch, chunk=chunk), options)
+    loss, metrics = dpo_loss(
+        scored.tokens.log_probs, scored.mask, ref, options, log_sum_sq_probs=scored.tokens.log_sum_sq_probs
+    )
+    return loss, metrics | _token_metrics(scored)
+
+
+def _token_metrics(scored: Scored) -> Metrics:
+    tokens, both = scored.tokens, scored.mask
+    first = jnp.arange(len(both))[:, None] < len(both) // 2
+    chosen, rejected = both * first, both * ~first
+    mean = lambda x, mask: jnp.sum(x * mask) / jnp.sum(mask)  # noqa: E731
+    return {
+        "entropy": mean(tokens.entropies, both),
+        "logits/chosen": mean(tokens.mean_logits, chosen),
+        "logits/rejected": mean(tokens.mean_logits, rejected),
+        "mean_token_accuracy": mean(tokens.correct, chosen),
+    }
+
+
+def make_dpo_step(
+    model: Trainable,
+    optimizer: optax.GradientTransformation,
+    options: DPOLossOptions,
+    *,
+    max_grad_norm: float | None = 1.0,
+    dropout: bool = False,
+    remat: Remat = RECOMPUTE_ALL,
+    chunk: int | None = None,
+) -> TrainStep:
+    """The jitted DPO step of a model; compiled once for each batch shape.
+
+    Args:
+      options: of the loss.
+      dropout: whether the adapter's dropout is on.
+      remat, chunk: what the backward pass keeps; tokens whose logits exist at a time.
+
+    Returns:
+      step(trainable, opt_state, base, batch, key) -> (trainable, opt_state, metrics), the first two donated. batch:
+      what `preference_loss` takes, [G, 2B, T]; accumulation [G], how many of the micro-batches have pairs; and, where
+      the reference is not the model without its adapter, reference: its leaves. metrics: loss (mean over the
+      micro-batches that have pairs), grad_norm, num_tokens, and those of preference_loss, [G] each.
+    """
+    graphdef = model.graphdef
+
+    def step(trainable, opt_state, base, batch, key):
+        batch = dict(batch)
+        reference = batch.pop("reference", None)
+
+        def loss_fn(trainable, micro, key):
+            key = key if dropout else None
+            loss, metrics = preference_loss(
+                graphdef, trainable, base, reference, micro, options, key=key, remat=remat, chunk=chunk
+            )
+            return loss / micro["accumulation"], metrics
+
+        return update(loss_fn, optimizer, max_grad_norm, trainable, opt_state, batch, key)
+
+    return jax.jit(step, donate_argnums=(0, 1), compiler_options=compiler_options(remat, model.module.fp8))
+
+
+def make_dpo_eval(
+    model: Trainable, options: DPOLossOptions, *, chunk: int | None = None
+) -> Callable[[Leaves, Leaves, Leaves | None, Batch], Metrics]:
+    """The jitted loss and metrics of one batch [2B, T]: (trainable, base, reference, batch) -> float32 scalars."""
+    graphdef = model.graphdef
+
+    @jax.jit
+    def evaluate(trainable, base, reference, batch):
+        loss, metrics = preference_loss(graphdef, trainable, base, reference, batch, options, chunk=chunk)
+        return metrics | {"loss": loss}
+
+    return evaluate
+
+
+def make_pair_log_probs(
+    model: Trainable, options: DPOLossOptions, *, chunk: int | None = None
+) -> Callable[[Leaves, Leaves, Batch], jax.Array]:
+    """The jitted log-probabilities of the completions of a batch [2B, T]: float32 [B, 2], chosen and rejected."""
+    graphdef = model.graphdef
+
+    @jax.jit
+    def log_probs(trainable, base, batch):
+        return pair_log_probs(score(graphdef, trainable, base, batch, chunk=chunk), options).reshape(2, -1).T
+
+    return log_probs

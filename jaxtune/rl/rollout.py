@@ -1,0 +1,176 @@
+"""Where completions come from: the embedded engine, a user's rollout_func, or anything that is a `Rollout`."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from jaxtune.generate import Engine, Sampling
+from jaxtune.model import Model
+from jaxtune.rl.config import GRPOConfig
+from jaxtune.rl.data import Prompt
+
+RolloutFunc = Callable[[list[Prompt], Any], Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Completions that are wanted.
+
+    prompts: each `group` times, the same ones together. prompt_ids: their tokens, None where a Rollout makes them.
+    seed: decides every random number. max_new_tokens: of a completion.
+    """
+
+    prompts: list[Prompt]
+    prompt_ids: list[list[int]] | None
+    group: int
+    seed: int
+    max_new_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Completions:
+    """What came, in the order of a request's prompts.
+
+    prompt_ids: tokens before the completion. completion_ids: with the token that ended it, without padding.
+    logprobs: of each token, what the sampler gave it before top-k, top-p and min-p (NaN: not known); None: not given.
+    tool_mask: 1 where the model wrote the token; None: everywhere. extra: further columns for the reward functions.
+    """
+
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    logprobs: list[list[float]] | None = None
+    tool_mask: list[list[int]] | None = None
+    extra: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+
+
+class Rollout(Protocol):
+    """A source of completions.
+
+    makes_prompt_ids: whether it turns prompts into tokens itself.
+    """
+
+    makes_prompt_ids: bool
+
+    def sync(self, step: int) -> None:
+        """Called before completions are made, whenever `step` optimizer steps have changed the model since."""
+        ...
+
+    def generate(self, request: Request) -> Completions:
+        """Completions of the model as it was at the last `sync`."""
+        ...
+
+    def close(self) -> None:
+        """Frees what is held; called when training ends, also by an error."""
+        ...
+
+
+class EngineRollout:
+    """The embedded engine."""
+
+    makes_prompt_ids = False
+
+    def __init__(self, model: Model, args: GRPOConfig):
+        self._engine = Engine(model, weights=args.rollout_weights, progress=False)
+        chosen = {
+            "temperature": args.temperature,
+            "top_p": args.top_p,
+            "top_k": args.top_k,
+            "min_p": args.min_p or 0.0,
+            "repetition_penalty": args.repetition_penalty,
+        }
+        given = dict(args.generation_kwargs or {})
+        self._max_new_tokens = given.pop("max_new_tokens", None)
+        self._seed = given.pop("seed", 0)
+        self._stop_strings = given.pop("stop_strings", ())
+        self._sampling = Sampling(do_sample=True, **(chosen | given))
+
+    def sync(self, step: int) -> None:
+        self._engine.sync()
+
+    def generate(self, request: Request) -> Completions:
+        assert request.prompt_ids is not None
+        made = self._engine.generate(
+            request.prompt_ids[:: request.group],
+            n=request.group,
+            sampling=self._sampling,
+            max_new_tokens=min(request.max_new_tokens, self._max_new_tokens or request.max_new_tokens),
+            seed=request.seed + self._seed,
+            stop_strings=self._stop_strings,
+        )
+        return Completions(
+            prompt_ids=request.prompt_ids,
+            completion_ids=[one.token_ids for one in made],
+            logprobs=[list(map(float, one.logprobs)) for one in made],
+        )
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+class FunctionRollout:
+    """A user's rollout_func(prompts, trainer), with TRL's contract.
+
+    It returns a dict of prompt_ids, completion_ids and logprobs (or None), one of each for every prompt, and may return
+    env_mask (0 where a token is not the model's own); what else it returns goes to the reward functions.
+    """
+
+    makes_prompt_ids = True
+
+    def __init__(self, function: RolloutFunc, trainer: Any):
+        self._function, self._trainer = function, trainer
+
+    def sync(self, step: int) -> None:
+        """Nothing: the function reads the trainer's model."""
+
+    def generate(self, request: Request) -> Completions:
+        made = dict(self._function(list(request.prompts), self._trainer))
+        missing = {"prompt_ids", "completion_ids", "logprobs"} - made.keys()
+        if missing:
+            raise ValueError(
+                f"rollout_func must return {', '.join(sorted(missing))} too; it gave {', '.join(made)}"
+            )
+        count = len(request.prompts)
+        masks, logprobs = made.pop("env_mask", None), made.pop("logprobs")
+        out = Completions(
+            prompt_ids=_lists("prompt_ids", made.pop("prompt_ids"), count),
+            completion_ids=_lists("completion_ids", made.pop("completion_ids"), count),
+            logprobs=None if logprobs is None else _lists("logprobs", logprobs, count),
+            tool_mask=None if masks is None else _lists("env_mask", masks, count),
+            extra={
+                name: value if isinstance(value, list) else [value] * count for name, value in made.items()
+            },
+        )
+        for name in ("logprobs", "tool_mask"):
+            _check_lengths(name, getattr(out, name), out.completion_ids)
+        return out
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def _lists(name: str, values: Sequence[Any], count: int) -> list[list[Any]]:
+    if len(values) != count:
+        raise ValueError(
+            f"rollout_func returned {len(values)} {name}, expected {count}, one for each prompt given"
+        )
+    return [[float("nan") if item is None else item for item in value] for value in values]
+
+
+def _check_lengths(name: str, values: list[list[Any]] | None, completions: list[list[int]]) -> None:
+    for i, (value, ids) in enumerate(zip(values or [], completions, strict=False)):
+        if len(value) != len(ids):
+            raise ValueError(
+                f"rollout_func: completion {i} has {len(ids)} tokens and {len(value)} values of {name}; expected one a "
+                "token"
+            )
+
+
+def make_rollout(model: Model, args: GRPOConfig, rollout_func: RolloutFunc | None, trainer: Any) -> Rollout:
+    """The source of completions that a configuration asks for."""
+    if rollout_func is not None:
+        return FunctionRollout(rollout_func, trainer)
+    if args.use_vllm:
+        raise ValueError(
+            "use_vllm=True is not there yet; leave it out (the embedded engine), or give a rollout_func"
+        )
+    return EngineRollout(model, args)

@@ -1,0 +1,444 @@
+"""GRPOTrainer: group relative policy optimisation, as TRL defines it.
+
+    prompts -> rollout -> rewards -> advantages -> log-probabilities -> steps          (collect, then step)
+
+A generation serves several micro-batches and iterations; an optimizer step takes the micro-batches that follow
+(data.Plan). The generation that a step is in the middle of is part of a checkpoint, so resuming is exact there too.
+"""
+
+import dataclasses
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from jaxtune.checkpoint import leaves_checksum
+from jaxtune.metrics import Record, mean
+from jaxtune.model import Model
+from jaxtune.models.remat import Remat
+from jaxtune.rl.collect import Collector, Policy
+from jaxtune.rl.completions import CompletionLog
+from jaxtune.rl.config import GRPOConfig
+from jaxtune.rl.data import Plan, Prompts, make_plan, prepare_prompts
+from jaxtune.rl.experience import Collator, Experience
+from jaxtune.rl.groups import GroupCollator
+from jaxtune.rl.losses.grpo import GRPOLossOptions, adapted_entropy_coef
+from jaxtune.rl.reference import reference_leaves
+from jaxtune.rl.reward_runner import RewardRunner
+from jaxtune.rl.rollout import Rollout, RolloutFunc, make_rollout
+from jaxtune.rl.step import make_grpo_eval, make_grpo_step, make_score
+from jaxtune.step import TrainStep
+from jaxtune.training_loop import Run, Trainer, TrainOutput, checked_model
+
+EXPERIENCE_FILE = "experience.npz"
+ENTROPY_FILE = "entropy_control.json"
+FIRST = ("reward", "reward_std", "loss", "kl", "completions/mean_length")  # in a record
+NOT_LOGGED = ("num_tokens", "entropy_sum", "entropy_count")
+
+
+@dataclasses.dataclass
+class EntropyControl:
+    """The coefficient of the entropy bonus, and the mean entropy of the last step's tokens."""
+
+    coef: float
+    last: float = math.inf
+
+
+class GRPOTrainer(Trainer[GRPOConfig]):
+    """Reinforcement learning with verifiable rewards, with the arguments of TRL's GRPOTrainer.
+
+    Args:
+        model: from FastLanguageModel.from_pretrained and, unless full_finetuning, get_peft_model.
+        reward_funcs: a function or several, `f(prompts, completions, completion_ids, **columns) -> list`, plain or
+            async; see reward_runner.
+        args: GRPOConfig.
+        train_dataset, eval_dataset: a `datasets.Dataset`, a list of rows, a file or a hub name, with a column "prompt"
+            (text or messages); eval_dataset may be a dict of them. The other columns go to the reward functions.
+        processing_class (or tokenizer): the model's own by default.
+        callbacks: as SFTTrainer's.
+        rollout_func: `f(prompts, trainer) -> {"prompt_ids", "completion_ids", "logprobs", …}` in place of the engine;
+            see rollout.FunctionRollout. Also for turns with tools: "env_mask" marks what the model wrote.
+        rollout: a `Rollout` of your own.
+
+    With beta, the reference is the model as it is when the trainer is made: without its adapter where that is new.
+    """
+
+    CURVE = ("reward", "weighted sum of the functions")
+
+    def __init__(
+        self,
+        model: Model,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: Sequence[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any = None,
+        tools: Any = None,
+        rollout_func: RolloutFunc | None = None,
+        environment_factory: Any = None,
+        *,
+        rollout: Rollout | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        _refuse(
+            reward_processing_classes=reward_processing_classes,
+            optimizers=optimizers,
+            peft_config=peft_config,
+            tools=tools,
+            environment_factory=environment_factory,
+        )
+        model = checked_model(model, "GRPOTrainer")
+        args = _checked_args(args)
+        processing_class = processing_class or tokenizer or model.tokenizer
+        rewards = RewardRunner(reward_funcs or (), Path(args.output_dir) / "completions", args.reward_timeout)
+        self.rollout = rollout or make_rollout(model, args, rollout_func, self)
+        if eval_dataset is None and (args.eval_strategy != "no" or args.eval_on_start):
+            raise ValueError(f"eval_strategy={args.eval_strategy!r} needs an eval_dataset; got None")
+
+        def prepare(data: Any) -> Prompts:
+            tokenise = not self.rollout.makes_prompt_ids
+            return prepare_prompts(
+                data, processing_class, args, limit=model.max_seq_length, tokenise=tokenise
+            )
+
+        self._prompts: Any = None if train_dataset is None else prepare(train_dataset)
+        named = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
+        self._eval_prompts = (
+            {} if eval_dataset is None else {name: prepare(data) for name, data in named.items()}
+        )
+        rows = None if self._prompts is None else self._prompts.rows
+        super().__init__(model, args, rows, eval_dataset, processing_class, callbacks)
+        self.reward_funcs, self.reward_func_names = rewards.functions, rewards.names
+        self._loss = _loss_options(args)
+        self._reference = reference_leaves(model) if args.beta != 0 else None
+        self._collector = self._make_collector(rewards)
+        self._completions = CompletionLog(
+            Path(args.output_dir) / "completions",
+            rewards.names,
+            args.num_completions_to_print,
+            args.log_unique_prompts,
+        )
+        self._held: dict[int, Experience] = {}
+        self._entropy = EntropyControl(args.entropy_coef)
+        self._reward = math.nan  # mean of the last generation
+        self._stepped = time.perf_counter()
+
+    def _make_collector(self, rewards: RewardRunner) -> Collector:
+        args, tokenizer, model = self.args, self.processing_class, self.model
+        weights = args.reward_weights or (1.0,) * len(rewards.names)
+        if len(weights) != len(rewards.names):
+            raise ValueError(
+                f"reward_weights has {len(weights)} numbers for {len(rewards.names)} reward functions "
+                f"({', '.join(rewards.names)})"
+            )
+        pad = tokenizer.pad_token_id or 0
+        longest = max(
+            (data.longest() for data in (self._prompts, *self._eval_prompts.values()) if data), default=0
+        )
+        limit = (
+            min(longest + args.max_completion_length, model.max_seq_length)
+            if longest
+            else model.max_seq_length
+        )
+        collator = Collator(limit, pad)
+        groups = GroupCollator(longest or limit, args.max_completion_length, pad, args.num_generations)
+        ends = {*model.stop_ids(), tokenizer.pad_token_id} - {None}
+        return Collector(
+            args=args,
+            tokenizer=tokenizer,
+            rollout=self.rollout,
+            rewards=rewards,
+            weights=np.asarray(weights, np.float32),
+            end_ids=frozenset(ends),
+            collator=groups if args.shared_prefix else collator,
+            eval_collator=collator,
+            policy=Policy(model, make_score(model, args.temperature), self._reference),
+            loss=self._loss,
+            state=lambda: self.state,
+        )
+
+    @cached_property
+    def _plan(self) -> Plan:
+        return make_plan(self.args, len(self._prompts))
+
+    @property
+    def tokenizer(self) -> Any:
+        """Older name of processing_class."""
+        return self.processing_class
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
+        """As Trainer.train; RewardError and what a rollout raises come through after the last step is saved."""
+        self._stepped = time.perf_counter()
+        try:
+            return super().train(resume_from_checkpoint)
+        finally:
+            self.rollout.close()
+
+    # -- batches ---------------------------------------------------------------------------------------------
+
+    def _make_batches(self) -> "GRPOBatches":
+        self._held, self._entropy = {}, EntropyControl(self.args.entropy_coef)
+        return GRPOBatches(self._plan, self._step_batch)
+
+    def _step_batch(self, number: int) -> dict[str, np.ndarray]:
+        """The batch of an optimizer step; makes the generations that start in it."""
+        plan = self._plan
+        micros = plan.micros(number)
+        self._held = {g: held for g, held in self._held.items() if g >= micros[0].generation}
+        for micro in micros:
+            if micro.generation not in self._held:
+                self._held[micro.generation] = self._generate(micro.generation)
+        height = self.args.per_device_train_batch_size
+        parts: list[tuple[Experience, Sequence[int]]] = [
+            (self._held[m.generation], range(m.part * height, (m.part + 1) * height)) for m in micros
+        ]
+        empty = plan.accumulation - len(parts)  # the last step of an epoch may be short
+        batch = self._collector.collator(parts + [(parts[0][0], ())] * empty, height)
+        batch["accumulation"] = np.full(plan.accumulation, len(parts), np.float32)
+        if self._has_entropy_bonus:
+            active = not self.args.use_adaptive_entropy or self._entropy.last <= self.args.entropy_target
+            batch["entropy_coef"] = np.full(plan.accumulation, self._entropy.coef * active, np.float32)
+        return batch
+
+    def _generate(self, generation: int) -> Experience:
+        experience, samples, metrics = self._collector.train(self._prompts, self._plan, generation)
+        self.state.record(metrics)
+        self._reward = metrics["reward"]
+        if self.args.log_completions:
+            self._completions.add(samples)
+        return experience
+
+    @property
+    def _has_entropy_bonus(self) -> bool:
+        return self.args.entropy_coef != 0 or self.args.use_adaptive_entropy
+
+    def _prepares_ahead(self, n: int) -> bool:
+        starts = any(micro.is_first for micro in self._plan.micros(n))
+        return not starts and not self.args.use_adaptive_entropy
+
+    def _batch(self, run: Run, n: int) -> dict[str, Any]:
+        try:
+            return super()._batch(run, n)
+        except Exception as error:
+            if n and n == self.state.global_step and n not in run.saved:
+                self._save_checkpoint(run)
+                error.add_note(
+                    f"Training up to step {n} is saved; resume_from_checkpoint=True goes on from there."
+                )
+            raise
+
+    # -- step ------------------------------------------------------------------------------------------------
+
+    def _make_step(self, optimizer: optax.GradientTransformation, remat: Remat) -> TrainStep:
+        return make_grpo_step(
+            self.model,
+            optimizer,
+            self._loss,
+            temperature=self.args.temperature,
+            steps_per_generation=self.args.generation_steps,
+            max_grad_norm=self.args.max_grad_norm,
+            dropout=not self.args.disable_dropout,
+            remat=remat,
+        )
+
+    def _values(self, n: int, metrics: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        count = len(self._plan.micros(n))
+        values: dict[str, Any] = {
+            name: float(value) if np.ndim(value) == 0 else value[:count] for name, value in metrics.items()
+        }
+        if self._has_entropy_bonus:
+            if self.args.use_adaptive_entropy:
+                self._adapt_entropy(values["entropy_sum"].sum() / max(values["entropy_count"].sum(), 1.0))
+            values["entropy_coef"] = self._entropy.coef
+        now = time.perf_counter()
+        values["step_time"], self._stepped = now - self._stepped, now
+        return values
+
+    def _adapt_entropy(self, entropy: float) -> None:
+        args = self.args
+        coef = adapted_entropy_coef(
+            self._entropy.coef,
+            entropy,
+            target=args.entropy_target,
+            delta=args.entropy_coef_delta,
+            minimum=args.entropy_coef_min,
+            maximum=args.entropy_coef_max,
+        )
+        self._entropy = EntropyControl(float(coef), float(entropy))
+
+    def _figures(self, values: Mapping[str, Any]) -> dict[str, float]:
+        return {"reward": self._reward, "loss": values["loss"]}
+
+    def _count_tokens(self, values: Mapping[str, Any]) -> None:
+        """Nothing: tokens count when they are made."""
+
+    def _window_record(self, window: Mapping[str, list[float]]) -> Record:
+        means: Record = {name: mean(values) for name, values in window.items() if name not in NOT_LOGGED}
+        means |= {"grad_norm": window["grad_norm"][-1], "num_tokens": self.state.num_input_tokens_seen}
+        self._show_completions("completions")
+        return {name: means[name] for name in FIRST if name in means} | means
+
+    def _show_completions(self, kind: str) -> None:
+        table = self._completions.flush(self.state.global_step, kind)
+        if table:
+            print(table, flush=True)
+
+    def _describe_batch(self, run: Run, n: int) -> list[str]:
+        batch = run.batches.step(n)
+        ids = batch["input_ids"].reshape(-1, batch["input_ids"].shape[-1])
+        used = batch["segment_ids"].reshape(ids.shape) > 0
+        advantages = batch["advantages"].reshape(-1)
+        return [
+            f"  advantage {advantage:+.3f}: {self.processing_class.decode(row[mask][-48:])!r}"
+            for row, mask, advantage in zip(ids, used, advantages, strict=True)
+            if mask.any()
+        ]
+
+    # -- what a checkpoint holds besides ---------------------------------------------------------------------
+
+    def _data_summary(self) -> dict[str, Any]:
+        summary = {
+            "rows of data": len(self._prompts),
+            "data (digest)": self._prompts.digest(),
+            "reward functions": self.reward_func_names,
+        }
+        if self._reference is not None:
+            summary["reference (checksum of a sample)"] = leaves_checksum(self._reference)
+        return summary
+
+    def _write_state(self, folder: Path) -> None:
+        following = self._plan.micros(self.state.global_step)[0]
+        if not following.is_first:
+            self._held[following.generation].save(folder / EXPERIENCE_FILE)
+        (folder / ENTROPY_FILE).write_text(json.dumps(dataclasses.asdict(self._entropy)), encoding="utf-8")
+
+    def _read_state(self, folder: Path) -> None:
+        following = self._plan.micros(self.state.global_step)[0]
+        if not following.is_first:
+            self._held = {following.generation: Experience.load(folder / EXPERIENCE_FILE)}
+        self._entropy = EntropyControl(**json.loads((folder / ENTROPY_FILE).read_text(encoding="utf-8")))
+
+    # -- evaluation ------------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Completions of the evaluation data, their rewards and loss; the same random numbers each time.
+
+        Args:
+            eval_dataset: what the trainer takes, instead of its own.
+
+        Returns:
+            eval_loss, eval_reward, eval_rewards/<function>/mean, … as in training, and eval_runtime (seconds); for a
+            dict of datasets each with its name: eval_<name>_reward.
+        """
+        prompts = self._eval_prompts
+        if eval_dataset is not None:
+            named = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
+            limit, tokenise = self.model.max_seq_length, not self.rollout.makes_prompt_ids
+            prompts = {
+                name: prepare_prompts(data, self.processing_class, self.args, limit=limit, tokenise=tokenise)
+                for name, data in named.items()
+            }
+        if not prompts:
+            raise ValueError(
+                "evaluate() needs an eval_dataset, here or in GRPOTrainer(eval_dataset=…); got None"
+            )
+        results: dict[str, float] = {}
+        for name, data in prompts.items():
+            prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
+            results |= {f"{prefix}_{key}": value for key, value in self._evaluated(data).items()}
+        self._show_completions("eval_completions")
+        return results
+
+    def _evaluated(self, prompts: Prompts) -> dict[str, Any]:
+        began = time.perf_counter()
+        group, height = self.args.group(train=False), self.args.per_device_eval_batch_size
+        if height % group:
+            raise ValueError(
+                f"per_device_eval_batch_size={height} must be a multiple of the {group} completions of each prompt"
+            )
+        gathered: dict[str, list[float]] = {}
+        for first in range(0, len(prompts), height // group):
+            numbers = range(first, min(first + height // group, len(prompts)))
+            experience, samples, metrics = self._collector.evaluation(prompts, numbers)
+            batch = self._collector.eval_collator([(experience, range(len(experience)))], len(experience))
+            batch = {name: value[0] for name, value in batch.items()}
+            batch["accumulation"] = np.float32(1)
+            if self._has_entropy_bonus:
+                batch["entropy_coef"] = np.float32(self._entropy.coef)
+            loss = jax.device_get(self._eval_step(self.model.trainable, self.model.base, batch))
+            for name, value in {**metrics, **loss}.items():
+                gathered.setdefault(name, []).append(float(value))
+            if self.args.log_completions:
+                self._completions.add(samples)
+        record = {name: mean(values) for name, values in gathered.items() if name not in NOT_LOGGED}
+        return {**record, "runtime": time.perf_counter() - began}
+
+    @cached_property
+    def _eval_step(self) -> Callable[..., dict[str, jax.Array]]:
+        return make_grpo_eval(self.model, self._loss, temperature=self.args.temperature)
+
+
+@dataclasses.dataclass
+class GRPOBatches:
+    """The batches of a plan; making one may make completions."""
+
+    plan: Plan
+    make: Callable[[int], dict[str, np.ndarray]]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.plan.steps_per_epoch
+
+    def step(self, number: int) -> dict[str, np.ndarray]:
+        return self.make(number)
+
+
+def _loss_options(args: GRPOConfig) -> GRPOLossOptions:
+    names = {field.name for field in dataclasses.fields(GRPOLossOptions)}
+    values = {name: getattr(args, name) for name in names}
+    return GRPOLossOptions(**values | {"vllm_importance_sampling_correction": args.corrects_sampler})
+
+
+def _refuse(**arguments: Any) -> None:
+    advice = {
+        "reward_processing_classes": "put a reward model behind a function",
+        "optimizers": "set optim, learning_rate and lr_scheduler_type in GRPOConfig",
+        "peft_config": "call FastLanguageModel.get_peft_model(model, …) first",
+        "tools": "write the turns in a rollout_func, with env_mask for what the model did not write",
+        "environment_factory": "write the turns in a rollout_func, with env_mask for what the model did not write",
+    }
+    for name, value in arguments.items():
+        if value is not None and value != (None, None):
+            raise ValueError(f"GRPOTrainer: {name} is not supported; {advice[name]}")
+
+
+def _checked_args(args: GRPOConfig | None) -> GRPOConfig:
+    args = GRPOConfig() if args is None else args
+    if not isinstance(args, GRPOConfig):
+        raise TypeError(
+            f"args must be a jaxtune.GRPOConfig, got {type(args).__name__}; the argument names are the same"
+        )
+    if args.importance_sampling_level == "sequence" and args.loss_type in (
+        "bnpo",
+        "dr_grpo",
+        "dapo",
+        "cispo",
+    ):
+        warnings.warn(
+            f"importance_sampling_level='sequence' with loss_type={args.loss_type!r} weights a completion by its "
+            "length; GSPO's own objective is loss_type='grpo'",
+            stacklevel=3,
+        )
+    return args
