@@ -110,11 +110,15 @@ class PlannedStep:
 
     def __call__(self, trainable, opt_state, base, batch, key):
         arguments = (trainable, opt_state, base, batch, key)
-        arrays, structure = jax.tree.flatten(batch)
+        return self.prepare(arguments)(*arguments)
+
+    def prepare(self, arguments: tuple) -> Any:
+        """The step for arguments of these shapes, compiled where it was not."""
+        arrays, structure = jax.tree.flatten(arguments[3])
         shapes = structure, *(array.shape for array in arrays)
         if shapes not in self._compiled:
             self._compiled[shapes] = self.compile(arguments)
-        return self._compiled[shapes](*arguments)
+        return self._compiled[shapes]
 
     @property
     def compilations(self) -> int:
@@ -186,8 +190,8 @@ def choose(
     least = min(_forecast(remat, measured, keeps, base) for remat in choices)
     raise MemoryError(
         f"the training step needs at least {least / 1e9:.2f} GB and {budget / 1e9:.2f} GB are free. Make "
-        "per_device_train_batch_size or max_length smaller (gradient_accumulation_steps makes up for it), use "
-        "optim='adamw_8bit', or load the model in 4 bits"
+        "per_device_train_batch_size or max_length (GRPO: max_completion_length) smaller (gradient_accumulation_steps "
+        "makes up for the first), use optim='adamw_8bit', or load the model in 4 bits"
     )
 
 

@@ -118,7 +118,7 @@ assert not xla_bridge._backends, "importing started a jax backend"
     "program, flag",
     [
         ("train", "--learning_rate"),
-        ("rl.train", "--learning_rate"),
+        ("rl.train", "--num_generations"),
         ("export.__main__", "--imatrix"),
         ("chat", "--temperature"),
     ],

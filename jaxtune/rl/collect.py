@@ -19,6 +19,7 @@ from jaxtune.rl.reference import without_adapter
 from jaxtune.rl.reward_runner import RewardRunner
 from jaxtune.rl.rollout import Completions, Request, Rollout
 from jaxtune.rl.step import Score
+from jaxtune.rl.tools import parsed_message
 
 Metrics = dict[str, Any]
 _advantages = jax.jit(compute_advantages, static_argnames=("group", "scale_rewards", "aggregation"))
@@ -140,13 +141,15 @@ class Collector:
             )
             for i, row in enumerate(rows)
         ]
-        return samples, dict(rewards.metrics)
+        return samples, {**rewards.metrics, **made.metrics}
 
     def _decoded(self, made: Completions, request: Request) -> list[Any]:
-        texts = self.tokenizer.batch_decode(made.completion_ids, skip_special_tokens=True)
-        if not is_conversational(request.prompts[0]):
-            return texts
-        return [[{"role": "assistant", "content": text}] for text in texts]
+        if made.messages is not None:
+            return made.messages
+        if is_conversational(request.prompts[0]):
+            pairs = zip(made.completion_ids, made.prompt_ids, strict=True)
+            return [[parsed_message(self.tokenizer, ids, prompt)] for ids, prompt in pairs]
+        return self.tokenizer.batch_decode(made.completion_ids, skip_special_tokens=True)
 
     def _advantages(self, samples: list[Sample], group: int) -> Advantages:
         return _advantages(

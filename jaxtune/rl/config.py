@@ -34,7 +34,7 @@ SAMPLING_IGNORED = {
 }
 _POSITIVE = """num_generations_eval max_completion_length generation_batch_size steps_per_generation num_iterations
     max_prompt_length num_completions_to_print vllm_server_port vllm_tensor_parallel_size
-    vllm_max_model_length""".split()
+    vllm_max_model_length max_tool_calling_iterations""".split()
 _NOT_NEGATIVE = """top_k epsilon epsilon_high delta beta entropy_target entropy_coef_delta max_resample_rounds
     reward_timeout off_policy_mask_threshold""".split()
 
@@ -53,7 +53,6 @@ class GRPOConfig(TrainingConfig):
             use_transformers_paged vllm_enable_sleep_mode vllm_group_port vllm_model_impl""",
         refused={
             "log_completions_hub_repo": (None, "upload the folder output_dir/completions"),
-            "max_tool_calling_iterations": (None, "write the turns in a rollout_func"),
             "neftune_noise_alpha": (None, "leave it out"),
             "sync_ref_model": (
                 False,
@@ -106,6 +105,8 @@ class GRPOConfig(TrainingConfig):
     stop_strings."""
     chat_template_kwargs: dict[str, Plain] | None = None
     """Variables for the chat template, such as {"enable_thinking": false}."""
+    max_tool_calling_iterations: int | None = None
+    """Most rounds of tool calls in a completion. None = as many as fit."""
     rollout_weights: Literal["auto", "merged", "lora"] = "auto"
     """What the embedded engine samples from: a 16-bit copy with the adapter merged in, or the weights as trained."""
     shared_prefix: bool = False

@@ -150,7 +150,13 @@ class Prompts:
 
 
 def prepare_prompts(
-    data: Any, tokenizer: Any, args: GRPOConfig, *, limit: int, tokenise: bool = True
+    data: Any,
+    tokenizer: Any,
+    args: GRPOConfig,
+    *,
+    limit: int,
+    tokenise: bool = True,
+    tools: Sequence[Any] = (),
 ) -> Prompts:
     """Load rows, and make their prompts' tokens as TRL does.
 
@@ -158,6 +164,7 @@ def prepare_prompts(
         data: what load_dataset takes; a column "prompt" of text or messages, and any others for the rewards.
         limit: most tokens that prompt and completion may have together.
         tokenise: False: a rollout_func does it.
+        tools: functions that the chat template tells the model of.
 
     Raises:
         ValueError: no such column, or every prompt is too long.
@@ -169,7 +176,8 @@ def prepare_prompts(
         )
     if not tokenise:
         return Prompts(rows, None)
-    ids = prompt_ids(rows["prompt"], tokenizer, args.chat_template_kwargs or {})
+    template = (args.chat_template_kwargs or {}) | ({"tools": list(tools)} if tools else {})
+    ids = prompt_ids(rows["prompt"], tokenizer, template)
     room = limit - args.max_completion_length
     if room < 1:
         raise ValueError(
@@ -196,6 +204,10 @@ def prompt_ids(prompts: Sequence[Prompt], tokenizer: Any, template_kwargs: dict[
     """Tokens of prompts: through the chat template with the answer's beginning, or as the tokenizer takes text."""
     prompts = list(prompts)
     if not is_conversational(prompts[0]):
+        if "tools" in template_kwargs:
+            raise ValueError(
+                "tools need prompts of messages, [{'role': 'user', 'content': …}]; the data has text"
+            )
         return tokenizer(text=prompts)["input_ids"]
     made = tokenizer.apply_chat_template(
         conversation=prompts, add_generation_prompt=True, tokenize=True, return_dict=True, **template_kwargs

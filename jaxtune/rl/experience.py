@@ -82,6 +82,17 @@ class Experience:
             )
 
 
+def blank_rows(count: int, prompt: int, completion: int, names: Sequence[str]) -> Experience:
+    """Rows of these lengths whose values are all 0, for what depends on shapes alone; `names` of PER_TOKEN."""
+    return Experience(
+        prompt_ids=[np.zeros(prompt, np.int32)] * count,
+        completion_ids=[np.zeros(completion, np.int32)] * count,
+        advantages=np.zeros(count, np.float32),
+        num_items=0.0,
+        per_token={name: [np.zeros(completion, np.float32)] * count for name in names},
+    )
+
+
 def bucket_sizes(limit: int) -> np.ndarray:
     """The few static lengths up to a limit, ascending."""
     return np.asarray(buckets(limit))

@@ -12,13 +12,14 @@ import functools
 import inspect
 import json
 import math
-import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from jaxtune.rl.apart import apart
 
 RewardFunction = Callable[..., Any]
 NOT_COLUMNS = ("prompt", "completion", "completion_ids")
@@ -130,7 +131,7 @@ class RewardRunner:
             async def together() -> list[Any]:
                 return await asyncio.gather(*map(one, waiting))
 
-            returned |= dict(zip(waiting, _apart(lambda: asyncio.run(together())), strict=True))
+            returned |= dict(zip(waiting, apart(lambda: asyncio.run(together())), strict=True))
         return returned
 
     def _numbers(self, place: int, returned: Any, rows: dict[str, list[Any]]) -> np.ndarray:
@@ -185,7 +186,7 @@ class RewardRunner:
         function = functools.partial(self.functions[place], **rows, **tools)
         try:
             if _is_async(self.functions[place]):
-                _apart(lambda: asyncio.run(asyncio.wait_for(function(), self._timeout)))
+                apart(lambda: asyncio.run(asyncio.wait_for(function(), self._timeout)))
             else:
                 _limited(function, self._timeout)
         except kind:
@@ -241,25 +242,4 @@ def _is_async(function: RewardFunction) -> bool:
 
 def _limited(call: Callable[[], Any], timeout: float | None) -> Any:
     """The result of a call; TimeoutError where it is not there in time."""
-    return call() if timeout is None else _apart(call, timeout)
-
-
-def _apart(call: Callable[[], Any], timeout: float | None = None) -> Any:
-    """The result of a call in a thread of its own, where no event loop runs (as one does in a notebook)."""
-    outcome: list[tuple[bool, Any]] = []
-
-    def run() -> None:
-        try:
-            outcome.append((True, call()))
-        except BaseException as error:  # noqa: BLE001  raised again below
-            outcome.append((False, error))
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    if not outcome:
-        raise TimeoutError
-    worked, value = outcome[0]
-    if not worked:
-        raise value
-    return value
+    return call() if timeout is None else apart(call, timeout)

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from jaxtune.generate import Engine, Sampling
+from jaxtune.generate import Engine, Sampling, plan
+from jaxtune.generate.weights import merged_bytes
 from jaxtune.model import Model
 from jaxtune.rl.config import GRPOConfig
 from jaxtune.rl.data import Prompt
@@ -34,6 +35,7 @@ class Completions:
     prompt_ids: tokens before the completion. completion_ids: with the token that ended it, without padding.
     logprobs: of each token, what the sampler gave it before top-k, top-p and min-p (NaN: not known); None: not given.
     tool_mask: 1 where the model wrote the token; None: everywhere. extra: further columns for the reward functions.
+    messages: of each completion, where it is more than one of the assistant. metrics: to log.
     """
 
     prompt_ids: list[list[int]]
@@ -41,6 +43,8 @@ class Completions:
     logprobs: list[list[float]] | None = None
     tool_mask: list[list[int]] | None = None
     extra: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    messages: list[list[dict[str, Any]]] | None = None
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Rollout(Protocol):
@@ -59,6 +63,14 @@ class Rollout(Protocol):
         """Completions of the model as it was at the last `sync`."""
         ...
 
+    def pause(self) -> None:
+        """Gives back memory that training needs; the next call takes it again."""
+        ...
+
+    def forecast(self, groups: int, group: int, prompt: int) -> str:
+        """A line on the memory that such a request will take, prompts of at most so many tokens; "" where not known."""
+        ...
+
     def close(self) -> None:
         """Frees what is held; called when training ends, also by an error."""
         ...
@@ -70,6 +82,7 @@ class EngineRollout:
     makes_prompt_ids = False
 
     def __init__(self, model: Model, args: GRPOConfig):
+        self._model = model
         self._engine = Engine(model, weights=args.rollout_weights, progress=False)
         chosen = {
             "temperature": args.temperature,
@@ -79,7 +92,9 @@ class EngineRollout:
             "repetition_penalty": args.repetition_penalty,
         }
         given = dict(args.generation_kwargs or {})
-        self._max_new_tokens = given.pop("max_new_tokens", None)
+        self._max_new_tokens = min(
+            args.max_completion_length, given.pop("max_new_tokens", args.max_completion_length)
+        )
         self._seed = given.pop("seed", 0)
         self._stop_strings = given.pop("stop_strings", ())
         self._sampling = Sampling(do_sample=True, **(chosen | given))
@@ -93,7 +108,7 @@ class EngineRollout:
             request.prompt_ids[:: request.group],
             n=request.group,
             sampling=self._sampling,
-            max_new_tokens=min(request.max_new_tokens, self._max_new_tokens or request.max_new_tokens),
+            max_new_tokens=min(request.max_new_tokens, self._max_new_tokens),
             seed=request.seed + self._seed,
             stop_strings=self._stop_strings,
         )
@@ -101,6 +116,20 @@ class EngineRollout:
             prompt_ids=request.prompt_ids,
             completion_ids=[one.token_ids for one in made],
             logprobs=[list(map(float, one.logprobs)) for one in made],
+        )
+
+    def pause(self) -> None:
+        self._engine.close()  # the copy of the weights: the next policy's is another one
+
+    def forecast(self, groups: int, group: int, prompt: int) -> str:
+        columns, own = (
+            plan.bucket(prompt, plan.PROMPT_COLUMNS),
+            plan.bucket(self._max_new_tokens, plan.OWN_COLUMNS),
+        )
+        need = self._engine.forecast(plan.bucket(groups), group, columns, own).total
+        return (
+            f"{groups} x {group} completions of {self._max_new_tokens} tokens: {need / 1e9:.1f} GB, in waves where "
+            f"less is free; a merged copy of the weights: {merged_bytes(self._model) / 1e9:.1f} GB"
         )
 
     def close(self) -> None:
@@ -121,6 +150,12 @@ class FunctionRollout:
 
     def sync(self, step: int) -> None:
         """Nothing: the function reads the trainer's model."""
+
+    def pause(self) -> None:
+        """Nothing is held."""
+
+    def forecast(self, groups: int, group: int, prompt: int) -> str:
+        return ""
 
     def generate(self, request: Request) -> Completions:
         made = dict(self._function(list(request.prompts), self._trainer))

@@ -28,13 +28,14 @@ from jaxtune.rl.collect import Collector, Policy
 from jaxtune.rl.completions import CompletionLog
 from jaxtune.rl.config import GRPOConfig
 from jaxtune.rl.data import Plan, Prompts, make_plan, prepare_prompts
-from jaxtune.rl.experience import Collator, Experience
+from jaxtune.rl.experience import Collator, Experience, blank_rows
 from jaxtune.rl.groups import GroupCollator
 from jaxtune.rl.losses.grpo import GRPOLossOptions, adapted_entropy_coef
 from jaxtune.rl.reference import reference_leaves
 from jaxtune.rl.reward_runner import RewardRunner
 from jaxtune.rl.rollout import Rollout, RolloutFunc, make_rollout
 from jaxtune.rl.step import make_grpo_eval, make_grpo_step, make_score
+from jaxtune.rl.tools import with_tools
 from jaxtune.step import TrainStep
 from jaxtune.training_loop import Run, Trainer, TrainOutput, checked_model
 
@@ -65,7 +66,8 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         processing_class (or tokenizer): the model's own by default.
         callbacks: as SFTTrainer's.
         rollout_func: `f(prompts, trainer) -> {"prompt_ids", "completion_ids", "logprobs", …}` in place of the engine;
-            see rollout.FunctionRollout. Also for turns with tools: "env_mask" marks what the model wrote.
+            see rollout.FunctionRollout.
+        tools: functions that the model may call, see tools.ToolRollout; prompts are then messages.
         rollout: a `Rollout` of your own.
 
     With beta, the reference is the model as it is when the trainer is made: without its adapter where that is new.
@@ -96,7 +98,6 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             reward_processing_classes=reward_processing_classes,
             optimizers=optimizers,
             peft_config=peft_config,
-            tools=tools,
             environment_factory=environment_factory,
         )
         model = checked_model(model, "GRPOTrainer")
@@ -104,15 +105,17 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         processing_class = processing_class or tokenizer or model.tokenizer
         rewards = RewardRunner(reward_funcs or (), Path(args.output_dir) / "completions", args.reward_timeout)
         self.rollout = rollout or make_rollout(model, args, rollout_func, self)
+        tools = list(tools or ())
+        if tools:
+            self.rollout = with_tools(self.rollout, processing_class, tools, args, model.max_seq_length)
         if eval_dataset is None and (args.eval_strategy != "no" or args.eval_on_start):
             raise ValueError(f"eval_strategy={args.eval_strategy!r} needs an eval_dataset; got None")
 
         def prepare(data: Any) -> Prompts:
-            tokenise = not self.rollout.makes_prompt_ids
-            return prepare_prompts(
-                data, processing_class, args, limit=model.max_seq_length, tokenise=tokenise
-            )
+            tokenise, limit = not self.rollout.makes_prompt_ids, model.max_seq_length
+            return prepare_prompts(data, processing_class, args, limit=limit, tokenise=tokenise, tools=tools)
 
+        self._prepare = prepare
         self._prompts: Any = None if train_dataset is None else prepare(train_dataset)
         named = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
         self._eval_prompts = (
@@ -186,6 +189,36 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         finally:
             self.rollout.close()
 
+    def _begin(self, resume: Path | None) -> Run:
+        run = super()._begin(resume)
+        longest = self._prompts.longest()
+        if longest:  # of a rollout_func's rows it is not known
+            self._say_memory(longest)
+        return run
+
+    def _say_memory(self, longest: int) -> None:
+        """Compile the step for the longest rows, which says what it takes; and say what the rollouts take.
+
+        Raises:
+            MemoryError: the longest rows do not fit.
+        """
+        args = self.args
+        needed = {
+            "mask": True,
+            "old_log_probs": args.needs_old_log_probs,
+            "ref_log_probs": args.beta != 0,
+            "sampling_log_probs": args.corrects_sampler or args.off_policy_mask_threshold is not None,
+        }
+        names = [name for name, is_needed in needed.items() if is_needed]
+        completion = min(args.max_completion_length, self.model.max_seq_length - longest)
+        rows = blank_rows(args.per_device_train_batch_size, longest, completion, names)
+        batch = self._collated([(rows, range(len(rows)))] * self._plan.accumulation)
+        arguments = (self.model.trainable, self.opt_state, self.model.base, batch, jax.random.key(0))
+        self._train_step.prepare(arguments)
+        line = self.rollout.forecast(self._plan.unique, self._plan.group, longest)
+        if line:
+            print(line, flush=True)
+
     # -- batches ---------------------------------------------------------------------------------------------
 
     def _make_batches(self) -> "GRPOBatches":
@@ -197,13 +230,19 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         plan = self._plan
         micros = plan.micros(number)
         self._held = {g: held for g, held in self._held.items() if g >= micros[0].generation}
-        for micro in micros:
-            if micro.generation not in self._held:
-                self._held[micro.generation] = self._generate(micro.generation)
+        missing = dict.fromkeys(m.generation for m in micros if m.generation not in self._held)
+        for generation in missing:
+            self._held[generation] = self._generate(generation)
+        if missing:
+            self.rollout.pause()
         height = self.args.per_device_train_batch_size
-        parts: list[tuple[Experience, Sequence[int]]] = [
-            (self._held[m.generation], range(m.part * height, (m.part + 1) * height)) for m in micros
-        ]
+        return self._collated(
+            [(self._held[m.generation], range(m.part * height, (m.part + 1) * height)) for m in micros]
+        )
+
+    def _collated(self, parts: list[tuple[Experience, Sequence[int]]]) -> dict[str, np.ndarray]:
+        """The batch of a step from the rows of its micro-batches."""
+        plan, height = self._plan, self.args.per_device_train_batch_size
         empty = plan.accumulation - len(parts)  # the last step of an epoch may be short
         batch = self._collector.collator(parts + [(parts[0][0], ())] * empty, height)
         batch["accumulation"] = np.full(plan.accumulation, len(parts), np.float32)
@@ -345,11 +384,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         prompts = self._eval_prompts
         if eval_dataset is not None:
             named = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
-            limit, tokenise = self.model.max_seq_length, not self.rollout.makes_prompt_ids
-            prompts = {
-                name: prepare_prompts(data, self.processing_class, self.args, limit=limit, tokenise=tokenise)
-                for name, data in named.items()
-            }
+            prompts = {name: self._prepare(data) for name, data in named.items()}
         if not prompts:
             raise ValueError(
                 "evaluate() needs an eval_dataset, here or in GRPOTrainer(eval_dataset=…); got None"
@@ -358,6 +393,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         for name, data in prompts.items():
             prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
             results |= {f"{prefix}_{key}": value for key, value in self._evaluated(data).items()}
+        self.rollout.pause()
         self._show_completions("eval_completions")
         return results
 
@@ -416,7 +452,6 @@ def _refuse(**arguments: Any) -> None:
         "reward_processing_classes": "put a reward model behind a function",
         "optimizers": "set optim, learning_rate and lr_scheduler_type in GRPOConfig",
         "peft_config": "call FastLanguageModel.get_peft_model(model, …) first",
-        "tools": "write the turns in a rollout_func, with env_mask for what the model did not write",
         "environment_factory": "write the turns in a rollout_func, with env_mask for what the model did not write",
     }
     for name, value in arguments.items():

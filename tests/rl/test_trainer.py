@@ -1,6 +1,7 @@
 """GRPOTrainer on a tiny Llama: resume inside a generation, failures, dynamic sampling, evaluation, completions."""
 
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -184,10 +185,13 @@ def test_evaluation(base, tmp_path):
 
 
 def test_arguments_that_are_not_there(base, tmp_path):
+    model = FastLanguageModel.get_peft_model(base, r=4)
     with pytest.raises(
-        ValueError, match="GRPOTrainer: tools is not supported; write the turns in a rollout_func"
+        ValueError, match="environment_factory is not supported; write the turns in a rollout_func"
     ):
-        GRPOTrainer(base, odd, GRPOConfig(str(tmp_path)), ROWS, tools=[len])
+        GRPOTrainer(model, odd, GRPOConfig(str(tmp_path)), ROWS, environment_factory=dict)
+    with pytest.raises(ValueError, match="give tools or rollout_func, not both"):
+        GRPOTrainer(model, odd, GRPOConfig(str(tmp_path)), ROWS, rollout_func=rollout, tools=[len])
     with pytest.raises(ValueError, match="one generation takes 8"):
         make_trainer(base, tmp_path, per_device_train_batch_size=16, steps_per_generation=1).train()
     with pytest.raises(ValueError, match="reward_weights has 2 numbers for 1"):
@@ -198,7 +202,7 @@ def test_arguments_that_are_not_there(base, tmp_path):
         make_trainer(base, tmp_path, "org/reward-model")
 
 
-def test_the_engine_samples_from_the_policy_of_its_step(base, tmp_path):
+def test_the_engine_samples_from_the_policy_of_its_step(base, tmp_path, capsys):
     """Log-probabilities of the sampler and of the trainer are equal at each step, though the steps are large."""
     settings = {
         "beta": 0.0,
@@ -210,6 +214,8 @@ def test_the_engine_samples_from_the_policy_of_its_step(base, tmp_path):
     settings |= {"learning_rate": 0.05, "importance_sampling_correction": True, "max_steps": 4}
     trainer = make_trainer(base, tmp_path, rollout_func=None, **settings)
     trainer.train()
+    told = capsys.readouterr().out  # the memory of both phases, before the first step
+    assert re.search(r"remat=.* GB of .*\n2 x 2 completions of 10 tokens: .* GB", told[: told.index("step 1/4")])
     records = [r for r in trainer.state.log_history if "loss" in r]
     gaps = [r["sampling/sampling_logp_difference/max"] for r in records]
     assert len(gaps) == 4 and max(gaps) < SAMPLER_GAP
