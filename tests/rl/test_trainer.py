@@ -215,7 +215,9 @@ def test_the_engine_samples_from_the_policy_of_its_step(base, tmp_path, capsys):
     trainer = make_trainer(base, tmp_path, rollout_func=None, **settings)
     trainer.train()
     told = capsys.readouterr().out  # the memory of both phases, before the first step
-    assert re.search(r"remat=.* GB of .*\n2 x 2 completions of 10 tokens: .* GB", told[: told.index("step 1/4")])
+    assert re.search(
+        r"remat=.* GB of .*\n2 x 2 completions of 10 tokens: .* GB", told[: told.index("step 1/4")]
+    )
     records = [r for r in trainer.state.log_history if "loss" in r]
     gaps = [r["sampling/sampling_logp_difference/max"] for r in records]
     assert len(gaps) == 4 and max(gaps) < SAMPLER_GAP
