@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 from jaxtune.evaluate.config import CheckerName
 
 TAIL = 300  # characters of a completion that verl looks at
+_BOLD = re.compile(r"\*\*(.+?)\*\*")
 _STRICT = re.compile(r"#### (-?[0-9.,]+)")
 # A minus belongs to the number unless something stands before it ("5-3"); commas between three digits do too.
-_NUMBER = re.compile(r"(?:(?<![\w.)\]}])-)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+")
+_NUMBER = re.compile(r"(?:(?<![\w.)\]}])-)?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 
 
 class Checker(NamedTuple):
@@ -39,7 +40,9 @@ def checker(name: CheckerName) -> Checker:
       ImportError: "math" without math-verify.
     """
     if name == "gsm8k":
-        return Checker(strict_answer, lambda text: strict_answer(text[-TAIL:]), str.__eq__, str, '"#### " and a number')
+        return Checker(
+            strict_answer, lambda text: strict_answer(text[-TAIL:]), str.__eq__, str, '"#### " and a number'
+        )
     if name == "number":
         return Checker(
             lambda text: last_number(text.rpartition("####")[2]),
@@ -75,7 +78,7 @@ def last_number(text: str) -> Decimal | None:
 
 def after_thinking(text: str) -> str:
     """What follows the last </think>; nothing where a <think> does not end; else the whole text."""
-    before, end, answer = text.rpartition("</think>")
+    _, end, answer = text.rpartition("</think>")
     if end:
         return answer
     return "" if "<think>" in text else text
@@ -98,6 +101,9 @@ def _math() -> Checker:
         return library.parse(written, None) or None
 
     def found(text: str) -> Any:
-        return library.parse(after_thinking(text), [library.boxed_first, ExprExtractionConfig()]) or None
+        plain = _BOLD.sub(r"\1", after_thinking(text))
+        return library.parse(plain, [library.latex(False), ExprExtractionConfig()]) or None
 
-    return Checker(reference, found, library.verify, lambda answer: str(answer[-1]), "a number or an expression")
+    return Checker(
+        reference, found, library.verify, lambda answer: str(answer[-1]), "a number or an expression"
+    )

@@ -49,7 +49,9 @@ class EvaluateConfig:
             )
         for k in self.k:
             if not 1 <= k <= self.n:
-                raise ValueError(f"k={k} must be from 1 to n={self.n}, the number of answers to each question")
+                raise ValueError(
+                    f"k={k} must be from 1 to n={self.n}, the number of answers to each question"
+                )
 
     @property
     def ks(self) -> list[int]:

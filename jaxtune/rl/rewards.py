@@ -94,12 +94,13 @@ class MathVerify(NamedTuple):
     r"""math-verify.
 
     parse: (text, what to look for or None for anything) -> what the text says; [] for nothing. verify: (right, found),
-    both parsed -> whether they are equal. boxed_first: LaTeX, \boxed first, or said to be the answer.
+    both parsed -> whether they are equal. latex: looks for LaTeX, \boxed first; with True for nothing else than that
+    or what is said to be the answer.
     """
 
     parse: Callable[[str, Sequence[Any] | None], list]
     verify: Callable[[list, list], bool]
-    boxed_first: Any
+    latex: Callable[[bool], Any]
 
 
 def load_math_verify() -> MathVerify:
@@ -124,15 +125,14 @@ def load_math_verify() -> MathVerify:
         wanted = {} if targets is None else {"extraction_config": targets, "extraction_mode": "first_match"}
         return math_verify.parse(text, parsing_timeout=parse_seconds, **wanted)
 
-    return MathVerify(
-        parse,
-        partial(math_verify.verify, timeout_seconds=verify_seconds),
-        math_verify.LatexExtractionConfig(
+    def latex(anchored):
+        return math_verify.LatexExtractionConfig(
             normalization_config=NormalizationConfig(units=True),
-            boxed_match_priority=0,  # \boxed first
-            try_extract_without_anchor=False,
-        ),
-    )
+            boxed_match_priority=0,
+            try_extract_without_anchor=not anchored,
+        )
+
+    return MathVerify(parse, partial(math_verify.verify, timeout_seconds=verify_seconds), latex)
 
 
 def _checker() -> Callable[[str, str], tuple[float | None, str, str]]:
@@ -143,7 +143,7 @@ def _checker() -> Callable[[str, str], tuple[float | None, str, str]]:
         gold = library.parse(solution, None)
         if not gold:
             return None, UNPARSEABLE, "[skipped]"
-        found = library.parse(content, [library.boxed_first])
+        found = library.parse(content, [library.latex(True)])
         right = library.verify(gold, found)
         return float(right), str(gold), str(found) if found else UNPARSEABLE
 
