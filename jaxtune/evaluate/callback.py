@@ -29,7 +29,12 @@ class EvaluateCallback:
         if every < 1:
             raise ValueError(f"every must be at least 1 step, got {every}")
         self.results: list[tuple[int, Results]] = []
-        self._rows, self._config, self._every, self._columns = rows, config or EvaluateConfig(), every, columns
+        self._rows, self._config, self._every, self._columns = (
+            rows,
+            config or EvaluateConfig(),
+            every,
+            columns,
+        )
         self._plan: Plan | None = None
 
     def on_step_end(self, trainer: Any, metrics: Any) -> None:

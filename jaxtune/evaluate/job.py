@@ -146,9 +146,8 @@ def metrics_table(results: Results) -> Table:
     """A row for each metric: value, standard error, 95% interval."""
     questions, shares = len(results.judged), results.shares
     count = sum(len(one.completions) for one in results.judged)
-    table = make_table(
-        f"{questions} questions, {count // questions} answers each", "", "± SE", "95% interval"
-    )
+    each = "" if count == questions else f", {count // questions} answers each"
+    table = make_table(f"{questions} questions{each}", "", "± SE", "95% interval")
     for name, one in results.metrics.items():
         error = "" if questions == 1 else f"{one.standard_error:.1%}"
         table.add_row(name, f"[bold]{one.value:.1%}[/bold]", error, f"{one.low:.1%} to {one.high:.1%}")

@@ -88,4 +88,6 @@ def wilson(share: float, trials: float) -> tuple[float, float]:
     shrink = 1 + Z95**2 / trials
     centre = (share + Z95**2 / (2 * trials)) / shrink
     half = Z95 / shrink * math.sqrt(share * (1 - share) / trials + Z95**2 / (4 * trials**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(share, centre - half)), min(
+        1.0, max(share, centre + half)
+    )  # rounding leaves the share inside

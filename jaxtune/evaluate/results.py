@@ -31,12 +31,14 @@ class Completion(NamedTuple):
 class Judged:
     """The answers to one question.
 
-    prompt: what was asked. found: what each completion answers, as text, or None. votes: equal numbers where found
-    answers are equal, None where there is none. right: whether each is the reference's answer.
+    prompt: what was asked. expected: the reference's answer as text. found: what each completion answers, as text, or
+    None. votes: equal numbers where found answers are equal, None where there is none. right: whether each is the
+    reference's answer.
     """
 
     question: Question
     prompt: list[Message]
+    expected: str
     completions: list[Completion]
     found: list[str | None]
     votes: list[int | None]
@@ -65,7 +67,7 @@ def judge(
             kinds.append((answer, bool(checker.same(reference, answer))))
         votes.append(vote)
         right.append(kinds[vote][1])
-    return Judged(question, prompt, list(completions), found, votes, right)
+    return Judged(question, prompt, checker.show(reference), list(completions), found, votes, right)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +130,7 @@ class Results:
                 extra={
                     "question": judged.question.id,
                     "sample": completion.sample,
-                    "expected": judged.question.answer,
+                    "expected": judged.expected,
                     "found": found,
                     "tokens": completion.tokens,
                     "finish_reason": completion.finish_reason,

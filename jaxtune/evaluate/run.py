@@ -66,7 +66,7 @@ def plan(
                 f"{one.answer[-100:]!r}. Name another answer_column or checker"
             )
     instruction = form.instruction if config.instruction is None else config.instruction
-    examples = _examples(config, few_shot_data, question_column, answer_column, form)
+    examples = _examples(config, few_shot_data, question_column, answer_column, form, questions)
     turns = [conversation(one, examples, config, instruction) for one in questions]
     prompts = [prompt_ids(model.tokenizer, one) for one in turns]
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -81,7 +81,12 @@ def plan(
 
 
 def _examples(
-    config: EvaluateConfig, data: Source | None, question: str | None, answer: str | None, form: Format
+    config: EvaluateConfig,
+    data: Source | None,
+    question: str | None,
+    answer: str | None,
+    form: Format,
+    asked: Sequence[Question],
 ) -> list[Question]:
     if (data is None) != (config.few_shot == 0):
         raise ValueError(
@@ -92,6 +97,12 @@ def _examples(
     rows, found = read_questions(data, question, answer)
     if found is not form:
         raise ValueError(f"few_shot_data has the format {found.name!r}, the questions have {form.name!r}")
+    shared = {one.text for one in asked} & {one.text for one in rows}
+    if shared:
+        raise ValueError(
+            f"few_shot_data holds {len(shared)} of the questions, with their answers: {min(shared)[:80]!r}. Take other "
+            "rows, as a training split's"
+        )
     return choose_examples(rows, config.few_shot, config.seed)
 
 
