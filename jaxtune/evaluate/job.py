@@ -5,7 +5,7 @@ import hashlib
 import json
 import platform
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,8 +81,7 @@ def run(settings: "Evaluate", command: str) -> Results:
         },
         "settings": {**_plain(settings), "first_prompt": planned.turns[0]},
         "completions_decided_by": made_by,
-        "versions": {name: version(name) for name in ("jax", "transformers")}
-        | {"python": platform.python_version()},
+        "versions": _versions(),
         "device": device,
     }
     printed = store.finish(results, about, settings.num_completions_to_print)
@@ -156,6 +155,17 @@ def metrics_table(results: Results) -> Table:
     table.add_row("cut at max_new_tokens", f"{shares['cut']:.1%}")
     table.add_row("tokens of an answer", f"{results.mean_tokens:.0f}")
     return table
+
+
+def _versions() -> dict[str, str | None]:
+    """Of everything that has a part in the numbers; None: not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in ("jaxtune", "jax", "transformers", "math-verify"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def _digest(value: Any) -> str:
