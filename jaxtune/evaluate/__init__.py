@@ -2,7 +2,7 @@
 
     from jaxtune.evaluate import EvaluateConfig, evaluate
 
-    results = evaluate(model, "openai/gsm8k rows, a file, or a list of dicts", EvaluateConfig(n=8, temperature=0.8))
+    results = evaluate(model, "test.jsonl", EvaluateConfig(n=8, temperature=0.8))
     results.metrics["pass@8"]
 
 `python -m jaxtune.evaluate` imports this before its --help, so each name is imported when it is first used.

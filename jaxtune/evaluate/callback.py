@@ -18,23 +18,19 @@ class EvaluateCallback:
     Each time it prints the metrics in a line, and adds one to output_dir/evaluation.jsonl.
 
     Args:
-        rows, config, columns: as for `evaluate`.
+        rows, config, options: as for `evaluate`.
         every: optimizer steps.
 
     Attributes:
         results: (step, Results) of each time.
     """
 
-    def __init__(self, rows: Source, config: EvaluateConfig | None = None, *, every: int, **columns: Any):
+    def __init__(self, rows: Source, config: EvaluateConfig | None = None, *, every: int, **options: Any):
         if every < 1:
             raise ValueError(f"every must be at least 1 step, got {every}")
         self.results: list[tuple[int, Results]] = []
-        self._rows, self._config, self._every, self._columns = (
-            rows,
-            config or EvaluateConfig(),
-            every,
-            columns,
-        )
+        self._rows, self._config, self._every = rows, config or EvaluateConfig(), every
+        self._options = options
         self._plan: Plan | None = None
 
     def on_step_end(self, trainer: Any, metrics: Any) -> None:
@@ -43,7 +39,7 @@ class EvaluateCallback:
         if step % self._every:
             return
         if self._plan is None:
-            self._plan = plan(trainer.model, self._rows, self._config, **self._columns)
+            self._plan = plan(trainer.model, self._rows, self._config, **self._options)
         results = carry_out(trainer.model, self._plan, progress=False)
         self.results.append((step, results))
         record = {"step": step} | {name: one.value for name, one in results.metrics.items()}

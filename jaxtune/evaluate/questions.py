@@ -53,18 +53,22 @@ PLAIN = Format("plain", "exact", "")
 
 
 def read_questions(
-    rows: Source, question_column: str | None = None, answer_column: str | None = None
+    rows: Source,
+    question_column: str | None = None,
+    answer_column: str | None = None,
+    split: str = "test",
 ) -> tuple[list[Question], Format]:
     """Questions of a data set, and its format.
 
     Args:
         rows: what `jaxtune.data.load_dataset` takes.
         question_column, answer_column: None: the first of QUESTION_COLUMNS and ANSWER_COLUMNS that there is.
+        split: of a hub set or a `DatasetDict`.
 
     Raises:
         ValueError: a column is missing, or a row has no question or no answer.
     """
-    table = load_dataset(rows)
+    table = load_dataset(rows, split)
     names = table.column_names
     question = _column("question", question_column, QUESTION_COLUMNS, names)
     answer = _column("answer", answer_column, ANSWER_COLUMNS, names)

@@ -50,12 +50,13 @@ def plan(
     rows: Source,
     config: EvaluateConfig,
     *,
+    split: str = "test",
     question_column: str | None = None,
     answer_column: str | None = None,
     few_shot_data: Source | None = None,
 ) -> Plan:
     """Reads questions and references, and makes the prompts; arguments as for `evaluate`."""
-    questions, form = read_questions(rows, question_column, answer_column)
+    questions, form = read_questions(rows, question_column, answer_column, split)
     name = form.checker if config.checker == "auto" else config.checker
     check = checker(name)
     references = [check.reference(one.answer) for one in questions]
@@ -94,7 +95,7 @@ def _examples(
         )
     if data is None:
         return []
-    rows, found = read_questions(data, question, answer)
+    rows, found = read_questions(data, question, answer, split="train")
     if found is not form:
         raise ValueError(f"few_shot_data has the format {found.name!r}, the questions have {form.name!r}")
     shared = {one.text for one in asked} & {one.text for one in rows}
@@ -111,6 +112,7 @@ def evaluate(
     rows: Source,
     config: EvaluateConfig | None = None,
     *,
+    split: str = "test",
     question_column: str | None = None,
     answer_column: str | None = None,
     few_shot_data: Source | None = None,
@@ -123,8 +125,9 @@ def evaluate(
         rows: questions with answers: a file, a hub name, a `datasets.Dataset` or a list of dicts; see
             `jaxtune.evaluate.questions` for the formats.
         config: how to ask and check.
+        split: of a hub set or a `DatasetDict`.
         question_column, answer_column: where they stand, if not under a known name.
-        few_shot_data: rows that config.few_shot examples are drawn from.
+        few_shot_data: rows that config.few_shot examples are drawn from; the split "train" where there are several.
         progress: show a bar.
 
     Raises:
@@ -135,6 +138,7 @@ def evaluate(
         model,
         rows,
         config or EvaluateConfig(),
+        split=split,
         question_column=question_column,
         answer_column=answer_column,
         few_shot_data=few_shot_data,

@@ -3,6 +3,7 @@
 import json
 import re
 
+import datasets
 import pytest
 
 from jaxtune.evaluate.config import EvaluateConfig
@@ -55,6 +56,14 @@ def test_columns_by_name_and_from_a_file(tmp_path):
 def test_rows_that_cannot_be_used(rows, columns, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         read_questions(rows, *columns)
+
+
+def test_the_test_split_unless_another_is_named():
+    splits = datasets.DatasetDict(
+        {name: datasets.Dataset.from_list([{"question": name, "answer": "1"}]) for name in ("train", "test")}
+    )
+    assert read_questions(splits)[0][0].text == "test"
+    assert read_questions(splits, split="train")[0][0].text == "train"
 
 
 def test_an_empty_file(tmp_path):
