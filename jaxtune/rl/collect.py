@@ -49,7 +49,7 @@ class Collector:
     """Turns prompts into experience.
 
     weights: of the reward functions, float32 [F]. end_ids: tokens that end a completion, and the padding token.
-    state: the trainer's state, now.
+    state: the trainer's state, now. synced: the step whose model the rollout has.
     """
 
     args: GRPOConfig
@@ -63,7 +63,7 @@ class Collector:
     policy: Policy
     loss: GRPOLossOptions
     state: Callable[[], Any]
-    _synced: int | None = None
+    synced: int | None = None
 
     def train(
         self, prompts: Prompts, plan: Plan, generation: int
@@ -106,9 +106,9 @@ class Collector:
     ) -> tuple[list[Sample], Metrics]:
         """Rewarded completions of some prompts, `group` of each together; and what reward functions logged."""
         step = self.state().global_step
-        if self._synced != step:
+        if self.synced != step:
             self.rollout.sync(step)
-            self._synced = step
+            self.synced = step
         rows = [prompts.rows[int(i)] for i in numbers for _ in range(group)]
         request = Request(
             prompts=[row["prompt"] for row in rows],
