@@ -12,6 +12,8 @@ from jaxtune.evaluate.results import Completion
 from jaxtune.evaluate.run import carry_out, chunks, plan
 from jaxtune.fast import FastLanguageModel
 from jaxtune.generate import Engine
+from jaxtune.rl.config import GRPOConfig
+from jaxtune.rl.trainer import GRPOTrainer
 
 ROWS = [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(5)]
 SHORT = {"instruction": "", "max_new_tokens": 8}
@@ -265,21 +267,29 @@ def test_an_interruption_keeps_what_was_made(folder, data, tmp_path, capsys, mon
 
 
 def test_in_training(model, tmp_path):
-    class Trainer:
-        class args:
-            output_dir = str(tmp_path)
+    """Every second step of a GRPOTrainer; the last evaluation is that of the model as it is afterwards."""
 
-        class state:
-            global_step = 0
+    def rollout(prompts, trainer):
+        ids = [[3 + (i + trainer.state.global_step) % 7] * 4 for i in range(len(prompts))]
+        return {"prompt_ids": [[5, 6, 7]] * len(prompts), "completion_ids": ids, "logprobs": None}
 
-    trainer = Trainer()
-    trainer.model = model
     callback = EvaluateCallback(ROWS[:2], EvaluateConfig(**SHORT), every=2)
-    for step in range(1, 5):
-        trainer.state.global_step = step
-        callback.on_step_end(trainer, {})
+    trainer = GRPOTrainer(
+        model=FastLanguageModel.get_peft_model(model, r=4, target_modules=["q_proj", "down_proj"]),
+        reward_funcs=lambda completion_ids, **_: [float(ids[0] % 2) for ids in completion_ids],
+        train_dataset=[{"prompt": "say"}] * 4,
+        rollout_func=rollout,
+        callbacks=[callback],
+        args=GRPOConfig(
+            output_dir=str(tmp_path), max_steps=4, num_generations=2, per_device_train_batch_size=2,
+            learning_rate=0.05, max_completion_length=4, save_strategy="no", disable_tqdm=True,
+        ),
+    )  # fmt: skip
+    trainer.train()
     assert [step for step, _ in callback.results] == [2, 4]
     lines = [json.loads(line) for line in (tmp_path / "evaluation.jsonl").read_text().splitlines()]
     assert lines == [{"step": 2, "accuracy": 0.0}, {"step": 4, "accuracy": 0.0}]
+    after = evaluate(trainer.model, ROWS[:2], EvaluateConfig(**SHORT), progress=False)
+    assert texts(callback.results[1][1]) == texts(after) != texts(callback.results[0][1])
     with pytest.raises(ValueError, match="every must be at least 1 step, got 0"):
         EvaluateCallback(ROWS, every=0)
