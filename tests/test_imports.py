@@ -37,7 +37,8 @@ STAGES = [
     {"job"},
     {"dry_run"},
     {"rl"},
-    {"train", "export.__main__", "chat"},
+    {"evaluate"},
+    {"train", "export.__main__", "chat", "evaluate.__main__"},
 ]
 STAGE_OF = {name: number for number, names in enumerate(STAGES) for name in names}
 JUDGES = {"torch", "trl", "peft", "bitsandbytes", "accelerate", "vllm"}
@@ -121,6 +122,7 @@ assert not xla_bridge._backends, "importing started a jax backend"
         ("rl.train", "--num_generations"),
         ("export.__main__", "--imatrix"),
         ("chat", "--temperature"),
+        ("evaluate.__main__", "--few_shot"),
     ],
 )
 def test_help_is_quick_and_needs_no_jax(program, flag):

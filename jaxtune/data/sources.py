@@ -86,6 +86,8 @@ def _from_name(
     if path.is_file():
         if builder is None:
             raise ValueError(f"cannot read {path}: expected a file ending in {', '.join(FILE_BUILDERS)}")
+        if not path.stat().st_size:
+            raise ValueError(f"the dataset has no rows: {path} is empty")
         options = {"sep": "\t"} if ".tsv" in path.suffixes else {}
         rows = split[split.index("[") :] if "[" in split else ""
         return _builder_dataset(builder, f"train{rows}", data_files=str(path), **options)

@@ -3,11 +3,14 @@
 output_dir/completions/
   completions_00010.parquet   TRL's columns: step, prompt, completion, <reward function>…, <log_extra>…, advantage
   index.html                  made of page/: the newest completions of every step, grouped by prompt, best first
+
+Completions of an evaluation have no step and no advantage: columns and headings are without them.
 """
 
 import html
 import itertools
 import json
+import math
 import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -45,33 +48,38 @@ class CompletionLog:
         names: of the reward functions.
         count: completions to print; None: all.
         unique: print one of each prompt only.
+        shown: completions of each step that the page shows.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str], count: int | None, unique: bool):
+    def __init__(
+        self, folder: Path, names: Sequence[str], count: int | None, unique: bool, shown: int = PAGE_SAMPLES
+    ):
         self._folder, self._names = Path(folder), list(names)
-        self._count, self._unique = count, unique
+        self._count, self._unique, self._shown = count, unique, shown
         self._samples: list[Sample] = []
 
     def add(self, samples: Iterable[Sample]) -> None:
         self._samples += samples
 
-    def flush(self, step: int, kind: str = "completions") -> str:
+    def flush(self, step: int | None, kind: str = "completions") -> str:
         """Write what has gathered, in output_dir/completions; returns the table for the terminal."""
         samples, self._samples = self._samples, []
         if not samples:
             return ""
         self._folder.mkdir(parents=True, exist_ok=True)
         table = self._table(samples, step).with_format("arrow")[:]
-        parquet.write_table(table, self._folder / f"{kind}_{step:05d}.parquet")
-        part = self._folder / "page" / f"{step:05d}_{kind}.html"
+        number = [] if step is None else [f"{step:05d}"]
+        parquet.write_table(table, self._folder / f"{'_'.join([kind, *number])}.parquet")
+        part = self._folder / "page" / f"{'_'.join([*number, kind])}.html"
         part.parent.mkdir(exist_ok=True)
-        part.write_text(_section(samples, self._names, step), encoding="utf-8")
+        title = kind if step is None else f"step {step}"
+        part.write_text(_section(samples, self._names, title, self._shown), encoding="utf-8")
         self._write_page()
-        return self._text(samples, step)
+        return self._text(samples, title)
 
-    def _table(self, samples: list[Sample], step: int) -> datasets.Dataset:
-        columns: dict[str, list[Any]] = {
-            "step": [step] * len(samples),
+    def _table(self, samples: list[Sample], step: int | None) -> datasets.Dataset:
+        columns: dict[str, list[Any]] = {} if step is None else {"step": [step] * len(samples)}
+        columns |= {
             "prompt": [sample.prompt for sample in samples],
             "completion": [sample.completion for sample in samples],
         }
@@ -79,16 +87,17 @@ class CompletionLog:
             columns[name] = [float(sample.rewards[i]) for sample in samples]
         for name in dict.fromkeys(name for sample in samples for name in sample.extra):
             columns[name] = [sample.extra.get(name) for sample in samples]
-        columns["advantage"] = [sample.advantage for sample in samples]
+        if step is not None:
+            columns["advantage"] = [sample.advantage for sample in samples]
         return datasets.Dataset.from_dict(columns, on_mixed_types="use_json")
 
-    def _text(self, samples: list[Sample], step: int) -> str:
+    def _text(self, samples: list[Sample], title: str) -> str:
         """A block for each completion, as wide as the terminal."""
         width = min(max(shutil.get_terminal_size((100, 24)).columns, 60), 120)
         if self._unique:
             samples = list({json.dumps(s.prompt, default=repr): s for s in reversed(samples)}.values())[::-1]
         shown = samples if self._count is None else samples[: self._count]
-        lines = [f" step {step} ".center(width, "═")]
+        lines = [f" {title} ".center(width, "═")]
         for prompt, group in itertools.groupby(shown, key=lambda sample: text_of(sample.prompt)):
             lines += _wrapped("prompt", prompt, width)
             for sample in group:
@@ -110,7 +119,8 @@ class CompletionLog:
 
 def _scores(sample: Sample, names: Sequence[str]) -> str:
     parts = [f"{name} {value:.4g}" for name, value in zip(names, sample.rewards, strict=True)]
-    parts.append(f"advantage {sample.advantage:+.3f}")
+    if not math.isnan(sample.advantage):
+        parts.append(f"advantage {sample.advantage:+.3f}")
     return ", ".join([*parts, *(f"{name} {value}" for name, value in sample.extra.items())])
 
 
@@ -121,24 +131,27 @@ def _wrapped(label: str, text: str, width: int) -> list[str]:
     return [f"{label if i == 0 else '':<11}{line}" for i, line in enumerate(folded)]
 
 
-def _section(samples: list[Sample], names: Sequence[str], step: int) -> str:
-    """One step's completions as HTML, by prompt, the best first."""
+def _merit(sample: Sample) -> float:
+    """Above 0: good, below: bad. The advantage, or without one whether the first reward reaches a half."""
+    return float(sample.rewards[0]) - 0.5 if math.isnan(sample.advantage) else sample.advantage
+
+
+def _section(samples: list[Sample], names: Sequence[str], title: str, most: int) -> str:
+    """Completions as HTML, by prompt, the best first."""
     mean = sum(sample.rewards[sample.rewards == sample.rewards].sum() for sample in samples) / len(samples)
-    parts = [
-        f"<details open><summary>step {step}: {len(samples)} completions, mean reward {mean:.3f}</summary>"
-    ]
-    shown = samples[:PAGE_SAMPLES]
+    parts = [f"<details open><summary>{title}: {len(samples)} completions, mean reward {mean:.3f}</summary>"]
+    shown = samples[:most]
     for prompt, group in itertools.groupby(shown, key=lambda sample: text_of(sample.prompt)):
         parts.append(f"<article><pre class=prompt>{html.escape(prompt)}</pre>")
-        for sample in sorted(group, key=lambda sample: -sample.advantage):
-            tone = "good" if sample.advantage > 0 else "bad" if sample.advantage < 0 else "flat"
+        for sample in sorted(group, key=_merit, reverse=True):
+            tone = "good" if _merit(sample) > 0 else "bad" if _merit(sample) < 0 else "flat"
             scores = html.escape(_scores(sample, names))
             cut = "" if sample.ended else " <em>cut at the longest length</em>"
             body = html.escape(text_of(sample.completion))
             parts.append(f"<div class={tone}><p>{scores}{cut}</p><pre>{body}</pre></div>")
         parts.append("</article>")
     if len(shown) < len(samples):
-        parts.append(f"<p>{len(samples) - len(shown)} more are in the Parquet file of this step.</p>")
+        parts.append(f"<p>{len(samples) - len(shown)} more are in the Parquet file.</p>")
     return "\n".join([*parts, "</details>"])
 
 

@@ -12,7 +12,8 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 Completion = Sequence[dict[str, Any]]
 Rewards = list[float | None]
@@ -89,12 +90,29 @@ def _judge(contents: Sequence[str | None], solution: Sequence[str], log_extra: L
     return rewards
 
 
-def _checker() -> Callable[[str, str], tuple[float | None, str, str]]:
-    """check(content, solution) -> (reward, the parsed solution, the parsed answer)."""
+class MathVerify(NamedTuple):
+    r"""math-verify.
+
+    parse: (text, what to look for or None for anything) -> what the text says; [] for nothing. verify: (right, found),
+    both parsed -> whether they are equal. latex: looks for LaTeX, \boxed first; with True for nothing else than that
+    or what is said to be the answer.
+    """
+
+    parse: Callable[[str, Sequence[Any] | None], list]
+    verify: Callable[[list, list], bool]
+    latex: Callable[[bool], Any]
+
+
+def load_math_verify() -> MathVerify:
+    """math-verify for this thread.
+
+    Raises:
+      ImportError: it is not installed.
+    """
     if importlib.util.find_spec("math_verify") is None:
-        raise ImportError("accuracy rewards compare answers with math-verify: pip install math-verify")
+        raise ImportError("mathematical answers are compared with math-verify: pip install math-verify")
+    import math_verify
     from latex2sympy2_extended import NormalizationConfig
-    from math_verify import LatexExtractionConfig, parse, verify
 
     # Its time limits are alarm signals, which only the main thread may set; elsewhere there are none.
     main = threading.current_thread() is threading.main_thread()
@@ -102,20 +120,31 @@ def _checker() -> Callable[[str, str], tuple[float | None, str, str]]:
     if not main:
         for name in ("parser", "grader"):  # they would warn of that with every answer
             logging.getLogger(f"math_verify.{name}").setLevel(logging.ERROR)
-    answer = LatexExtractionConfig(
-        normalization_config=NormalizationConfig(units=True),
-        boxed_match_priority=0,  # \boxed first
-        try_extract_without_anchor=False,
-    )
+
+    def parse(text, targets):
+        wanted = {} if targets is None else {"extraction_config": targets, "extraction_mode": "first_match"}
+        return math_verify.parse(text, parsing_timeout=parse_seconds, **wanted)
+
+    def latex(anchored):
+        return math_verify.LatexExtractionConfig(
+            normalization_config=NormalizationConfig(units=True),
+            boxed_match_priority=0,
+            try_extract_without_anchor=not anchored,
+        )
+
+    return MathVerify(parse, partial(math_verify.verify, timeout_seconds=verify_seconds), latex)
+
+
+def _checker() -> Callable[[str, str], tuple[float | None, str, str]]:
+    """check(content, solution) -> (reward, the parsed solution, the parsed answer)."""
+    library = load_math_verify()
 
     def check(content, solution):
-        gold = parse(solution, parsing_timeout=parse_seconds)
+        gold = library.parse(solution, None)
         if not gold:
             return None, UNPARSEABLE, "[skipped]"
-        found = parse(
-            content, extraction_config=[answer], extraction_mode="first_match", parsing_timeout=parse_seconds
-        )
-        right = verify(gold, found, timeout_seconds=verify_seconds)
+        found = library.parse(content, [library.latex(True)])
+        right = library.verify(gold, found)
         return float(right), str(gold), str(found) if found else UNPARSEABLE
 
     return check
