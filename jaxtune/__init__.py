@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from jaxtune.config import SFTConfig
     from jaxtune.data import get_chat_template, standardize_sharegpt, train_on_responses_only
     from jaxtune.fast import FastLanguageModel, FastModel
-    from jaxtune.generate import TextStreamer
+    from jaxtune.generate import SamplingParams, TextStreamer
     from jaxtune.lora import LoraConfig
     from jaxtune.model import Model
     from jaxtune.models.remat import Remat
@@ -30,6 +30,7 @@ _HOMES = {
     "Remat": "jaxtune.models.remat",
     "SFTConfig": "jaxtune.config",
     "SFTTrainer": "jaxtune.trainer",
+    "SamplingParams": "jaxtune.generate",
     "TextStreamer": "jaxtune.generate",
     "get_chat_template": "jaxtune.data",
     "make_eval_step": "jaxtune.step",

@@ -21,13 +21,13 @@ from jaxtune.model import Model
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 # Arguments of Unsloth that have no meaning here, with the values that ask for nothing.
-_IGNORED = """device_map fix_tokenizer use_exact_model_name offload_embedding float32_mixed_precision
-    gpu_memory_utilization float8_kv_cache max_lora_rank disable_log_stats unsloth_tiled_mlp random_state text_only
-    return_logits fullgraph auto_model unsloth_force_compile attn_implementation force_download""".split()
+_IGNORED = """device_map fast_inference fix_tokenizer use_exact_model_name offload_embedding
+    float32_mixed_precision gpu_memory_utilization float8_kv_cache max_lora_rank disable_log_stats
+    unsloth_tiled_mlp random_state text_only return_logits fullgraph auto_model unsloth_force_compile
+    attn_implementation force_download""".split()
 _REFUSED = {
     "load_in_8bit": False,
     "load_in_fp8": False,
-    "fast_inference": False,
     "trust_remote_code": False,
     "qat_scheme": None,
     "resize_model_vocab": None,

@@ -21,7 +21,8 @@ from jaxtune.export import upload
 from jaxtune.export.adapter import save_adapter
 from jaxtune.export.merged import save_merged
 from jaxtune.export.save_gguf import save_gguf, save_lora_gguf
-from jaxtune.generate import Engine, Sampling
+from jaxtune.generate import Engine, LoRARequest, Sampling, SamplingParams, fast_generate
+from jaxtune.generate.requests import RequestOutput
 from jaxtune.lora import LoraConfig
 from jaxtune.models.names import Leaves, Slot, join, module_slots
 
@@ -260,6 +261,23 @@ class Model:
             if source is not None:
                 ids.update([source] if isinstance(source, int) else source)
         return sorted(ids)
+
+    def fast_generate(
+        self,
+        prompts: str | Sequence[str],
+        sampling_params: SamplingParams | None = None,
+        lora_request: LoRARequest | None = None,
+    ) -> list[RequestOutput]:
+        """Answers with vLLM's names, as Unsloth's notebooks ask for them; see generate.requests.fast_generate."""
+        return fast_generate(self, prompts, sampling_params, lora_request)
+
+    def save_lora(self, directory: str | Path) -> None:
+        """Writes the adapter, as PEFT reads it."""
+        save_adapter(self, directory)
+
+    def load_lora(self, directory: str | Path) -> LoRARequest:
+        """An adapter of this shape, for fast_generate."""
+        return LoRARequest(Path(directory))
 
     def save_pretrained(self, directory: str | Path, **_) -> None:
         """Writes the adapter in PEFT's format, with the tokenizer; a fully fine-tuned model as 16-bit weights."""

@@ -51,7 +51,7 @@ class Collector:
     """Turns prompts into experience.
 
     weights: of the reward functions, float32 [F]. end_ids: tokens that end a completion, and the padding token.
-    state: the trainer's state, now.
+    state: the trainer's state, now. synced: the step whose model the rollout has.
     """
 
     args: GRPOConfig
@@ -65,7 +65,7 @@ class Collector:
     policy: Policy
     loss: GRPOLossOptions
     state: Callable[[], Any]
-    _synced: int | None = None
+    synced: int | None = None
     _warned: bool = False  # of vLLM's log-probabilities
 
     def train(
@@ -109,9 +109,9 @@ class Collector:
     ) -> tuple[list[Sample], Metrics]:
         """Rewarded completions of some prompts, `group` of each together; and what reward functions logged."""
         step = self.state().global_step
-        if self._synced != step:
+        if self.synced != step:
             self.rollout.sync(step)
-            self._synced = step
+            self.synced = step
         rows = [prompts.rows[int(i)] for i in numbers for _ in range(group)]
         request = Request(
             prompts=[row["prompt"] for row in rows],

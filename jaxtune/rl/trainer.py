@@ -128,16 +128,16 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         self._loss = _loss_options(args)
         self._reference = reference_leaves(model) if args.beta != 0 else None
         self._collector = self._make_collector(rewards)
-        self._completions = CompletionLog(
-            Path(args.output_dir) / "completions",
-            rewards.names,
-            args.num_completions_to_print,
-            args.log_unique_prompts,
-        )
+        self._completions = self._make_log(rewards.names)
         self._held: dict[int, Experience] = {}
         self._entropy = EntropyControl(args.entropy_coef)
         self._reward = math.nan  # mean of the last generation
         self._stepped = time.perf_counter()
+
+    def _make_log(self, names: Sequence[str]) -> CompletionLog:
+        args = self.args
+        folder = Path(args.output_dir) / "completions"
+        return CompletionLog(folder, names, args.num_completions_to_print, args.log_unique_prompts)
 
     def _make_collector(self, rewards: RewardRunner) -> Collector:
         args, tokenizer, model = self.args, self.processing_class, self.model
@@ -224,13 +224,14 @@ class GRPOTrainer(Trainer[GRPOConfig]):
 
     def _make_batches(self) -> "GRPOBatches":
         self._held, self._entropy = {}, EntropyControl(self.args.entropy_coef)
+        self._collector.synced = None
         return GRPOBatches(self._plan, self._step_batch)
 
     def _step_batch(self, number: int) -> dict[str, np.ndarray]:
         """The batch of an optimizer step; makes the generations that start in it."""
-        plan = self._plan
-        micros = plan.micros(number)
-        self._held = {g: held for g, held in self._held.items() if g >= micros[0].generation}
+        micros = self._plan.micros(number)
+        before = self._plan.micros(max(number - 1, 0))[0].generation  # its metrics may not have been read yet
+        self._held = {g: held for g, held in self._held.items() if g >= before}
         missing = dict.fromkeys(m.generation for m in micros if m.generation not in self._held)
         for generation in missing:
             self._held[generation] = self._generate(generation)
@@ -349,15 +350,13 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             print(table, flush=True)
 
     def _describe_batch(self, run: Run, n: int) -> list[str]:
-        batch = run.batches.step(n)
-        ids = batch["input_ids"].reshape(-1, batch["input_ids"].shape[-1])
-        used = batch["segment_ids"].reshape(ids.shape) > 0
-        advantages = batch["advantages"].reshape(-1)
-        return [
-            f"  advantage {advantage:+.3f}: {self.processing_class.decode(row[mask][-48:])!r}"
-            for row, mask, advantage in zip(ids, used, advantages, strict=True)
-            if mask.any()
-        ]
+        height, lines = self.args.per_device_train_batch_size, []
+        for micro in self._plan.micros(n):
+            held = self._held[micro.generation]
+            for i in range(micro.part * height, (micro.part + 1) * height):
+                end = self.processing_class.decode(held.completion_ids[i][-48:])
+                lines.append(f"  advantage {held.advantages[i]:+.3f}: a completion that ends with {end!r}")
+        return lines
 
     # -- what a checkpoint holds besides ---------------------------------------------------------------------
 

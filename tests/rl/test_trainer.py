@@ -14,6 +14,7 @@ from jaxtune.fast import FastLanguageModel
 from jaxtune.rl.config import GRPOConfig
 from jaxtune.rl.experience import Experience
 from jaxtune.rl.reward_runner import RewardError
+from jaxtune.rl.rollout import Completions
 from jaxtune.rl.trainer import GRPOTrainer
 
 EOS = 2
@@ -227,3 +228,69 @@ def test_the_engine_samples_from_the_policy_of_its_step(base, tmp_path, capsys):
     again = make_trainer(base, tmp_path / "again", rollout_func=None, **settings)
     again.train()
     assert results(again.state.log_history)[:-1] == results(trainer.state.log_history)[:-1]
+
+
+class Recorded:
+    """A Rollout of one's own that tells what it was asked."""
+
+    makes_prompt_ids = False
+
+    def __init__(self):
+        self.calls = []
+
+    def sync(self, step):
+        self.calls.append(f"sync {step}")
+
+    def generate(self, request):
+        self.calls.append(f"generate {len(request.prompts)}")
+        assert (
+            request.prompt_ids is not None and request.prompts[0] == request.prompts[1] != request.prompts[2]
+        )
+        rng = np.random.default_rng(request.seed)
+        ids = [[*rng.integers(3, 259, 4).tolist(), EOS] for _ in request.prompts]
+        return Completions(request.prompt_ids, ids, metrics={"mine": 3.0})
+
+    def pause(self):
+        self.calls.append("pause")
+
+    def forecast(self, groups, group, prompt):
+        return f"{groups} {group} {prompt}"
+
+    def close(self):
+        self.calls.append("close")
+
+
+def test_a_rollout_of_ones_own_is_called_in_order(base, tmp_path, capsys):
+    model, source = FastLanguageModel.get_peft_model(base, r=4), Recorded()
+    args = GRPOConfig(
+        str(tmp_path), per_device_train_batch_size=4, num_generations=2, gradient_accumulation_steps=2, max_steps=3,
+        steps_per_generation=1, max_completion_length=10, logging_steps=1, save_strategy="no", disable_tqdm=True,
+        eval_strategy="steps", eval_steps=2,
+    )  # fmt: skip
+    trainer = GRPOTrainer(model, odd, args, ROWS, ROWS[:4], rollout=source)
+    trainer.train()
+    two = [
+        "generate 4",
+        "generate 4",
+        "pause",
+    ]  # two generations in a step; the second ends the epoch and has one
+    evaluation = ["generate 8", "pause"]
+    assert source.calls == [
+        "sync 0", *two, "sync 1", "generate 4", "pause", "sync 2", *evaluation, *two, "sync 3", *evaluation, "close"
+    ]  # fmt: skip
+    assert trainer.state.log_history[0]["mine"] == 3.0
+    assert "2 2 " in capsys.readouterr().out.split("step 1/3")[0]
+
+
+def test_a_loss_that_is_no_number_is_told_with_its_rows(base, tmp_path):
+    trainer = make_trainer(base, tmp_path, save_strategy="no", beta=0.0)
+
+    class Break:
+        def on_step_end(self, trainer, metrics):
+            if trainer.state.global_step == 2:  # step 3's batch is made already, and step 4 will be another's
+                trainer.model.trainable = {path: x * np.nan for path, x in trainer.model.trainable.items()}
+
+    trainer.callbacks.append(Break())
+    with pytest.raises(FloatingPointError, match=r"step \d of 7: loss nan") as caught:
+        trainer.train()
+    assert str(caught.value).count("a completion that ends with") == 4
