@@ -21,8 +21,9 @@ from jaxtune.export import upload
 from jaxtune.export.adapter import save_adapter
 from jaxtune.export.merged import save_merged
 from jaxtune.export.save_gguf import save_gguf, save_lora_gguf
-from jaxtune.generate import Engine, LoRARequest, Sampling, SamplingParams, fast_generate
+from jaxtune.generate import Engine, Generations, LoRARequest, Sampling, SamplingParams, fast_generate
 from jaxtune.generate.requests import RequestOutput
+from jaxtune.generate.results import Updates
 from jaxtune.lora import LoraConfig
 from jaxtune.models.names import Leaves, Slot, join, module_slots
 
@@ -165,14 +166,12 @@ class Model:
         empty = np.flatnonzero(mask.sum(1) == 0)
         if empty.size:
             raise ValueError(f"prompt {int(empty[0])} is empty: its attention_mask has no 1")
-        on_tokens = None
         if streamer is not None:
             if num_return_sequences > 1:
                 raise ValueError(
                     f"a streamer takes one answer, got num_return_sequences={num_return_sequences}"
                 )
             streamer.put(ids)
-            on_tokens = lambda new: [streamer.put(np.array([token])) for token in new[0][1]]  # noqa: E731
         try:
             found = self._engine.generate(
                 [row[kept != 0].tolist() for row, kept in zip(ids, mask, strict=True)],
@@ -182,17 +181,14 @@ class Model:
                 seed=seed,
                 stop_token_ids=self.stop_ids(eos_token_id),
                 stop_strings=[stop_strings] if isinstance(stop_strings, str) else stop_strings or (),
-                on_tokens=on_tokens,
+                on_tokens=None if streamer is None else partial(_stream, streamer),
             )
         finally:
             if not self._keeps_engine:
                 self._engine.close()
         if streamer is not None:
             streamer.end()
-        new = np.full((len(found), max(len(answer.token_ids) for answer in found)), pad, np.int32)
-        for row, answer in zip(new, found, strict=True):
-            row[: len(answer.token_ids)] = answer.token_ids
-        return np.concatenate([ids.repeat(num_return_sequences, 0), new], 1)
+        return np.concatenate([ids.repeat(num_return_sequences, 0), _padded(found, pad)], 1)
 
     def _warn_of_length(self, length: int) -> None:
         if length > self.max_seq_length:
@@ -343,6 +339,19 @@ class Model:
         return upload.push_to_hub_gguf(
             self, repo_id, tokenizer or self.tokenizer, quantization_method, imatrix=imatrix, **options
         )
+
+
+def _stream(streamer, new: Updates) -> None:
+    for token in new[0][1]:
+        streamer.put(np.array([token]))
+
+
+def _padded(answers: Generations, pad: int) -> np.ndarray:
+    """int32 [N, n], n the longest answer's length."""
+    ids = np.full((len(answers), max(len(answer.token_ids) for answer in answers)), pad, np.int32)
+    for row, answer in zip(ids, answers, strict=True):
+        row[: len(answer.token_ids)] = answer.token_ids
+    return ids
 
 
 # Arguments of Unsloth's GGUF export that have no meaning here: nothing is written twice and no llama.cpp is built.

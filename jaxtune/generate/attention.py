@@ -1,17 +1,15 @@
-"""Attention of a decode step: rows that share a prompt read its keys and values once.
+"""Attention of prompts, and of a decode step, in which rows that share a prompt read its keys and values once.
 
-A step's keys are two arrays: the prompt's, one for each group of rows, and the row's own. Their softmaxes are merged
-by the larger of their maxima and the sum of their denominators. Caches are [.., K, tokens, h], heads before tokens, as
-the matrix products read them: nothing is transposed or copied in a step.
+Caches are [.., K, tokens, h], heads before tokens, as their readers want them: a step transposes and copies nothing.
 """
 
 import jax
 import jax.numpy as jnp
 
 from jaxtune.kernels.attention import cudnn_attention, masked_attention, supports_cudnn
+from jaxtune.kernels.decode_attention import decode_attention, merge
 
 KV = tuple[jax.Array, jax.Array]
-_HIDDEN = -1e30  # a masked score: finite, so that a part without a visible key is no NaN
 
 
 def prompt_attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
@@ -29,15 +27,15 @@ def prompt_attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int | Non
     )
 
 
-def decode_attention(
-    q: jax.Array, prompt: KV, suffix: KV, lengths: jax.Array, step: jax.Array, window: int | None
+def group_attention(
+    q: jax.Array, prompt: KV, own: KV, lengths: jax.Array, step: jax.Array, window: int | None
 ) -> jax.Array:
-    """One token of each row against its group's prompt and its own suffix; softmax in float32.
+    """One token of each row against its group's prompt and its own tokens, as one softmax.
 
     Args:
       q: [P, G, H, h], of tokens at position lengths + step.
       prompt: k, v [P, K, S, h], of which the first `lengths` columns are tokens.
-      suffix: k, v [P·G, K, T, h], of which columns 0 to `step` are tokens.
+      own: k, v [P·G, K, T, h], of which columns 0 to `step` are tokens.
       lengths: int32 [P]. step: int32 [].
       window: keys further back than this many tokens are hidden; None sees all.
 
@@ -47,32 +45,19 @@ def decode_attention(
     groups, size, heads, h = q.shape
     kv = prompt[0].shape[1]
     per_kv = heads // kv
-    scale = h**-0.5
     q = q.reshape(groups, size, kv, per_kv, h)
     by_prompt = q.swapaxes(1, 2).reshape(groups, kv, size * per_kv, h)
-    by_row = q.reshape(groups * size, kv, per_kv, h)
 
-    def to_rows(x):  # [P, K, G·H/K, ..] -> [P·G, K, H/K, ..]
+    def to_rows(x: jax.Array) -> jax.Array:  # [P, K, G·H/K, ..] -> [P·G, K, H/K, ..]
         x = x.reshape(groups, kv, size, per_kv, *x.shape[3:]).swapaxes(1, 2)
         return x.reshape(groups * size, kv, per_kv, *x.shape[4:])
 
-    def to_prompts(x):
-        return x.reshape(groups, size, kv, per_kv).swapaxes(1, 2).reshape(groups, kv, size * per_kv)
-
-    column, own = jnp.arange(prompt[0].shape[2]), jnp.arange(suffix[0].shape[2])
-    visible, own_visible = column < lengths[:, None], own <= step
-    if window is not None:
-        visible &= lengths[:, None] + step - column < window
-        own_visible &= step - own < window
-    f32 = jnp.float32
-    first = jnp.einsum("pkmh,pksh->pkms", by_prompt, prompt[0], preferred_element_type=f32)
-    first = jnp.where(visible[:, None, None], first * scale, _HIDDEN)
-    second = jnp.einsum("bkrh,bkth->bkrt", by_row, suffix[0], preferred_element_type=f32)
-    second = jnp.where(own_visible, second * scale, _HIDDEN)
-    top = jnp.maximum(to_rows(first.max(-1)), second.max(-1))  # [B, K, H/K]
-    first, second = jnp.exp(first - to_prompts(top)[..., None]), jnp.exp(second - top[..., None])
-    total = to_rows(first.sum(-1)) + second.sum(-1)
-    dtype = q.dtype
-    out = to_rows(jnp.einsum("pkms,pksh->pkmh", first.astype(dtype), prompt[1], preferred_element_type=f32))
-    out += jnp.einsum("bkrt,bkth->bkrh", second.astype(dtype), suffix[1], preferred_element_type=f32)
-    return (out / total[..., None]).astype(dtype).reshape(groups * size, heads * h)
+    # distances are to the token itself: column c of a prompt is lengths + step - c back, of the rows' own step - c
+    first = jnp.zeros_like(lengths) if window is None else jnp.maximum(lengths + step + 1 - window, 0)
+    own_first = jnp.int32(0) if window is None else jnp.maximum(step + 1 - window, 0)
+    every = jnp.ones(groups * size, jnp.int32)
+    shared = jax.tree.map(to_rows, decode_attention(by_prompt, *prompt, first, lengths))
+    alone = decode_attention(
+        q.reshape(groups * size, kv, per_kv, h), *own, own_first * every, (step + 1) * every
+    )
+    return merge([shared, alone]).reshape(groups * size, heads * h)

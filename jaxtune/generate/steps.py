@@ -4,7 +4,6 @@ Shapes, beside the repository's: P groups of rows that share a prompt (and promp
 columns of the prompts' cache, T columns of the rows' own.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtune.generate.attention import KV, decode_attention, prompt_attention
+from jaxtune.generate.attention import KV, group_attention, prompt_attention
 from jaxtune.generate.sampling import Choice, Sampling, choose, row_keys
 from jaxtune.generate.weights import Layer, Weights
 from jaxtune.kernels.keep import keeping_nothing
@@ -113,7 +112,7 @@ def _decode_layer(
     q, k, v = _queries(layer, x[:, None], spec, cos, sin)
     own = _written(own, (k, v), (0, 0, step, 0))
     q = q.reshape(len(lengths), -1, *q.shape[2:])
-    attended = decode_attention(q, prompt, own, lengths, step, window)
+    attended = group_attention(q, prompt, own, lengths, step, window)
     return _after_attention(layer, x, attended, spec), own
 
 
@@ -123,21 +122,24 @@ def _shared(layer: Callable, spec: Spec) -> Callable:
     return jax.jit(partial(layer, spec), static_argnames="window")
 
 
-def _compiled(function: Callable, **options) -> Callable:
-    """jit, with the compiler told how to read weights in stacks: as operands of library calls, which take slices where
-    they are. Triton's products would get copies of them, and products of the same x would be merged by copying."""
-    alone = jax.jit(function, **options)
-    flags = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
-    stacked = jax.jit(function, compiler_options=flags, **options)
+class Program:
+    """A jitted function of weights and more. Weights in stacks are read as operands of library calls, which take slices
+    where they are: Triton's products would get copies of them, and products of one x would be merged by copying."""
 
-    @functools.wraps(alone)
-    def call(weights: Weights, *arguments, **static):
-        return (stacked if weights.are_stacked else alone)(weights, *arguments, **static)
+    def __init__(self, function: Callable, **options):
+        flags = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+        self._apart = jax.jit(function, **options)
+        self._stacked = jax.jit(function, compiler_options=flags, **options)
 
-    return call
+    def of(self, weights: Weights) -> Any:
+        """What jit returned for weights that are stored so."""
+        return self._stacked if weights.are_stacked else self._apart
+
+    def __call__(self, weights: Weights, *arguments, **static):
+        return self.of(weights)(weights, *arguments, **static)
 
 
-@partial(_compiled, static_argnames="spec", donate_argnames="store")
+@partial(Program, static_argnames="spec", donate_argnames="store")
 def prefill(
     weights: Weights,
     store: tuple[KV, ...],
@@ -213,7 +215,7 @@ def _keys(seed: jax.Array, streams: jax.Array) -> jax.Array:
     return row_keys(jax.random.key(seed, impl="threefry2x32"), streams.reshape(-1, 2))
 
 
-@partial(_compiled, static_argnames=("spec", "steps"), donate_argnames="state")
+@partial(Program, static_argnames=("spec", "steps"), donate_argnames="state")
 def decode(
     weights: Weights,
     prompts: Prompts,

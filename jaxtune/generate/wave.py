@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from jaxtune.generate import plan, steps
 from jaxtune.generate.results import Record
 from jaxtune.generate.weights import Weights, step_bytes
+from jaxtune.kernels.decode_attention import supported
 
 COMPACT = 0.6  # of a step's cost: what a smaller batch must come down to
 
@@ -51,6 +52,11 @@ class Wave:
         self._weights_cost = step_bytes(weights) / token  # in tokens of cache
         longest = max(len(job.prompts[prompt]) for prompt in seats.prompts if prompt >= 0)
         self._columns = plan.bucket(longest, plan.PROMPT_COLUMNS)  # of the prompts' caches
+        c = job.spec.config
+        query = jax.ShapeDtypeStruct((1, 1, 1, c.head_dim), job.spec.dtype)
+        cache = jax.ShapeDtypeStruct((1, 1, plan.OWN_COLUMNS, c.head_dim), job.spec.dtype)
+        # where only filled columns are read, caches need not grow, and one program does for all lengths
+        self._reads_filled = supported(query, cache)
         self._own = 0  # columns of the rows' own caches
         self._steps = 0  # decode steps dispatched
 
@@ -121,6 +127,8 @@ class Wave:
     def _make_room(self, columns: int) -> None:
         if columns <= self._own:
             return
+        if self._reads_filled:
+            columns = max(columns, self._job.record.limit)
         self._own = plan.bucket(columns, plan.OWN_COLUMNS)
         layers = list(self._state.layers)
         self._state = self._state._replace(layers=())
@@ -134,11 +142,12 @@ class Wave:
             going_on = [row for row in mine if row >= 0 and not job.record.ended[row]]
             if going_on:
                 rows.setdefault(prompt, []).extend(going_on)
-        size = plan.group_size(rows, self._columns, self._own)
+        read = self._steps if self._reads_filled else self._own
+        size = plan.group_size(rows, self._columns, read)
         parts = plan.split(rows, size)
         places, room = self._seats.rows.shape
-        now = plan.cost(places, room, self._columns, self._own, self._weights_cost)
-        then = plan.cost(len(parts), size, self._columns, self._own, self._weights_cost)
+        now = plan.cost(places, room, self._columns, read, self._weights_cost)
+        then = plan.cost(len(parts), size, self._columns, read, self._weights_cost)
         if then > COMPACT * now:
             return
         old, self._seats = self._seats, plan.seat(parts, size)

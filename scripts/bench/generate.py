@@ -6,13 +6,13 @@
     python scripts/bench/generate.py --compile_for_h200                             # no GPU needed, only jax[cuda13]
 
 One `Engine.generate` of all sequences in groups that share a prompt, sampled at temperature 1 with log-probs, nothing
-stops early. tokens/s is new tokens over the whole call, prefill included. A decode step is timed apart at each width of
-the rows' caches (`--steps` steps each, the programs compiled before); the floor of one is the larger of its products'
+stops early. tokens/s is new tokens over the whole call, prefill included. A decode step is timed apart at four lengths
+of the answers (`--steps` steps each, the programs compiled before); the floor of one is the larger of its products'
 operations and the weights' bytes, and the bytes of caches that are filled, at the ceilings of the same machine.
 Predicted memory is weights and the engine's forecast; the peak is the process's so far: give sequences in rising order.
-Takes 60 to 90 s a line at 512 sequences on an H200, 25 to 40 s below, half of it compiling.
+Predicted for an H200: 60 s a line at 512 sequences, half of it below, a third of that compiling.
 
---profile adds what the kernels of a step took, at the widest caches and without CUDA graphs, which hide the names.
+--profile adds what the kernels of a step took, at the longest answers and without CUDA graphs, which hide the names.
 """
 
 import argparse
@@ -31,7 +31,7 @@ import step
 
 @dataclasses.dataclass
 class Result:
-    """One number of sequences with one form of the weights. step_ms, floor_ms: by width of the rows' caches, tokens."""
+    """One number of sequences with one form of the weights. step_ms, floor_ms: by tokens of the answers so far."""
 
     sequences: int
     weights: str
@@ -48,7 +48,7 @@ class Result:
     kernels: list[dict[str, Any]] | None = None
 
     def line(self) -> str:
-        steps = "  ".join(f"{w}: {ms:.2f} ({self.floor_ms[w]:.2f})" for w, ms in self.step_ms.items())
+        steps = "  ".join(f"{n}: {ms:.2f} ({self.floor_ms[n]:.2f})" for n, ms in self.step_ms.items())
         memory = f"{self.predicted_gb:9.2f} {self.peak_gb:7.2f}"
         return (
             f"{self.sequences:5d} {self.weights:7s} {self.tokens_per_second:9.0f} {min(self.seconds):8.2f} "
@@ -56,9 +56,7 @@ class Result:
         )
 
 
-HEADER = (
-    "  seq weights  tokens/s  seconds  prefill predicted    peak  compile waves   ms a step (floor) by width"
-)
+HEADER = "  seq weights  tokens/s  seconds  prefill predicted    peak  compile waves   ms a step (floor) at n tokens"
 
 
 def arguments() -> argparse.Namespace:
@@ -111,21 +109,17 @@ def floor_ms(model, weights, rows: int, groups: int, prompt: int, own: int, ceil
     return (products + (groups * prompt + rows * own) * token / ceilings.bandwidth) * 1e3
 
 
-def widths(limit: int) -> list[int]:
-    """Columns of the rows' caches as an answer of `limit` tokens grows."""
-    from jaxtune.generate import plan
-
-    found = [plan.bucket(1, plan.OWN_COLUMNS)]
-    while found[-1] < limit - 1:
-        found.append(plan.bucket(found[-1] + 1, plan.OWN_COLUMNS))
-    return found
+def fills(new: int, segment: int) -> list[int]:
+    """Numbers of an answer's tokens at which a decode step is timed: quarters, at the end of a segment."""
+    return sorted({max(1, new * i // (4 * segment)) * segment for i in range(1, 5)})
 
 
 def time_steps(
     engine, request: dict[str, Any], args: argparse.Namespace
 ) -> tuple[Any, float, dict[int, float]]:
-    """Runs each program of a call once and times the decode steps of each width: (the wave, prefill s, ms a step)."""
+    """Runs a call's programs once and times its decode steps: (the wave, prefill s, ms a step by tokens so far)."""
     import jax
+    import jax.numpy as jnp
 
     from jaxtune.generate.wave import Wave
 
@@ -135,16 +129,17 @@ def time_steps(
         began = time.perf_counter()
         jax.block_until_ready(wave._begin().report)
         prefill, took = time.perf_counter() - began, {}
-    for width in widths(args.new):
+    for filled in fills(args.new, job.segment):
         times = []
         for _ in range(1 + max(1, args.steps // job.segment)):
-            wave._steps = width - job.segment
-            wave._make_room(width)
+            wave._steps = filled - job.segment
+            wave._make_room(filled)
+            wave._state = wave._state._replace(step=jnp.int32(wave._steps))
             jax.block_until_ready(wave._state)
             began = time.perf_counter()
             jax.block_until_ready(wave._segment().report)
             times.append((time.perf_counter() - began) / job.segment * 1e3)
-        took[width] = statistics.median(times[1:])
+        took[filled] = statistics.median(times[1:])
     return wave, prefill * len(waves), took
 
 
@@ -199,12 +194,13 @@ def profile(wave, args: argparse.Namespace, ceilings) -> tuple[dict[str, float],
     from jaxtune.generate import steps
 
     job = wave._job
-    lowered = steps.decode.__wrapped__.lower(
+    lowered = steps.decode.of(wave._weights).lower(
         wave._weights, wave._prompts, wave._state, wave._streams(), job.seed, spec=job.spec, steps=job.segment
     )
 
     def segment():
         wave._steps -= job.segment
+        wave._state = wave._state._replace(step=jax.numpy.int32(wave._steps))
         jax.block_until_ready(wave._segment().report)
 
     kinds, rows = step.profile(segment, lowered.compile().as_text(), ceilings, job.segment)
@@ -225,8 +221,42 @@ def show(result: Result) -> None:
         )
 
 
+def compiled_step(bench: step.Bench, kind: str, rows: int, args: argparse.Namespace, place) -> Any:
+    """A decode step with full caches, compiled for a device that need not be there."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxtune.generate import Sampling, plan, steps
+    from jaxtune.generate.weights import merged, reads_codes, stored
+    from jaxtune.kernels import target
+
+    c, dtype = bench.module.config, jnp.dtype(bench.module.dtype)
+    groups = -(-rows // args.group)
+
+    def leaf(*shape, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    def caches(batch, columns):
+        one = leaf(batch, c.num_kv_heads, columns, c.head_dim, dtype=dtype)
+        return ((one, one),) * len(c.windows)
+
+    def make(base, trainable):
+        model = SimpleNamespace(module=bench.module, base=base, trainable=trainable, dtype=bench.module.dtype)
+        return merged(model) if kind == "merged" else stored(model, read_codes=reads_codes(model, rows))
+
+    spec = steps.Spec(c, dtype, Sampling(do_sample=True, top_k=args.top_k, top_p=args.top_p))
+    with target.tracing_for((9, 0)):
+        weights = jax.eval_shape(make, bench.base, bench.trainable)
+        weights = jax.tree.map(lambda x: leaf(*x.shape, dtype=x.dtype), weights)
+        state = steps.State(caches(rows, plan.bucket(args.new, plan.OWN_COLUMNS)), leaf(rows), leaf(), None)
+        prompts = steps.Prompts(caches(groups, plan.bucket(args.prompt, plan.PROMPT_COLUMNS)), leaf(groups))
+        streams, seed = leaf(groups, args.group, 2), leaf(dtype=jnp.uint32)
+        traced = steps.decode.of(weights).trace(weights, prompts, state, streams, seed, spec=spec, steps=16)
+        return traced.lower(lowering_platforms=("cuda",)).compile()
+
+
 def without_a_gpu(args: argparse.Namespace) -> None:
-    """The widest decode step of each number of sequences, compiled for an H200 on a machine without one."""
+    """What the compiler says of the decode steps that an H200 would run."""
     os.environ |= {
         "CUDA_VISIBLE_DEVICES": "-1",
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
@@ -234,57 +264,16 @@ def without_a_gpu(args: argparse.Namespace) -> None:
     }
     os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
     import jax
-    import jax.numpy as jnp
     from jax.experimental import topologies
-
-    from jaxtune.generate import Sampling, plan, steps
-    from jaxtune.generate.weights import merged, reads_codes, stored
-    from jaxtune.kernels import target
 
     device = topologies.get_topology_desc(platform="cuda", target_config=step.H200, topology="1x1x1").devices[
         0
     ]
-    place = jax.sharding.SingleDeviceSharding(device)
-    bench = make_bench(args)
-    c, dtype = bench.module.config, jnp.dtype(bench.module.dtype)
-
-    def leaf(*shape, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-    def model(base, trainable):
-        return SimpleNamespace(module=bench.module, base=base, trainable=trainable, dtype=bench.module.dtype)
-
-    def caches(rows, columns):
-        one = leaf(rows, c.num_kv_heads, columns, c.head_dim, dtype=dtype)
-        return ((one, one),) * len(c.windows)
-
-    spec = steps.Spec(c, dtype, Sampling(do_sample=True, top_k=args.top_k, top_p=args.top_p))
+    place, bench = jax.sharding.SingleDeviceSharding(device), make_bench(args)
     for kind in args.weights:
         for rows in args.sequences:
-            groups = -(-rows // args.group)
-            with target.tracing_for((9, 0)):
-                codes = reads_codes(model(bench.base, bench.trainable), rows)
-                make = merged if kind == "merged" else lambda m, codes=codes: stored(m, read_codes=codes)
-                weights = jax.eval_shape(
-                    lambda *leaves, make=make: make(model(*leaves)), bench.base, bench.trainable
-                )
-                weights = jax.tree.map(lambda x: leaf(*x.shape, dtype=x.dtype), weights)
-                state = steps.State(caches(rows, widths(args.new)[-1]), leaf(rows), leaf(), None)
-                prompts = steps.Prompts(caches(groups, plan.bucket(args.prompt, 64)), leaf(groups))
-                began = time.perf_counter()
-                compiled = (
-                    steps.decode.__wrapped__.trace(
-                        weights,
-                        prompts,
-                        state,
-                        leaf(groups, args.group, 2),
-                        leaf(dtype=jnp.uint32),
-                        spec=spec,
-                        steps=16,
-                    )
-                    .lower(lowering_platforms=("cuda",))
-                    .compile()
-                )
+            began = time.perf_counter()
+            compiled = compiled_step(bench, kind, rows, args, place)
             text, took = compiled.as_text(), time.perf_counter() - began
             (Path(args.out) / f"decode_{rows}_{kind}.hlo.txt").write_text(text)
             kernels = roofline.kernels(text, roofline.H200)

@@ -59,6 +59,7 @@ def make_trainer(
         "per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 10, "max_steps": 7,
         "learning_rate": 5e-3, "logging_steps": 2, "save_steps": 3, "disable_tqdm": True, "beta": 0.04,
         "steps_per_generation": 3, "num_iterations": 2, "loss_type": "grpo",
+        "lr_scheduler_type": "constant",  # the same program for any number of steps
     }  # fmt: skip
     args = GRPOConfig(str(output_dir), **defaults | settings)
     return GRPOTrainer(model, reward_funcs, args, rows, rollout_func=rollout_func, eval_dataset=eval_dataset)

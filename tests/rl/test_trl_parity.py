@@ -104,6 +104,7 @@ def trl_run(judge, folder, settings, output_dir, monkeypatch):
     corrected = settings.pop("importance_sampling_correction", False)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     args = trl.GRPOConfig(str(output_dir), **settings, bf16=False, use_cpu=True, gradient_checkpointing=False)
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     trainer = trl.GRPOTrainer(
         judge,
         [even, bonus],

@@ -1,0 +1,65 @@
+"""On a Hopper GPU (`pytest -m gpu`): attention of few queries beside its float32 reference, inputs new each run."""
+
+import secrets
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tolerances import BF16
+
+from jaxtune.kernels import target
+from jaxtune.kernels.decode_attention import Attended, decode_attention, kernel, merge, reference, supported
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def hopper():
+    if target.capability() != (9, 0):
+        pytest.skip(f"the kernel is for sm_90, this is {target.capability()}")
+
+
+def given(batch, kv, queries, h, columns):
+    seed = secrets.randbits(31)
+    print("seed", seed)
+    keys = iter(jax.random.split(jax.random.key(seed), 5))
+    draw = lambda *shape: jax.random.normal(next(keys), shape, jnp.bfloat16)  # noqa: E731
+    arrays = draw(batch, kv, queries, h), draw(batch, kv, columns, h), draw(batch, kv, columns, h)
+    first = jax.random.randint(next(keys), (batch,), 0, columns // 2)
+    return *arrays, first, first + jax.random.randint(next(keys), (batch,), 1, columns // 2)
+
+
+def check(got, arguments):
+    q, k, v, *bounds = arguments
+    want = reference(*(x.astype(jnp.float32) for x in (q, k, v)), *bounds)
+    error = np.linalg.norm(np.asarray(got.out, np.float32) - np.asarray(want.out))
+    assert error <= BF16 * np.linalg.norm(want.out)
+    np.testing.assert_allclose(got.lse, want.lse, atol=2e-2)  # approximate exponentials of bfloat16 products
+
+
+SHAPES = [
+    (256, 8, 4, 128, 1024),
+    (8, 8, 4, 128, 256),
+    (32, 8, 32, 128, 512),
+    (1, 8, 4, 128, 64),
+    (4, 3, 24, 64, 192),
+    (2, 8, 128, 128, 4096),
+    (3, 2, 7, 64, 1536),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_is_the_reference(shape):
+    arguments = given(*shape)
+    assert supported(*arguments[:2])
+    for _ in range(3):  # a race would not show every time
+        check(jax.jit(decode_attention)(*arguments), arguments)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 7])
+def test_parts(splits):
+    arguments = given(5, 8, 4, 128, 1024)
+    out, lse = jax.jit(lambda *a: kernel(*a, splits=splits))(*arguments)
+    parts = [Attended(*part) for part in zip(out, lse, strict=True)]
+    check(Attended(merge(parts), jax.nn.logsumexp(lse, axis=0)), arguments)
