@@ -22,3 +22,6 @@ ADVANTAGE = 2e-4  # advantages against TRL: near-equal rewards are divided by a 
 SAMPLER_GAP = (
     1e-4  # float32 log-probabilities of the engine, which merges the adapter, against those of the trainer
 )
+VLLM_LOGPROBS = (
+    1e-4  # float32 log-probabilities of vLLM's tokens against the trainer's: torch's kernels, other sums
+)

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 
 def save_adapter(
-    model: Model, directory: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
+    model: Model,
+    directory: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    with_tokenizer: bool = True,
 ) -> None:
     """Write the adapter of a model, float32, with its tokenizer (chat template included).
 
@@ -28,6 +32,7 @@ def save_adapter(
         model: a model with an adapter.
         directory: folder to make; see `export.folder` for what happens to an existing one.
         tokenizer: saved beside the adapter; by default the model's.
+        with_tokenizer: False: the adapter alone.
 
     Raises:
         ValueError: the model has no adapter, or a tensor holds NaN or infinity (it is named).
@@ -45,7 +50,7 @@ def save_adapter(
             for name, value in sorted(tensors.items()):
                 writer.add({name: value})
         (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        if tokenizer is not None:
+        if tokenizer is not None and with_tokenizer:
             tokenizer.save_pretrained(str(folder))
 
 

@@ -20,10 +20,12 @@ from jaxtune.rl.reward_runner import RewardRunner
 from jaxtune.rl.rollout import Completions, Request, Rollout
 from jaxtune.rl.step import Score
 from jaxtune.rl.tools import parsed_message
+from jaxtune.rl.vllm_rollout import check_gap
 
 Metrics = dict[str, Any]
 _advantages = jax.jit(compute_advantages, static_argnames=("group", "scale_rewards", "aggregation"))
 _sampling = jax.jit(sampling_metrics, static_argnames="options")
+GAP = "sampling/sampling_logp_difference/mean"
 EVALUATION = 2**31  # the random stream of evaluations, which no generation has
 
 
@@ -64,6 +66,7 @@ class Collector:
     loss: GRPOLossOptions
     state: Callable[[], Any]
     synced: int | None = None
+    _warned: bool = False  # of vLLM's log-probabilities
 
     def train(
         self, prompts: Prompts, plan: Plan, generation: int
@@ -229,14 +232,34 @@ class Collector:
             experience.per_token["sampling_log_probs"] = _sampler_log_probs(samples)
         if args.corrects_sampler:
             metrics = self._sampling_metrics(experience, collator)
+        elif args.use_vllm and samples[0].log_probs is not None:
+            metrics = self._first_rows_gap(experience, samples, height, collator)
+        if args.use_vllm and GAP in metrics:
+            self._warned |= check_gap(metrics[GAP], args, warn=not self._warned)
         return experience, metrics
 
+    def _first_rows_gap(
+        self, experience: Experience, samples: list[Sample], height: int, collator: Collator | GroupCollator
+    ) -> Metrics:
+        """|Δ log p| of sampler and trainer on the first rows, where training itself needs neither."""
+        rows = experience.first(height)
+        rows.per_token["old_log_probs"] = _score(rows, height, collator, self.policy.log_probs)
+        rows.per_token["sampling_log_probs"] = _sampler_log_probs(samples[:height])
+        found = self._sampling_metrics(rows, collator)
+        return {name: value for name, value in found.items() if "logp_difference" in name}
+
     def _sampling_metrics(self, experience: Experience, collator: Collator | GroupCollator) -> Metrics:
+        """TRL's sampling/*; nothing of the difference where the sampler's log-probabilities are not known."""
         batch = collator([(experience, range(len(experience)))], len(experience))
         old, sampling, mask = (
             batch[f"{name}"][0] for name in ("old_log_probs", "sampling_log_probs", "mask")
         )
-        return {name: float(value) for name, value in _sampling(old, sampling, mask, self.loss).items()}
+        found: Metrics = {
+            name: float(value) for name, value in _sampling(old, sampling, mask, self.loss).items()
+        }
+        if not np.isfinite(sampling[mask > 0]).any():
+            found = {name: value for name, value in found.items() if "logp_difference" not in name}
+        return found
 
 
 def _score(

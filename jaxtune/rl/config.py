@@ -65,7 +65,8 @@ class GRPOConfig(TrainingConfig):
     FREE_SETTINGS: ClassVar[frozenset[str]] = TrainingConfig.FREE_SETTINGS | set(
         """num_generations_eval max_prompt_length chat_template_kwargs reward_timeout log_completions
         num_completions_to_print log_unique_prompts vllm_server_base_url vllm_server_host vllm_server_port
-        vllm_server_timeout vllm_gpu_memory_utilization""".split()
+        vllm_server_timeout vllm_gpu_memory_utilization vllm_request_timeout vllm_python vllm_server_args
+        vllm_adapter_dir vllm_logprob_warning vllm_logprob_limit vllm_tensor_parallel_size""".split()
     )
 
     learning_rate: float = 1e-6
@@ -127,6 +128,22 @@ class GRPOConfig(TrainingConfig):
     """Port of the server."""
     vllm_server_timeout: float = 240.0
     """Seconds to wait for the server to be up."""
+    vllm_request_timeout: float = 1800.0
+    """Seconds that vLLM may take for the completions made at a time."""
+    vllm_python: str | None = None
+    """Python of the environment that vLLM is installed in (colocate). None = the environment variable
+    JAXTUNE_VLLM_PYTHON, or this one."""
+    vllm_server_args: tuple[str, ...] = ()
+    """More arguments for the server that is started (colocate), such as --enforce-eager."""
+    vllm_base: Literal["policy", "checkpoint"] = "policy"
+    """What is served (colocate). policy: the weights that training sees, the 4-bit ones dequantised; checkpoint: the
+    16-bit ones of the checkpoint, which the adapter has never seen."""
+    vllm_adapter_dir: str | None = None
+    """Folder that trainer and server both see, for the adapters on their way. None = in shared memory."""
+    vllm_logprob_warning: float = 0.1
+    """Warn where log-probabilities of vLLM and the trainer differ by more, on average (nats per token)."""
+    vllm_logprob_limit: float | None = 1.0
+    """Stop where they do by more: another model is served. None = never."""
     vllm_gpu_memory_utilization: float = 0.3
     """Share of the device's memory for vLLM."""
     vllm_max_model_length: int | None = None
@@ -225,6 +242,9 @@ class GRPOConfig(TrainingConfig):
             raise ValueError(f"top_p and min_p are probabilities, got {self.top_p} and {self.min_p}")
         if not 0 < self.top_entropy_quantile <= 1:
             raise ValueError(f"top_entropy_quantile must be in (0, 1], got {self.top_entropy_quantile}")
+        for name in ("vllm_server_timeout", "vllm_request_timeout"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0 seconds, got {getattr(self, name)}")
         self._check_batches()
         self._check_correction()
 
@@ -235,6 +255,7 @@ class GRPOConfig(TrainingConfig):
             put("scale_rewards", "group" if self.scale_rewards else "none")
         if self.reward_weights is not None:
             put("reward_weights", tuple(map(float, self.reward_weights)))
+        put("vllm_server_args", tuple(map(str, self.vllm_server_args)))
         if self.generation_kwargs is not None:
             put("generation_kwargs", _sampling_arguments(self.generation_kwargs))
 

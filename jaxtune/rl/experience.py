@@ -55,6 +55,16 @@ class Experience:
     def __len__(self) -> int:
         return len(self.prompt_ids)
 
+    def first(self, count: int) -> "Experience":
+        """Its first rows."""
+        return Experience(
+            prompt_ids=self.prompt_ids[:count],
+            completion_ids=self.completion_ids[:count],
+            advantages=self.advantages[:count],
+            num_items=self.num_items,
+            per_token={name: rows[:count] for name, rows in self.per_token.items()},
+        )
+
     def save(self, path: Path) -> None:
         """Write to an .npz file, bit for bit."""
         ragged = {"prompt_ids": self.prompt_ids, "completion_ids": self.completion_ids, **self.per_token}

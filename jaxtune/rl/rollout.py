@@ -76,6 +76,34 @@ class Rollout(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True)
+class ChosenSampling:
+    """How completions are sampled: GRPOConfig's arguments, and its generation_kwargs over them.
+
+    seed: is added to that of a request. stop_strings: texts that end a completion too.
+    """
+
+    sampling: Sampling
+    max_new_tokens: int
+    seed: int
+    stop_strings: tuple[str, ...]
+
+
+def chosen_sampling(args: GRPOConfig) -> ChosenSampling:
+    """The sampling that a configuration asks for."""
+    chosen = {
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "top_k": args.top_k,
+        "min_p": args.min_p or 0.0,
+        "repetition_penalty": args.repetition_penalty,
+    }
+    given: dict[str, Any] = dict(args.generation_kwargs or {})
+    most = min(args.max_completion_length, given.pop("max_new_tokens", args.max_completion_length))
+    seed, stop_strings = given.pop("seed", 0), given.pop("stop_strings", ())
+    return ChosenSampling(Sampling(do_sample=True, **(chosen | given)), most, seed, stop_strings)
+
+
 class EngineRollout:
     """The embedded engine."""
 
@@ -84,20 +112,7 @@ class EngineRollout:
     def __init__(self, model: Model, args: GRPOConfig):
         self._model = model
         self._engine = Engine(model, weights=args.rollout_weights, progress=False)
-        chosen = {
-            "temperature": args.temperature,
-            "top_p": args.top_p,
-            "top_k": args.top_k,
-            "min_p": args.min_p or 0.0,
-            "repetition_penalty": args.repetition_penalty,
-        }
-        given = dict(args.generation_kwargs or {})
-        self._max_new_tokens = min(
-            args.max_completion_length, given.pop("max_new_tokens", args.max_completion_length)
-        )
-        self._seed = given.pop("seed", 0)
-        self._stop_strings = given.pop("stop_strings", ())
-        self._sampling = Sampling(do_sample=True, **(chosen | given))
+        self._chosen = chosen_sampling(args)
 
     def sync(self, step: int) -> None:
         self._engine.sync()
@@ -107,10 +122,10 @@ class EngineRollout:
         made = self._engine.generate(
             request.prompt_ids[:: request.group],
             n=request.group,
-            sampling=self._sampling,
-            max_new_tokens=min(request.max_new_tokens, self._max_new_tokens),
-            seed=request.seed + self._seed,
-            stop_strings=self._stop_strings,
+            sampling=self._chosen.sampling,
+            max_new_tokens=min(request.max_new_tokens, self._chosen.max_new_tokens),
+            seed=request.seed + self._chosen.seed,
+            stop_strings=self._chosen.stop_strings,
         )
         return Completions(
             prompt_ids=request.prompt_ids,
@@ -124,12 +139,12 @@ class EngineRollout:
     def forecast(self, groups: int, group: int, prompt: int) -> str:
         columns, own = (
             plan.bucket(prompt, plan.PROMPT_COLUMNS),
-            plan.bucket(self._max_new_tokens, plan.OWN_COLUMNS),
+            plan.bucket(self._chosen.max_new_tokens, plan.OWN_COLUMNS),
         )
         need = self._engine.forecast(plan.bucket(groups), group, columns, own).total
         return (
-            f"{groups} x {group} completions of {self._max_new_tokens} tokens: {need / 1e9:.1f} GB, in waves where "
-            f"less is free; a merged copy of the weights: {merged_bytes(self._model) / 1e9:.1f} GB"
+            f"{groups} x {group} completions of {self._chosen.max_new_tokens} tokens: {need / 1e9:.1f} GB, in waves "
+            f"where less is free; a merged copy of the weights: {merged_bytes(self._model) / 1e9:.1f} GB"
         )
 
     def close(self) -> None:
@@ -198,14 +213,3 @@ def _check_lengths(name: str, values: list[list[Any]] | None, completions: list[
                 f"rollout_func: completion {i} has {len(ids)} tokens and {len(value)} values of {name}; expected one a "
                 "token"
             )
-
-
-def make_rollout(model: Model, args: GRPOConfig, rollout_func: RolloutFunc | None, trainer: Any) -> Rollout:
-    """The source of completions that a configuration asks for."""
-    if rollout_func is not None:
-        return FunctionRollout(rollout_func, trainer)
-    if args.use_vllm:
-        raise ValueError(
-            "use_vllm=True is not there yet; leave it out (the embedded engine), or give a rollout_func"
-        )
-    return EngineRollout(model, args)

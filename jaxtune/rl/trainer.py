@@ -33,7 +33,8 @@ from jaxtune.rl.groups import GroupCollator
 from jaxtune.rl.losses.grpo import GRPOLossOptions, adapted_entropy_coef
 from jaxtune.rl.reference import reference_leaves
 from jaxtune.rl.reward_runner import RewardRunner
-from jaxtune.rl.rollout import Rollout, RolloutFunc, make_rollout
+from jaxtune.rl.rollout import Rollout, RolloutFunc
+from jaxtune.rl.sources import make_rollout
 from jaxtune.rl.step import make_grpo_eval, make_grpo_step, make_score
 from jaxtune.rl.tools import with_tools
 from jaxtune.step import TrainStep
@@ -272,12 +273,25 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         try:
             return super()._batch(run, n)
         except Exception as error:
-            if n and n == self.state.global_step and n not in run.saved:
-                self._save_checkpoint(run)
-                error.add_note(
-                    f"Training up to step {n} is saved; resume_from_checkpoint=True goes on from there."
-                )
+            if n == self.state.global_step:
+                self._save_before(run, error)
             raise
+
+    def _evaluate_and_log(self, run: Run) -> None:
+        try:
+            super()._evaluate_and_log(run)
+        except Exception as error:
+            self._save_before(run, error)
+            raise
+
+    def _save_before(self, run: Run, error: Exception) -> None:
+        """Saves the steps that were done before a reward function or a rollout failed."""
+        step = self.state.global_step
+        if step and step not in run.saved:
+            self._save_checkpoint(run)
+            error.add_note(
+                f"Training up to step {step} is saved; resume_from_checkpoint=True goes on from there."
+            )
 
     # -- step ------------------------------------------------------------------------------------------------
 

