@@ -103,6 +103,7 @@ def world():
     return dict(os.environ), os.listdir(), root.level, list(root.handlers), dict(jax.config.values)
 
 import jax
+import jax.experimental.pallas.mosaic_gpu  # sets MOSAIC_GPU_… in the environment: jax's doing
 before = world()
 for name in {modules!r}:
     importlib.import_module(name)
