@@ -42,7 +42,7 @@ class Evaluate:
     output_dir: Path | None = None
     """Folder for completions and results. None = outputs/evaluate/MODEL_DATA."""
     dataset_config: str | None = None
-    """Configuration (subset) of a hub dataset."""
+    """Configuration (subset) of a hub dataset, also of that of few_shot_data."""
     split: str = "test"
     """Split of a hub dataset."""
     question_column: str | None = None

@@ -43,7 +43,8 @@ def run(settings: "Evaluate", command: str) -> Results:
     console = make_console()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    rows = load_dataset(settings.data, settings.split, subset=settings.dataset_config, token=settings.token)
+    hub_set = {"subset": settings.dataset_config, "token": settings.token}
+    rows = load_dataset(settings.data, settings.split, **hub_set)
     count = len(rows)
     if settings.limit is not None:
         rows = rows.select(range(min(settings.limit, count)))
@@ -55,7 +56,7 @@ def run(settings: "Evaluate", command: str) -> Results:
         settings.asking,
         question_column=settings.question_column,
         answer_column=settings.answer_column,
-        few_shot_data=None if examples is None else load_dataset(examples, "train", token=settings.token),
+        few_shot_data=None if examples is None else load_dataset(examples, "train", **hub_set),
     )
     prompts = [_digest(ids) for ids in planned.prompts]
     made_by = decides(model, nf4, planned)

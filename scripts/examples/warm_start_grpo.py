@@ -4,7 +4,7 @@
 
 A model that never answers in the form that a reward looks for gets no reward, and learns nothing from it.
 MODEL is a hub id or a folder. DATA is a file or hub name with GSM8K's columns, or "sums" (the default): no data needed.
-With SmolLM2-135M and sums on 2 CPU cores: 4 GB; 12 steps of each took 18 minutes on a busy machine.
+With SmolLM2-135M and sums on 2 CPU cores: 4 GB; 12 steps of each took about 20 minutes on a busy machine.
 """
 
 import random
