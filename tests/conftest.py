@@ -66,8 +66,10 @@ def smollm2_dir(request) -> Path:
 
         part = CACHE / f"smollm2-hf.{os.getpid()}"
         smollm2.write_hf_folder(request.getfixturevalue("smollm2_gguf"), part)
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
+        try:
+            part.rename(folder)
+        except OSError:  # another process was first
+            shutil.rmtree(part)
     return folder
 
 
