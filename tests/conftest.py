@@ -66,10 +66,8 @@ def smollm2_dir(request) -> Path:
 
         part = CACHE / f"smollm2-hf.{os.getpid()}"
         smollm2.write_hf_folder(request.getfixturevalue("smollm2_gguf"), part)
-        try:
-            part.rename(folder)
-        except OSError:  # another process was first
-            shutil.rmtree(part)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
     return folder
 
 
