@@ -19,12 +19,16 @@ def make_rows(count: int, *, largest: int = 20, held_out: bool = False) -> list[
     """Rows of prompt (messages) and answer (text).
 
     Args:
-        count: rows. largest: of the two numbers. held_out: sums of a seed that training does not use.
+        count: rows. largest: of the two numbers. held_out: from the fifth of all sums that training never sees.
     """
-    rng = random.Random(SEED + held_out)
+    rng = random.Random(SEED)
+    pairs = [(a, b) for a in range(largest + 1) for b in range(largest + 1)]
+    rng.shuffle(pairs)
+    fifth = max(1, len(pairs) // 5)
+    part = pairs[:fifth] if held_out else pairs[fifth:]
     rows = []
     for _ in range(count):
-        a, b = rng.randint(0, largest), rng.randint(0, largest)
+        a, b = rng.choice(part)
         question = f"What is {a} + {b}? Answer with the number only."
         rows.append({"prompt": [{"role": "user", "content": question}], "answer": str(a + b)})
     return rows

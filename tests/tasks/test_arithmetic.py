@@ -3,6 +3,14 @@
 from jaxtune.tasks import arithmetic
 
 
+def test_held_out_sums_are_not_trained_on():
+    trained, held_out = (
+        {row["prompt"][0]["content"] for row in arithmetic.make_rows(2000, held_out=part)}
+        for part in (False, True)
+    )
+    assert trained and held_out and not trained & held_out
+
+
 def test_rows_and_rewards():
     rows = arithmetic.make_rows(50)
     assert rows == arithmetic.make_rows(50) != arithmetic.make_rows(50, held_out=True)
