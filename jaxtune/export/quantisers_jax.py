@@ -50,19 +50,28 @@ def quantise(values: np.ndarray | jax.Array, kind: Kind, importance: np.ndarray 
         ValueError: as there.
     """
     rows, width = values.shape
-    nbytes = row_bytes(kind, width)
-    x = values.reshape(-1, SUPERBLOCK)
-    weights = None if importance is None else jnp.asarray(check_importance(importance, width))
-    step = next((size for size in _SIZES if len(x) <= size), _SIZES[-1])
-    parts = [_part(x[i : i + step], kind, weights, step, i) for i in range(0, len(x), step)]
-    out = np.empty((rows, nbytes), np.uint8).reshape(len(x), -1)
-    for i, (blocks, finite, largest) in zip(range(0, len(x), step), parts):
+    blocks_here = blocks_on_device(values, kind, importance)
+    out = np.empty((rows, row_bytes(kind, width)), np.uint8).reshape(rows * width // SUPERBLOCK, -1)
+    at = 0
+    for blocks, finite, largest in blocks_here:
         if not finite:
             raise ValueError("the weights contain NaN or infinity; a file with them would be useless")
         if largest > np.finfo(np.float16).max:
             raise overflow(float(largest))
-        out[i : i + step] = np.asarray(blocks)[: len(out) - i]
-    return out.reshape(rows, nbytes)
+        out[at : at + len(blocks)] = np.asarray(blocks)[: len(out) - at]
+        at += len(blocks)
+    return out.reshape(rows, -1)
+
+
+def blocks_on_device(values: np.ndarray | jax.Array, kind: Kind, importance: np.ndarray | None = None) -> list:
+    """`quantise` before its results are looked at: parts of (blocks uint8 [B, bytes], finite, largest scale), the last
+    part filled up with zeros."""
+    rows, width = values.shape
+    row_bytes(kind, width)  # raises for a width that is no multiple of a superblock
+    x = values.reshape(-1, SUPERBLOCK)
+    weights = None if importance is None else jnp.asarray(check_importance(importance, width))
+    step = next((size for size in _SIZES if len(x) <= size), _SIZES[-1])
+    return [_part(x[i : i + step], kind, weights, step, i) for i in range(0, len(x), step)]
 
 
 def _part(x, kind: Kind, importance: jax.Array | None, size: int, start: int):
