@@ -72,7 +72,9 @@ def main() -> None:
             )
         )
         size = Path(made["gguf_files"][0]).stat().st_size
-        print(f"export, {run} run: {took:.1f} s, {size / 1e9:.2f} GB, {size / took / 1e9:.2f} GB/s", flush=True)
+        print(
+            f"export, {run} run: {took:.1f} s, {size / 1e9:.2f} GB, {size / took / 1e9:.2f} GB/s", flush=True
+        )
     seconds = parts_alone(model, args.method)
     print("alone:", ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()), flush=True)
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
