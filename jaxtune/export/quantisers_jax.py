@@ -155,7 +155,7 @@ def _affine_superblock(exact: Exact, x: jax.Array, importance: jax.Array | None,
     form = AFFINE[kind]
     columns = _columns(x, form.group)
     if importance is None:
-        rms = 0 if form.absolute else jnp.sqrt(_total(columns * columns) / form.group)
+        rms = 0 if form.absolute else jnp.sqrt(_total(exact.times(columns, columns)) / form.group)
         w, tries, absolute = rms + jnp.abs(columns), form.tries, form.absolute
     else:
         w = _weights(exact.times, x, importance, form.sigma2, form.group)
@@ -178,26 +178,30 @@ def _affine_superblock(exact: Exact, x: jax.Array, importance: jax.Array | None,
 
 
 def _affine(times: Times, x, w, top: int, tries: Tries, absolute: bool):
-    """As `block_search.affine`; instead of levels, the inverse scale and the minimum that made them."""
+    """As `block_search.affine`; instead of levels, the inverse scale and the minimum that made them.
+
+    All products are rounded: levels that are all one higher, with a minimum that is a step lower, have the same error,
+    and roundings alone decide between them.
+    """
     low = jnp.minimum(x.min(0), 0)
     flat = ~jnp.isfinite(_over(top, x.max(0) - low))
     high = jnp.where(flat, low + 1, x.max(0))
-    sum_w, sum_x = _total(w), _total(w * x)
+    sum_w, sum_x = _total(w), _total(times(w, x))
     numerators = jnp.asarray(tries.numerators(top))
 
     def levels(inv, low):
         return jnp.clip(jnp.rint((x - low) * inv), 0, top)
 
     def error(level, scale, low):
-        difference = level * scale + low - x
-        return _total(w * (jnp.abs(difference) if absolute else difference * difference))
+        difference = times(level, scale) + low - x
+        return _total(times(w, jnp.abs(difference) if absolute else times(difference, difference)))
 
     def attempt(k, state):
         _, low, least, *_ = state
         inv = _over(numerators[k], high - low)
         level = levels(inv, low)
-        term = w * level
-        sum_l, sum_l2, sum_xl = _total(term), _total(term * level), _total(term * x)
+        term = times(w, level)
+        sum_l, sum_l2, sum_xl = _total(term), _total(times(term, level)), _total(times(term, x))
         determinant = times(sum_w, sum_l2) - times(sum_l, sum_l)
         new_scale = _over(times(sum_w, sum_xl) - times(sum_x, sum_l), determinant)
         new_low = _over(times(sum_l2, sum_x) - times(sum_l, sum_xl), determinant)
