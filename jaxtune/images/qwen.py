@@ -60,7 +60,7 @@ def interpolation(height: int, width: int, side: int, merge: int) -> tuple[np.nd
 class QwenImages:
     """What the two families share; see `images.VisionFamily`."""
 
-    processor_keys = ("pixel_values", "image_grid_thw")
+    processor_keys: tuple[str, ...] = ("pixel_values", "image_grid_thw")
 
     def __init__(self, config: Any):
         vision = config.vision_config
