@@ -234,7 +234,7 @@ class SFTConfig(TrainingConfig):
     # What only decides the tokens counts through the digest of the data.
     FREE_SETTINGS: ClassVar[frozenset[str]] = TrainingConfig.FREE_SETTINGS | set(
         """eval_packing dataset_num_proc dataset_text_field dataset_kwargs chat_template_path eos_token
-        completion_only_loss assistant_only_loss shuffle_dataset""".split()
+        completion_only_loss assistant_only_loss shuffle_dataset dataloader_num_workers""".split()
     )
 
     # -- data --------------------------------------------------------------------------------------
@@ -264,6 +264,9 @@ class SFTConfig(TrainingConfig):
     """Shuffle the rows once, before they are packed."""
     train_sampling_strategy: Literal["random", "sequential"] = "random"
     """Order of the rows in an epoch."""
+    dataloader_num_workers: int | None = None
+    """Processes that open and process images ahead of the step; 0 = none. None = one a core but one, 8 at most. Rows
+    without images need none."""
 
     # -- objective ---------------------------------------------------------------------------------
     loss_type: Literal["nll"] = "nll"
@@ -274,7 +277,7 @@ class SFTConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, 1, ["max_length", "dataset_num_proc"])
-        check_at_least(self, 0, ["neftune_noise_alpha"])
+        check_at_least(self, 0, ["neftune_noise_alpha", "dataloader_num_workers"])
         if self.packing and self.max_length is None:
             raise ValueError("packing=True needs max_length (the row length in tokens), got None")
         unknown = set(self.dataset_kwargs or ()) - {"skip_prepare_dataset"}

@@ -16,8 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import datasets
-
 from jaxtune.data.formats import ROLE_ALIASES, is_conversation, json_tools
 from jaxtune.data.images import ImageError
 
@@ -59,25 +57,6 @@ def has_images(row: Any) -> bool:
     )
     parts = (part for talk in talks if is_conversation(talk) for message in talk for part in _listed(message))
     return any(part.get("type") in ("image", "image_url") for part in parts)
-
-
-def plain_images(dataset: datasets.Dataset) -> datasets.Dataset:
-    """A dataset that gives its images as bytes and path, so that other processes decode them."""
-    features = dataset.features.copy()
-    changed = {name: _undecoded(feature) for name, feature in features.items()}
-    return dataset if changed == dict(features) else dataset.cast(datasets.Features(changed))
-
-
-def _undecoded(feature: Any) -> Any:
-    if isinstance(feature, datasets.Image):
-        return datasets.Image(mode=feature.mode, decode=False)
-    if isinstance(feature, datasets.List):
-        return datasets.List(_undecoded(feature.feature), length=feature.length)
-    if isinstance(feature, list):
-        return [_undecoded(one) for one in feature]
-    if isinstance(feature, dict):
-        return {name: _undecoded(one) for name, one in feature.items()}
-    return feature
 
 
 def read_row(row: Any, number: int, text_field: str = "text") -> Document:

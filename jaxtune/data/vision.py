@@ -22,12 +22,13 @@ from tqdm.auto import tqdm
 from jaxtune.data.columns import IGNORE, list_dataset
 from jaxtune.data.image_encoder import EncodedDocument, ImageEncoder
 from jaxtune.data.image_pool import ImagePool, default_workers
-from jaxtune.data.image_rows import Document, plain_images, read_row
+from jaxtune.data.image_rows import Document
+from jaxtune.data.image_sources import reading_row, row_document, vision_rows
 from jaxtune.data.images import ImageError, default_cache, is_url, prefetch
-from jaxtune.data.prepare import PreparationReport, plain_rows, truncate_and_drop
+from jaxtune.data.prepare import PreparationReport, truncate_and_drop
 from jaxtune.data.resize import resize_policy
 from jaxtune.data.responses import Markers, ResponseMask, detect_markers
-from jaxtune.data.sources import Source, load_dataset
+from jaxtune.data.sources import Source
 from jaxtune.images import family
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,9 @@ class VisionDataCollator:
         too_long: what happens to rows that are longer than max_length, since cutting one could cut an image in half:
             "drop" leaves them out and tells which, "raise" refuses them.
         image_cache: folder of downloaded images.
+        image_folder: where relative paths of images are looked for besides the current folder; None: beside the file
+            that the rows come from.
+        instruction: rows of images and a text alone become this question about them and its answer.
 
     Without train_on_responses_only, assistant_only_loss or a completion every token of a row is trained but those that
     stand for images: the user's text too, as in Unsloth.
@@ -102,6 +106,8 @@ class VisionDataCollator:
         assistant_only_loss: bool = False,
         too_long: Literal["drop", "raise"] = "drop",
         image_cache: str | Path | None = None,
+        image_folder: str | Path | None = None,
+        instruction: str | None = None,
     ) -> None:
         host = family(model.config)
         if host is None:
@@ -118,7 +124,8 @@ class VisionDataCollator:
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.max_seq_length, self.pad_to_multiple_of = max_seq_length, pad_to_multiple_of
         self.completion_only_loss, self.too_long, self.num_proc = completion_only_loss, too_long, num_proc
-        self._formatting = formatting_func
+        self._formatting, self._instruction = formatting_func, instruction
+        self._image_folder = None if image_folder is None else Path(image_folder)
         self._placeholders = np.asarray(
             sorted(host.placeholder_ids | placeholder_ids(self.tokenizer)), np.int32
         )
@@ -248,10 +255,10 @@ class VisionDataCollator:
     # -- how -------------------------------------------------------------------------------------------------
 
     def _read(self, row: Any, number: int, folder: Path | None) -> Document:
-        document = read_row(self._formatting(row) if self._formatting else row, number, self._text_field)
-        return dataclasses.replace(
-            document, images=tuple(_beside(image, folder) for image in document.images)
-        )
+        row = self._formatting(row) if self._formatting else row
+        if self._instruction is not None:
+            row = reading_row(row, self._instruction, number)
+        return row_document(row, number, self._image_folder or folder, self._text_field)
 
     def _labels(self, one: EncodedDocument) -> np.ndarray:
         """int32 [T]: ids where every mask that applies is set, -100 elsewhere."""
@@ -325,28 +332,6 @@ class VisionDataCollator:
 
 
 UnslothVisionDataCollator = VisionDataCollator
-
-
-def vision_rows(source: Any) -> tuple[Any, Path | None]:
-    """Rows by number, their images not decoded, and the folder that they came from.
-
-    Raises:
-        ValueError: there are none.
-    """
-    if isinstance(source, Sequence) and not isinstance(source, str):
-        if not source:
-            raise ValueError("the dataset has no rows")
-        return source, None
-    folder = Path(source).expanduser().absolute().parent if isinstance(source, (str, Path)) else None
-    return plain_images(plain_rows(load_dataset(source))), folder
-
-
-def _beside(image: Any, folder: Path | None) -> Any:
-    """A relative path that exists in `folder` and not here, made whole."""
-    if folder is None or not isinstance(image, str) or not image or len(image) > 1000 or is_url(image):
-        return image
-    path = folder / image
-    return str(path) if not Path(image).is_file() and path.is_file() else image
 
 
 def placeholder_ids(tokenizer: Any) -> frozenset[int]:
