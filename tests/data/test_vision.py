@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import tiny_processors
+import tiny_vision
 from PIL import Image
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
@@ -53,8 +54,8 @@ STRINGS = {
 
 
 @pytest.fixture(scope="module")
-def processor():
-    return tiny_processors.make_processor()
+def processor(tmp_path_factory):
+    return tiny_processors.make_processor(tmp_path_factory.mktemp("processor"))
 
 
 @pytest.fixture
@@ -113,16 +114,16 @@ def test_equals_trl(case, processor, collator):
     np.testing.assert_array_equal(shown["pixel_values"], batch["pixel_values"].numpy())
 
 
-@pytest.mark.parametrize("template", ["TEMPLATE", "MARKED_TEMPLATE"])
-def test_assistant_only_equals_trl(template, collator):
+@pytest.mark.parametrize("marked", [False, True])
+def test_assistant_only_equals_trl(marked, processor, tmp_path):
     """TRL needs marks in the template; without them the turns are found by what each adds."""
-    marked = tiny_processors.make_processor(template=tiny_processors.MARKED_TEMPLATE)
+    with_marks = tiny_processors.make_processor(tmp_path, tiny_processors.MARKED_TEMPLATE)
     rows = [
         {**row, "messages": [{"role": "system", "content": "be brief"}, *row["messages"]]}
         for row in (ONE, SEVERAL)
     ]
-    theirs, _ = trl(marked, rows, assistant_only_loss=True)
-    own = tiny_processors.make_processor(template=getattr(tiny_processors, template))
+    theirs, _ = trl(with_marks, rows, assistant_only_loss=True)
+    own = with_marks if marked else processor
     ours = VisionDataCollator(tiny_processors.stand_in(), own, resize="max", assistant_only_loss=True)
     for row, (ids, labels) in zip(ours.prepare(rows, progress=False), theirs, strict=True):
         assert row["input_ids"] == ids.tolist() and row["labels"] == labels.tolist()
@@ -247,13 +248,13 @@ def test_all_bad_images_are_counted(collator):
 def test_long_rows_are_dropped_or_refused(collator, caplog):
     rows = [ONE, SEVERAL, ONE]
     with caplog.at_level(logging.WARNING):
-        prepared = collator().prepare(rows, max_length=100, progress=False)
-    assert "1 of 3 rows are longer than max_length=100: row 1 (" in caplog.text
+        prepared = collator().prepare(rows, max_length=50, progress=False)
+    assert "1 of 3 rows are longer than max_length=50: row 1 (" in caplog.text
     report = preparation_report(prepared)
     assert (report.rows_in, report.rows, report.dropped, report.truncated) == (3, 2, 1, 0)
     assert prepared["documents"][:] == [[0], [1]]
     with pytest.raises(ValueError, match=r"1 of 3 rows are longer .*rows with images are not cut"):
-        collator(too_long="raise").prepare(rows, max_length=100, progress=False)
+        collator(too_long="raise").prepare(rows, max_length=50, progress=False)
     with pytest.raises(ValueError, match="3 of 3 rows are longer"):
         collator().prepare(rows, max_length=9, progress=False)
     with pytest.raises(ValueError, match="rows with images are not cut: pack them"):
@@ -272,7 +273,7 @@ def test_arguments_are_checked(processor):
         make(ignore_index=0)
     with pytest.raises(ValueError, match="both instruction_part and response_part"):
         make(train_on_responses_only=True, response_part="x")
-    text_only = tiny_processors.stand_in(config=tiny_processors.make_config().text_config)
+    text_only = tiny_processors.stand_in(config=tiny_vision.make_config("qwen2_5_vl").text_config)
     with pytest.raises(ValueError, match="needs a model that takes images"):
         VisionDataCollator(text_only, processor)
 
