@@ -308,7 +308,7 @@ class Model:
         self, directory: str | Path, tokenizer=None, save_method: str = "merged_16bit", **options
     ) -> None:
         """Writes adapter ("lora") or merged model ("merged_16bit", "merged_4bit"); see export.merged.save_merged."""
-        save_merged(self, directory, tokenizer or self.tokenizer, save_method=save_method, **options)
+        save_merged(self, directory, tokenizer, save_method=save_method, **options)
 
     def push_to_hub(self, repo_id: str, **options) -> str:
         """Uploads the adapter; see export.upload.push_to_hub."""
@@ -318,9 +318,7 @@ class Model:
         self, repo_id: str, tokenizer=None, save_method: str = "merged_16bit", **options
     ) -> str:
         """Uploads a merged model; see export.upload.push_to_hub_merged."""
-        return upload.push_to_hub_merged(
-            self, repo_id, tokenizer or self.tokenizer, save_method=save_method, **options
-        )
+        return upload.push_to_hub_merged(self, repo_id, tokenizer, save_method=save_method, **options)
 
     def save_pretrained_gguf(
         self,

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxtune.models import llama, mistral, qwen2, qwen2_5_vl, qwen3
 from jaxtune.models.decoder import CausalLM
+from jaxtune.models.layers import Linear
 from jaxtune.models.names import linear_slots, module_at
 from jaxtune.quant import BLOCK, check_quantisable
 
@@ -91,12 +92,11 @@ def _check_part(hf, read: frozenset[str], where: str, model_type: str) -> None:
             )
 
 
-def stays_in_16_bits(model: CausalLM, name: str) -> bool:
+def stays_in_16_bits(model: CausalLM, name: str, linear: Linear) -> bool:
     """Whether a linear module is not to be quantised: by IN_16_BITS, or one of a tower whose rows are no whole blocks
     of NF4 (bitsandbytes counts blocks across rows)."""
     if IN_16_BITS & set(name.split(".")):
         return True
-    linear = module_at(model, linear_slots(model)[name].path)
     return not name.startswith(f"{model.decoder_path}.") and linear.in_features % BLOCK != 0
 
 
@@ -135,8 +135,8 @@ def build(
     model.fp8 = fp8
     if nf4:
         for name, slot in linear_slots(model).items():
-            if name not in dense and not stays_in_16_bits(model, name):
-                linear = module_at(model, slot.path)
+            linear = module_at(model, slot.path)
+            if name not in dense and not stays_in_16_bits(model, name, linear):
                 check_quantisable((linear.out_features, linear.in_features), name)
                 linear.quantize(double_quant, fp8 and name.startswith(f"{model.decoder_path}."))
     return model

@@ -15,10 +15,10 @@ import pytest
 import tiny_vision
 import torch
 from safetensors.numpy import load_file, save_file
-from tolerances import LOGITS, LOSS, VISION_GRADIENT
+from tolerances import LOGITS, LOSS, MERGED, VISION_GRADIENT
 from transformers import AutoModelForImageTextToText
 
-from jaxtune import images, lora
+from jaxtune import hub, images, lora
 from jaxtune.fast import FastLanguageModel, FastVisionModel
 from jaxtune.models.names import hf_weights
 from jaxtune.models.remat import Remat
@@ -208,7 +208,7 @@ def adapted(both):
 
 def test_a_step_of_training(both, adapted):
     """Loss and gradients of every adapter of tower and decoder, two micro-batches of a row, as PEFT's of both rows."""
-    _, processor, _, inputs, _ = both
+    inputs = both[3]
     model, theirs = adapted
     mask = inputs["attention_mask"]
     ids = inputs["input_ids"]
@@ -253,3 +253,44 @@ def test_a_step_of_training(both, adapted):
     sums = [evaluate(model.trainable, model.base, part) for part in micro]
     total = sum(float(s["loss_sum"]) for s in sums) / sum(float(s["num_items"]) for s in sums)
     assert abs(total - want.item()) <= LOSS * want.item()
+
+
+def test_adapters_are_saved_as_peft_reads_them(both, adapted, tmp_path):
+    _, processor, judge, inputs, folder = both
+    model, theirs = adapted
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(judge), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        want = theirs(**as_torch(inputs)).logits
+        got = loaded(**as_torch(inputs)).logits
+    assert torch.equal(got, want)
+    again, own = FastVisionModel.from_pretrained(
+        tmp_path / "adapter", load_in_4bit=False, dtype="float32", max_seq_length=None
+    )
+    assert again.name_or_path == str(folder) and own.chat_template == processor.chat_template
+    for path, leaf in model.trainable.items():
+        np.testing.assert_array_equal(again.trainable[path], leaf)
+
+
+def test_a_merged_model_is_loaded_by_transformers(both, adapted, tmp_path):
+    _, processor, _, inputs, folder = both
+    model, theirs = adapted
+    model.save_pretrained_merged(tmp_path / "merged", processor, dtype="float32", progress=False)
+    assert (
+        load_file(tmp_path / "merged/model.safetensors").keys()
+        == load_file(folder / "model.safetensors").keys()
+    )
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    assert merged.config.to_dict().keys() == theirs.config.to_dict().keys()
+    with torch.no_grad():
+        want = theirs(**as_torch(inputs)).logits
+        got = merged(**as_torch(inputs)).logits
+    assert largest_error(got, want, inputs["attention_mask"]) <= MERGED
+    for name, value in tiny_vision.rows(hub.resolve(tmp_path / "merged").processor()).items():
+        np.testing.assert_array_equal(value, inputs[name])
+
+
+def test_gguf_is_refused(both, tmp_path):
+    model, *_ = both
+    with pytest.raises(ValueError, match=f"{model.config.model_type} cannot be saved as GGUF yet"):
+        model.save_pretrained_gguf(tmp_path / "out")
