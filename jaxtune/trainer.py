@@ -289,7 +289,7 @@ def _with_images(data: Any, collator: VisionDataCollator, args: SFTConfig) -> Da
 
 
 def _workers(collator: VisionDataCollator, args: SFTConfig) -> int | None:
-    return collator.num_proc if args.dataloader_num_workers is None else args.dataloader_num_workers
+    return (args.dataloader_num_workers or None) if collator.num_proc is None else collator.num_proc
 
 
 def _with_template(processing_class: Any) -> Any:

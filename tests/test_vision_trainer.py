@@ -49,7 +49,7 @@ def both(tmp_path_factory):
     return theirs, model, processor
 
 
-def make_trainer(both, folder, *, collator=None, data=None, **settings) -> SFTTrainer:
+def make_trainer(both, folder, *, workers=0, data=None, **settings) -> SFTTrainer:
     _, base, processor = both
     model = FastVisionModel.get_peft_model(base, r=4)
     defaults = {
@@ -62,7 +62,6 @@ def make_trainer(both, folder, *, collator=None, data=None, **settings) -> SFTTr
         "logging_steps": 1,
         "save_strategy": "no",
         "disable_tqdm": True,
-        "dataloader_num_workers": 0,
         "remove_unused_columns": False,  # as Unsloth's notebooks have it
         "dataset_text_field": "",
         "dataset_kwargs": {"skip_prepare_dataset": True},
@@ -70,7 +69,7 @@ def make_trainer(both, folder, *, collator=None, data=None, **settings) -> SFTTr
     return SFTTrainer(
         model=model,
         tokenizer=processor,
-        data_collator=(collator or UnslothVisionDataCollator)(model, processor),
+        data_collator=UnslothVisionDataCollator(model, processor, num_proc=workers),
         train_dataset=rows() if data is None else data,
         eval_dataset=rows(5),
         args=SFTConfig(str(folder), **defaults | settings),
@@ -165,7 +164,7 @@ def test_packed_rows_have_the_same_loss(both, trained):
 
 
 def test_workers_change_nothing(both, trained, tmp_path):
-    with_workers = make_trainer(both, tmp_path, max_steps=6, dataloader_num_workers=1)
+    with_workers = make_trainer(both, tmp_path, max_steps=6, workers=None, dataloader_num_workers=1)
     with_workers.train()
     assert losses(with_workers) == losses(trained)
     assert with_workers._collator._pool is None  # the processes are gone
@@ -181,7 +180,7 @@ def test_responses_only(both, tmp_path):
 def test_a_collator_is_made_where_rows_have_images(both, tmp_path):
     _, base, processor = both
     model = FastVisionModel.get_peft_model(base, r=4)
-    args = SFTConfig(str(tmp_path), max_length=200, disable_tqdm=True, dataloader_num_workers=0)
+    args = SFTConfig(str(tmp_path), max_length=200, disable_tqdm=True)
     trainer = SFTTrainer(model=model, args=args, train_dataset=rows(3))
     assert isinstance(trainer._collator, VisionDataCollator) and trainer.processing_class is processor
     text = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 3

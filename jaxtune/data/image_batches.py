@@ -26,6 +26,10 @@ class VisionBatches:
     As `Batches`, each follows from (seed, step number) alone. Besides its arrays a batch has image_slots int32
     [G, B, T], rope_positions int32 [G, B, T, 3] where the family has them, and images, the family's arrays [G, …].
     All lengths are those of one of `shapes`.
+
+    Attributes:
+        shapes: lengths that batches are padded to, by name; each is a compilation of the step.
+        largest_step: of the first epoch.
     """
 
     def __init__(
@@ -143,6 +147,9 @@ class VisionBatches:
         # A token of the text and a patch of an image are taken to cost the same; the other lengths follow the patches.
         weights = {LENGTH: float(size), self._names[0]: 1.0}
         shapes = choose_shapes(needs, most, weights)
+        self.largest_step = max(
+            range(len(epoch)), key=lambda step: sum(w * epoch[step][n] for n, w in weights.items())
+        )
         limit = self._text.max_length
         return [{**shape, LENGTH: min(shape[LENGTH], max(limit, most[LENGTH]))} for shape in shapes]
 

@@ -73,9 +73,11 @@ def _beside(image: Any, folder: Path | None) -> Any:
 
 def plain_images(dataset: datasets.Dataset) -> datasets.Dataset:
     """A dataset that gives its images as bytes and path, so that other processes decode them."""
-    features = dataset.features.copy()
-    changed = {name: _undecoded(feature) for name, feature in features.items()}
-    return dataset if changed == dict(features) else dataset.cast(datasets.Features(changed))
+    changed = {name: _undecoded(feature) for name, feature in dataset.features.items()}
+    for name, feature in changed.items():
+        if isinstance(feature, datasets.Image):  # a view; the other cast copies
+            dataset = dataset.cast_column(name, feature)
+    return dataset if changed == dict(dataset.features) else dataset.cast(datasets.Features(changed))
 
 
 def _undecoded(feature: Any) -> Any:

@@ -66,7 +66,7 @@ class VisionDataCollator:
         ignore_index: -100.
         train_on_responses_only: train on the answers alone, between response_part and instruction_part; both None: read
             off the chat template. force_match, last_response_only: see `jaxtune.data.train_on_responses_only`.
-        num_proc: worker processes; None: SFTConfig's dataloader_num_workers.
+        num_proc: worker processes, 0: none; None: SFTConfig's dataloader_num_workers.
         completion_only_loss: of rows with prompt and completion train on the completion alone.
         pad_to_multiple_of: row lengths are multiples of it.
         assistant_only_loss: train on the assistant's turns alone, found through the chat template.
