@@ -48,8 +48,8 @@ def gguf_family(config: PretrainedConfig) -> GgufFamily:
     if not hasattr(family, "GGUF"):
         raise ValueError(
             f"{config.model_type} cannot be saved as GGUF yet: its language part and image projector are not converted. "
-            "Save it with save_pretrained_merged and convert that folder with llama.cpp's convert_hf_to_gguf.py "
-            "(and again with --mmproj)"
+            "Save it with save_pretrained_merged and convert that folder with llama.cpp's converter "
+            "(convert_hf_to_gguf.py, and again with --mmproj)"
         )
     return family.GGUF
 
