@@ -24,10 +24,8 @@ from tqdm.auto import tqdm
 from jaxtune.export.gguf_format import GgufWriter, TensorEntry
 from jaxtune.formats.gguf_file import GgufFile
 from jaxtune.formats.gguf_names import gguf_name
-from jaxtune.models.decoder import Context
 from jaxtune.models.layers import Linear
 from jaxtune.models.names import join
-from jaxtune.models.rope import tables
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -321,8 +319,7 @@ def _sums(graphdef, trainable, base, batch: dict[str, jax.Array]) -> list[list[d
     """
     module = join(graphdef, trainable, base)
     x = module.embed(batch["input_ids"])
-    cos, sin = tables(module.config.rope, batch["positions"], module.dtype)
-    ctx = Context(cos, sin, batch["positions"], batch["segment_ids"])
+    ctx = module.context(batch["positions"], batch["segment_ids"])
     real = batch["segment_ids"] != 0
 
     def run(graph, x, state):

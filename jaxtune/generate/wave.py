@@ -56,7 +56,7 @@ class Wave:
         query = jax.ShapeDtypeStruct((1, 1, 1, c.head_dim), job.spec.dtype)
         cache = jax.ShapeDtypeStruct((1, 1, plan.OWN_COLUMNS, c.head_dim), job.spec.dtype)
         # where only filled columns are read, caches need not grow, and one program does for all lengths
-        self._reads_filled = supported(query, cache)
+        self._reads_filled = supported(query, cache, c.attention_softcap)
         self._own = 0  # columns of the rows' own caches
         self._steps = 0  # decode steps dispatched
 

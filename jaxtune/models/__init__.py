@@ -12,12 +12,19 @@ from types import ModuleType
 
 import jax.numpy as jnp
 
-from jaxtune.models import llama, mistral, qwen2, qwen3
+from jaxtune.models import gemma2, gemma3, llama, mistral, qwen2, qwen3
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.names import linear_slots, module_at
 from jaxtune.quant import check_quantisable
 
-FAMILIES: dict[str, ModuleType] = {"llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3}
+FAMILIES: dict[str, ModuleType] = {
+    "llama": llama,
+    "mistral": mistral,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "gemma2": gemma2,
+    "gemma3_text": gemma3,
+}
 
 # Fields of a transformers config that leave the mathematics of training and generation as they are.
 HARMLESS = {
