@@ -21,6 +21,7 @@ from flax import nnx
 from gguf.constants import GGMLQuantizationType
 from tqdm.auto import tqdm
 
+from jaxtune import models
 from jaxtune.export.gguf_format import GgufWriter, TensorEntry
 from jaxtune.formats.gguf_file import GgufFile
 from jaxtune.formats.gguf_names import gguf_name
@@ -339,9 +340,10 @@ def _sums(graphdef, trainable, base, batch: dict[str, jax.Array]) -> list[list[d
 
 def _named(model: Model, sums: list[list[dict[str, jax.Array]]]) -> Iterator[tuple[str, np.ndarray]]:
     """(GGUF tensor name, float32 [in]) of everything that `_sums` gave."""
+    architecture = models.family(model.config).GGUF.architecture
     for segment, periods in zip(model.module.plan, sums, strict=True):
         for at, layer in enumerate(periods):
             for path, stacked in layer.items():
                 for repeat, value in enumerate(np.asarray(stacked)):
                     number = segment.first + repeat * segment.period + at
-                    yield gguf_name(f"model.layers.{number}.{path}.weight"), value
+                    yield gguf_name(f"model.layers.{number}.{path}.weight", architecture), value

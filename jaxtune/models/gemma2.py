@@ -8,7 +8,7 @@ READ = COMMON_FIELDS - {"hidden_act"} | set(
     """head_dim hidden_activation query_pre_attn_scalar sliding_window layer_types attention_bias
     attn_logit_softcapping final_logit_softcapping""".split()
 )
-GGUF = GgufFamily("gemma2")
+GGUF = GgufFamily("gemma2", activation="gelu_pytorch_tanh", window_period=2, large=46)
 
 
 def config(hf) -> DecoderConfig:

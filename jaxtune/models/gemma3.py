@@ -5,7 +5,7 @@ from jaxtune.models import gemma2, rope
 from jaxtune.models.decoder import DecoderConfig
 
 READ = gemma2.READ - {"attn_logit_softcapping"}  # in transformers too it has no effect
-GGUF = GgufFamily("gemma3")
+GGUF = GgufFamily("gemma3", activation="gelu_pytorch_tanh", window_period=6, large=62)
 
 
 def config(hf) -> DecoderConfig:
