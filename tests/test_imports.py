@@ -15,6 +15,7 @@ STAGES = [
     {"settings", "arguments", "compile_cache"},
     {"config"},
     {"hub", "formats"},
+    {"images"},
     {"quant"},
     {"kernels"},
     {"models"},
