@@ -159,3 +159,8 @@ def _backward(window, residuals, d_out):
 
 
 cudnn_attention.defvjp(_forward, _backward)
+
+
+def image_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Attention of all patches of an image with one another: q, k, v [N, S, H, h] -> [N, S, H, h] in q's dtype."""
+    return keep(jax.nn.dot_product_attention(q, k, v, implementation="xla"), "attention")

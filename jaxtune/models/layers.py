@@ -204,3 +204,19 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, self.weight[...], self.eps, plus_one=self.plus_one)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / deviation · weight + bias over the last axis, in float32 (arXiv 1607.06450)."""
+
+    def __init__(self, width: int, eps: float, *, dtype):
+        self.weight = Frozen(Shape((width,), dtype))
+        self.bias = Frozen(Shape((width,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, -1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + self.eps)
+        weight, bias = (leaf[...].astype(jnp.float32) for leaf in (self.weight, self.bias))
+        return (normed * weight + bias).astype(x.dtype)
