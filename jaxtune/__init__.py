@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxtune.config import SFTConfig
     from jaxtune.data import get_chat_template, standardize_sharegpt, train_on_responses_only
-    from jaxtune.fast import FastLanguageModel, FastModel
+    from jaxtune.fast import FastLanguageModel, FastModel, FastVisionModel
     from jaxtune.generate import SamplingParams, TextStreamer
     from jaxtune.lora import LoraConfig
     from jaxtune.model import Model
@@ -23,6 +23,7 @@ _HOMES = {
     "DPOTrainer": "jaxtune.rl.dpo",
     "FastLanguageModel": "jaxtune.fast",
     "FastModel": "jaxtune.fast",
+    "FastVisionModel": "jaxtune.fast",
     "GRPOConfig": "jaxtune.rl.config",
     "GRPOTrainer": "jaxtune.rl.trainer",
     "LoraConfig": "jaxtune.lora",

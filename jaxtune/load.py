@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from jaxtune.hub import BnbTensor, Checkpoint
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.layers import NF4Weight
-from jaxtune.models.names import Leaves, Slot, expected_names, leaf_shapes, module_at
+from jaxtune.models.names import Leaves, Slot, expected_names, is_stacked, leaf_shapes, module_at
 from jaxtune.quant import dequantize_nf4, from_bnb, on_device, quantize_nf4
 
 # Under way at a time. Of an 8B model each is at most 117 MB, but for the embedding and the head (1.05 GB).
@@ -111,7 +111,7 @@ def load_weights(
     if ahead is None:
         ahead = 1 if jax.default_backend() == "cpu" else TENSORS_AHEAD
     leaves = _blank(
-        tuple((p, s.shape, s.dtype) for p, s in leaf_shapes(model).items() if p.startswith("model.layers."))
+        tuple((p, s.shape, s.dtype) for p, s in leaf_shapes(model).items() if is_stacked(model, p))
     )
 
     def fetch(name: str, slot: Slot, leaf: str) -> tuple[Slot, str, dict[str, Any]]:

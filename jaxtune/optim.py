@@ -125,7 +125,7 @@ def decays(path: str) -> bool:
 
 
 def _is_embedding(path: str) -> bool:
-    return path in ("model.embed_tokens.weight", "lm_head.weight")
+    return path.endswith("embed_tokens.weight") or path == "lm_head.weight"
 
 
 def make_optimizer(

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "jaxtune"
 STAGES = [
     {"settings", "arguments", "compile_cache"},
     {"config"},
-    {"hub", "formats"},
+    {"hub", "formats", "processor"},
     {"images"},
     {"quant"},
     {"kernels"},

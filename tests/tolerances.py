@@ -4,6 +4,9 @@ LOGITS = 1e-5  # float32 logits against transformers, largest difference over la
 LOSS = 1e-5  # float32 loss of a step against PEFT + torch, relative
 WEIGHTS = 1e-4  # adapter weights after 20 steps against PEFT + torch, relative to their largest
 GRADIENT = 1e-5  # a kernel's gradient against autodiff of its reference, float32
+VISION_GRADIENT = (
+    5e-5  # adapter gradients of a whole model, float32, against PEFT, over the largest of a leaf
+)
 MERGED = 5e-5  # float32 logits of merged weights against base plus adapter: the same sums in another order
 SAMPLED_LOGPROBS = (
     1e-4  # log-probs of generated tokens, float32, against the model's own forward pass: other sums

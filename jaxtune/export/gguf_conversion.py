@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxtune import models
 from jaxtune.export.adapter import check_finite
-from jaxtune.export.gguf_metadata import Metadata, check_config, model_metadata, rope_factors
+from jaxtune.export.gguf_metadata import Metadata, check_config, gguf_family, model_metadata, rope_factors
 from jaxtune.export.gguf_origin import kept_metadata, kept_rope_factors
 from jaxtune.export.gguf_vocabulary import harmless_name, vocabulary
 from jaxtune.export.merged import Base, check_base, merged_on_device, merged_tensor, tensor_shape
@@ -115,7 +115,7 @@ def convert(
     """
     check_base(model, base)
     config, origin = model.config, model.checkpoint.gguf
-    family, decoder = models.family(config).GGUF, models.family(config).config(config)
+    family, decoder = gguf_family(config), models.family(config).config(config)
     check_config(config, family)
     factors = rope_factors(decoder.rope)
     if origin is not None:
@@ -153,7 +153,7 @@ def _metadata(
     pre_tokenizer: str | None,
 ) -> Metadata:
     config, origin, generation = model.config, model.checkpoint.gguf, model.checkpoint.generation_config
-    family = models.family(config).GGUF
+    family = gguf_family(config)
     if origin is not None:
         return kept_metadata(origin, config, family, tokenizer, generation, pre_tokenizer)
     name = name or model.name_or_path.replace("\\", "/").rstrip("/").rpartition("/")[2]

@@ -43,6 +43,18 @@ _SAMPLING = (
 )
 
 
+def gguf_family(config: PretrainedConfig) -> GgufFamily:
+    """How llama.cpp knows a model's family; raises ValueError where nothing here writes it as GGUF."""
+    family = models.family(config)
+    if not hasattr(family, "GGUF"):
+        raise ValueError(
+            f"{config.model_type} cannot be saved as GGUF yet: its language part and image projector are not converted. "
+            "Save it with save_pretrained_merged and convert that folder with llama.cpp's convert_hf_to_gguf.py "
+            "(and again with --mmproj)"
+        )
+    return family.GGUF
+
+
 def check_config(config: PretrainedConfig, family: GgufFamily) -> None:
     """Raises ValueError for a config that llama.cpp's graph of the family cannot compute."""
     arch = family.architecture

@@ -118,7 +118,8 @@ def merged(model: Any) -> Weights:
 
 
 def _decoder_slots(model: Any) -> dict[str, Slot]:
-    return {name: slot for name, slot in linear_slots(model.module).items() if name != "lm_head"}
+    inside = f"{model.module.decoder_path}."
+    return {name: slot for name, slot in linear_slots(model.module).items() if name.startswith(inside)}
 
 
 def merged_bytes(model: Any) -> int:
@@ -144,11 +145,16 @@ def _weights(model: Any, prepare: Callable, split: Callable) -> Weights:
     """prepare: stacked layers as stored (adapters float32) -> what is split(layers, segment) into segments."""
     module, leaves, segments = model.module, {**model.base, **model.trainable}, []
     for i, plan in enumerate(module.plan):
-        layers = tuple(_stacked_layer(module, leaves, f"model.layers.{i}.{j}") for j in range(plan.period))
+        layers = tuple(
+            _stacked_layer(module, leaves, f"{module.decoder_path}.layers.{i}.{j}")
+            for j in range(plan.period)
+        )
         segments += split(prepare(layers), plan)
-    embed = leaves["model.embed_tokens.weight"].astype(model.dtype)
+    embed = leaves[f"{module.decoder_path}.embed_tokens.weight"].astype(model.dtype)
     head = embed if module.lm_head is None else leaves["lm_head.weight"].astype(model.dtype)
-    return Weights(embed, head, leaves["model.norm.weight"].astype(model.dtype), tuple(segments))
+    return Weights(
+        embed, head, leaves[f"{module.decoder_path}.norm.weight"].astype(model.dtype), tuple(segments)
+    )
 
 
 def _stacked_layer(module: CausalLM, leaves: Leaves, prefix: str) -> Layer:

@@ -34,6 +34,14 @@ class VisionFamily(Protocol):
     placeholder_ids: frozenset[int]
     processor_keys: tuple[str, ...]
 
+    def rows(self, processed: Processed, input_ids: Sequence[np.ndarray]) -> list[Processed]:
+        """What the processor gave for a whole batch, row by row; `input_ids` (int [T] each) say how many each has.
+
+        Raises:
+          ValueError: texts and images do not go together.
+        """
+        ...
+
     def tokens(self, row: Processed) -> list[int]:
         """How many image tokens each image of a row takes."""
         ...
@@ -95,6 +103,47 @@ def check_row(images: VisionFamily, input_ids: np.ndarray, row: Processed | None
             f"{found}; give each image one placeholder, with text or the family's own marks between two, and cut no "
             "row inside an image"
         )
+
+
+def batch_arrays(
+    images: VisionFamily,
+    input_ids: np.ndarray,
+    mask: np.ndarray,
+    processed: Processed,
+    sizes: Callable[[dict[str, int]], Sizes] = dict,
+) -> dict[str, Any]:
+    """What a batch of rows, one document each, needs on the device beside its ids to see its images.
+
+    Args:
+      input_ids: int [B, T], padded on either side. mask: int [B, T], 1 at tokens.
+      processed: what the processor gave for the batch; without images the rows are text.
+      sizes: the least lengths of `VisionFamily.sizes` -> those to pad to.
+
+    Returns:
+      image_slots int32 [B, T], images (the family's arrays), and rope_positions int32 [B, T, 3] where it has them.
+
+    Raises:
+      ValueError: texts and images do not go together; says which row.
+    """
+    kept = np.asarray(mask) != 0
+    texts = [ids[own] for ids, own in zip(input_ids, kept, strict=True)]
+    given = {name: np.asarray(processed[name]) for name in images.processor_keys if name in processed}
+    rows = images.rows(given, texts)
+    arrays: dict[str, Any] = {}
+    rope = np.zeros((*kept.shape, 3), np.int32)
+    for number, (text, row) in enumerate(zip(texts, rows, strict=True)):
+        try:
+            check_row(images, text, row)
+        except ValueError as error:
+            raise ValueError(f"row {number}: {error}") from None
+        positions = images.rope_positions(text, row)
+        if positions is not None:
+            rope[number, kept[number]] = positions
+            arrays["rope_positions"] = rope
+    if any(images.tokens(row) for row in rows):
+        slots = image_slots(np.where(kept, input_ids, -1), images.image_token_id)
+        arrays |= {"image_slots": slots, "images": images.image_arrays(rows, sizes(images.sizes(rows)))}
+    return arrays
 
 
 def _runs(flags: np.ndarray) -> list[int]:

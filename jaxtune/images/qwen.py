@@ -76,6 +76,33 @@ class QwenImages:
         self.merge = vision.spatial_merge_size
         self.patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
 
+    def rows(self, processed: Processed, input_ids: Sequence[np.ndarray]) -> list[Processed]:
+        """Images are counted by the tokens they take."""
+        lengths, grids = (
+            self.tokens(processed),
+            np.asarray(processed.get("image_grid_thw", ())).reshape(-1, 3),
+        )
+        pixels = processed.get("pixel_values", np.zeros((0, self.patch_dim), np.float32))
+        rows: list[Processed] = []
+        at, patch = 0, 0
+        for number, ids in enumerate(input_ids):
+            missing, first = int(np.sum(np.asarray(ids) == self.image_token_id)), at
+            while missing > 0 and at < len(lengths):
+                missing -= lengths[at]
+                at += 1
+            if missing:
+                raise ValueError(
+                    f"row {number}: its text's image tokens are not those of whole images; {missing} too many"
+                )
+            count = sum(lengths[first:at]) * self.merge**2
+            rows.append({"pixel_values": pixels[patch : patch + count], "image_grid_thw": grids[first:at]})
+            patch += count
+        if at < len(lengths):
+            raise ValueError(
+                f"{len(lengths)} images were given, and the texts hold {at}; give each one a placeholder"
+            )
+        return rows
+
     def tokens(self, row: Processed) -> list[int]:
         """h·w/m² of each image."""
         return [h * w // self.merge**2 for h, w in _grids([row])]

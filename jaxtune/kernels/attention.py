@@ -1,4 +1,5 @@
-"""Causal attention over packed rows: a token sees its own document, up to itself, within its window.
+"""Causal attention over packed rows: a token sees its own document, up to itself, within its window. And attention of
+the patches of images with one another, which is not causal.
 
 On an NVIDIA GPU training goes through cuDNN, which skips what is masked and keeps one number a row for the backward
 pass. Elsewhere, with a cache, or in float32, XLA takes a mask. `supports_cudnn` says which.
@@ -102,15 +103,15 @@ def packed_layout(starts: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array]
     return lengths, jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
 
 
-def _cudnn_arguments(q, k, v, starts, window):
+def _cudnn_arguments(q, k, v, starts, window, causal):
     """(operands, parameters) of jax's cuDNN primitives; they are private, the constraints file pins the version."""
     from jax._src.cudnn.fused_attention_stablehlo import AttentionLayout, MaskType
 
     none = jnp.zeros(0, q.dtype)
-    lengths, offsets, mask = none, none, MaskType.CAUSAL
+    lengths, offsets, mask = none, none, MaskType.CAUSAL if causal else MaskType.NO_MASK
     if starts is not None:
         lengths, offsets = packed_layout(starts, q.shape[1])
-        mask = MaskType.PADDING_CAUSAL
+        mask = MaskType.PADDING_CAUSAL if causal else MaskType.PADDING
     parameters = {
         "scale": q.shape[-1] ** -0.5,
         "seed": 42,
@@ -123,8 +124,15 @@ def _cudnn_arguments(q, k, v, starts, window):
     return (q, k, v, none, lengths, lengths, offsets, offsets, none, none), parameters
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array | None, window: int | None):
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def cudnn_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    starts: jax.Array | None,
+    window: int | None,
+    causal: bool = True,
+):
     """`masked_attention` of a row with itself, through cuDNN.
 
     Args:
@@ -132,28 +140,29 @@ def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array 
       starts: int32 [B, M], M >= 2: see `packed_layout`. None: every row is one document from its first token (what
         pads its end is attended to by nothing before it).
       window: as above.
+      causal: False: every token of a document sees all of it.
     """
-    return _cudnn_forward(q, k, v, starts, window, is_training=False)[0]
+    return _cudnn_forward(q, k, v, starts, window, causal, is_training=False)[0]
 
 
-def _cudnn_forward(q, k, v, starts, window, is_training):
+def _cudnn_forward(q, k, v, starts, window, causal, is_training):
     from jax._src.cudnn.fused_attention_stablehlo import _dot_product_attention_fwd_p_wrapper
 
-    operands, parameters = _cudnn_arguments(q, k, v, starts, window)
+    operands, parameters = _cudnn_arguments(q, k, v, starts, window, causal)
     return _dot_product_attention_fwd_p_wrapper.bind(*operands, **parameters, is_training=is_training)
 
 
-def _forward(q, k, v, starts, window):
-    out, statistics = _cudnn_forward(q, k, v, starts, window, is_training=True)
+def _forward(q, k, v, starts, window, causal):
+    out, statistics = _cudnn_forward(q, k, v, starts, window, causal, is_training=True)
     out, statistics = keep((out, statistics), "attention")
     return out, (q, k, v, starts, statistics, out)
 
 
-def _backward(window, residuals, d_out):
+def _backward(window, causal, residuals, d_out):
     from jax._src.cudnn.fused_attention_stablehlo import _dot_product_attention_bwd_p_wrapper
 
     q, k, v, starts, statistics, out = residuals
-    operands, parameters = _cudnn_arguments(q, k, v, starts, window)
+    operands, parameters = _cudnn_arguments(q, k, v, starts, window, causal)
     grads = _dot_product_attention_bwd_p_wrapper.bind(*operands, statistics, out, d_out, **parameters)
     return *grads, None
 
@@ -163,4 +172,43 @@ cudnn_attention.defvjp(_forward, _backward)
 
 def image_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Attention of all patches of an image with one another: q, k, v [N, S, H, h] -> [N, S, H, h] in q's dtype."""
+    if supports_cudnn(q, packed=False):
+        return cudnn_attention(q, k, v, None, None, False)
     return keep(jax.nn.dot_product_attention(q, k, v, implementation="xla"), "attention")
+
+
+def segment_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, starts: jax.Array
+) -> jax.Array:
+    """Attention of all tokens of a segment with one another, as of an image's patches; segments stand end to end.
+
+    Args:
+      q, k, v: [1, P, H, h].
+      segments: int32 [P], equal within a segment. starts: int32 [M], first token of each, -1 in unused slots.
+
+    Returns:
+      [1, P, H, h] in q's dtype.
+    """
+    if supports_cudnn(q, packed=True):
+        return cudnn_attention(q, k, v, starts[None], None, False)
+    mask = (segments[:, None] == segments[None, :])[None, None]
+    return keep(jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla"), "attention")
+
+
+def window_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, windows: jax.Array, places: jax.Array
+) -> jax.Array:
+    """Attention of the tokens of each of many small windows with one another.
+
+    Args:
+      q, k, v: [1, P, H, h].
+      windows: int32 [W, S], the tokens of each window, -1 where it has fewer than S.
+      places: int32 [P], where each token stands in the flattened windows; any where it stands in none.
+
+    Returns:
+      [1, P, H, h] in q's dtype.
+    """
+    apart = (x[0][jnp.maximum(windows, 0)] for x in (q, k, v))  # [W, S, H, h]
+    mask = (windows >= 0)[:, None, None, :]
+    out = jax.nn.dot_product_attention(*apart, mask=mask, implementation="xla")
+    return keep(out.reshape(-1, *q.shape[2:])[places][None], "attention")

@@ -7,7 +7,7 @@ smallest repeating pattern of layer kinds, each scanned, so that compile time do
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +101,7 @@ def read_config(hf, *, windows: Sequence[int | None], **differences) -> DecoderC
         num_kv_heads=hf.num_key_value_heads,
         head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
         rms_norm_eps=hf.rms_norm_eps,
-        tie_word_embeddings=hf.tie_word_embeddings,
+        tie_word_embeddings=getattr(hf, "tie_word_embeddings", False),
         rope=rope.from_config(hf),
         hidden_act=getattr(hf, "hidden_act", None) or hf.hidden_activation,
         windows=tuple(windows),
@@ -220,8 +220,21 @@ class Attention(nnx.Module):
         return keep(out, "attention")
 
 
+class MLPConfig(Protocol):
+    """What `MLP` needs of a config: the decoder's, or a tower's."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def mlp_bias(self) -> bool: ...
+    @property
+    def hidden_act(self) -> str: ...
+
+
 class MLP(nnx.Module):
-    def __init__(self, config: DecoderConfig, dtype):
+    def __init__(self, config: MLPConfig, dtype):
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_proj = Linear(width, inner, bias=bias, dtype=dtype)
         self.up_proj = Linear(width, inner, bias=bias, dtype=dtype)
@@ -315,38 +328,56 @@ class CausalLM(nnx.Module):
 
     `dense` names, for each layer, the linears that stay unquantised where others are: layers that differ in it are
     stacked apart.
+
+    Attributes:
+      stacks: (path, plan) of every list of layers that is kept in segments.
     """
 
+    decoder_path: str = "model"
     lm_head: Linear | None = None  # None: tied to the embedding
     fp8: bool = False  # whether its NF4 linears multiply in 8-bit floats
 
     def __init__(self, config: DecoderConfig, dtype, dense: Sequence[frozenset[str]] | None = None):
         self.plan = tuple(segments(list(zip(config.windows, dense or config.windows, strict=True))))
         self.model = Decoder(config, self.plan, dtype)
+        self.stacks: tuple[tuple[str, tuple[Segment, ...]], ...] = (("model.layers", self.plan),)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
         self.config, self.dtype = config, dtype
 
+    @property
+    def decoder(self) -> Decoder:
+        return self.model
+
     def embed(self, ids: jax.Array) -> jax.Array:
-        return self.config.scaled(self.model.embed_tokens(ids, self.dtype))
+        return self.config.scaled(self.decoder.embed_tokens(ids, self.dtype))
+
+    def place_images(
+        self, x: jax.Array, batch: dict[str, Any], *, key: jax.Array | None = None, remat: Remat | None = None
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Embedded tokens x [B, T, D] with what the batch's images are in their place, and what `hidden` needs to know
+        of them. A model of text has none."""
+        return x, {}
 
     def head(self) -> jax.Array:
         """The output matrix [V, D] in the compute dtype."""
-        holder = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        holder = self.decoder.embed_tokens if self.lm_head is None else self.lm_head
         weight = holder.weight[...]
         return (weight if isinstance(holder.weight, nnx.Param) else jax.lax.stop_gradient(weight)).astype(
             self.dtype
         )
 
     def trains_head(self) -> bool:
-        holder = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        holder = self.decoder.embed_tokens if self.lm_head is None else self.lm_head
         return isinstance(holder.weight, nnx.Param)
 
-    def context(self, positions: jax.Array, segment_ids: jax.Array) -> Context:
-        """What layers need for tokens at these positions, int32 [B, T], of these documents."""
-        c = self.config
-        local = None if c.local_rope is None else tables(c.local_rope, positions, self.dtype)
-        return Context(*tables(c.rope, positions, self.dtype), positions, segment_ids, local=local)
+    def context(
+        self, positions: jax.Array, segment_ids: jax.Array, rope_positions: jax.Array | None = None
+    ) -> Context:
+        """What layers need for tokens at these positions of these documents; see `hidden`."""
+        c, turning = self.config, positions if rope_positions is None else rope_positions
+        local = None if c.local_rope is None else tables(c.local_rope, turning, self.dtype)
+        return Context(*tables(c.rope, turning, self.dtype), positions, segment_ids, local=local)
 
     def hidden(
         self,
@@ -359,6 +390,7 @@ class CausalLM(nnx.Module):
         remat: Remat | None = None,
         cache: Cache | None = None,
         shared: SharedPrefix | None = None,
+        rope_positions: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states [B, T, D] of embedded tokens x [B, T, D].
 
@@ -368,20 +400,22 @@ class CausalLM(nnx.Module):
           key: dropout key; None at evaluation.
           remat: what to keep for the backward pass; None where there is none.
           shared: the layout where rows hold one prompt and several completions; segment_ids and starts are then its.
+          rope_positions: int32 [B, T, 3], time, height and width of each token, where they are not its position.
           cache: when given, T new columns are written at `cache.index` and attention spans the cache.
         """
-        ctx = self.context(positions, segment_ids)._replace(starts=starts, key=key, shared=shared)
+        ctx = self.context(positions, segment_ids, rope_positions)
+        ctx = ctx._replace(starts=starts, key=key, shared=shared)
         if cache is not None:
             ctx = ctx._replace(kv_positions=cache.positions, kv_segments=cache.segment_ids, index=cache.index)
         kept = []
-        for i, segment in enumerate(self.model.layers):
+        for i, segment in enumerate(self.decoder.layers):
             inner = ctx if key is None else ctx._replace(key=jax.random.fold_in(key, i))
             x, new = run_segment(segment, x, inner, None if cache is None else cache.layers[i], remat)
             if cache is not None:  # one write for all layers: the scan only reads the cache
                 kept.append(jax.tree.map(partial(_append, index=cache.index), cache.layers[i], new))
         if cache is not None:
             cache = cache._replace(layers=kept, index=cache.index + x.shape[1])
-        return self.model.norm(x), cache
+        return self.decoder.norm(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> [..., V] float32."""
