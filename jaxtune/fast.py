@@ -18,6 +18,7 @@ from jaxtune.kernels.fp8 import NEEDS as FP8_NEEDS
 from jaxtune.load import load_weights
 from jaxtune.lora import LoraConfig
 from jaxtune.model import Model
+from jaxtune.models.rope import parameters_of
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 # Arguments of Unsloth that have no meaning here, with the values that ask for nothing.
@@ -85,12 +86,11 @@ def in_fp8(compute_dtype: str | None, dtype, *, nf4: bool) -> bool:
 
 def _stretch(config, max_seq_length: int) -> None:
     """Makes room for `max_seq_length` tokens in a decoder's config: linear RoPE scaling, or the native scaling's window
-    widened."""
-    config.standardize_rope_params()
+    widened. Layers with a RoPE of their own keep it: they see a window."""
     native = config.max_position_embeddings
     if max_seq_length <= native:
         return
-    parameters = config.rope_parameters
+    parameters = parameters_of(config)
     if parameters["rope_type"] == "default":
         parameters.update(rope_type="linear", factor=max_seq_length / native)
         warnings.warn(
@@ -169,12 +169,9 @@ class FastLanguageModel:
         checkpoint = checkpoint.renamed(models.renames(config))
         text = config.get_text_config()
         if rope_scaling is not None:
-            text.standardize_rope_params()
             scaling = dict(rope_scaling)
-            text.rope_parameters |= {
-                "rope_type": scaling.pop("rope_type", scaling.pop("type", "default")),
-                **scaling,
-            }
+            kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+            parameters_of(text).update(rope_type=kind, **scaling)
         if max_seq_length is None:
             max_seq_length = text.max_position_embeddings
         _stretch(text, max_seq_length)

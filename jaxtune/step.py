@@ -86,7 +86,11 @@ def loss_sum(
         **how,
     )
     want = targets(batch["labels"], batch["segment_ids"]).reshape(-1)
-    options = Options(chunk=loss_chunk or default_chunk(), train_head=module.trains_head())
+    options = Options(
+        chunk=loss_chunk or default_chunk(),
+        softcap=module.config.logit_softcap,
+        train_head=module.trains_head(),
+    )
     with jax.named_scope("loss"):
         return fused_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), module.head(), want, options)
 

@@ -89,7 +89,7 @@ def _tensors(model: Model) -> dict[str, np.ndarray]:
         heads = rotary_heads(weight, decoder.num_heads, decoder.num_kv_heads) if family.interleaved else None
         if heads is not None and leaf == "lora_b":
             value = interleave_rotary_halves(value, heads)
-        found[f"{gguf_name(weight)}.{leaf}"] = value
+        found[f"{gguf_name(weight, family.architecture)}.{leaf}"] = value
     return {key: found[key] for key in file_order(found)}
 
 

@@ -26,6 +26,7 @@ from jaxtune.formats.safetensors_writer import ShardWriter
 from jaxtune.lora import merged_weight
 from jaxtune.models import stays_in_16_bits
 from jaxtune.models.names import Slot, expected_names, linear_slots, module_at, stored_weight
+from jaxtune.models.rope import parameters_of
 from jaxtune.quant import BLOCK, NF4, dequantize_nf4, quantize_nf4, to_bnb
 
 if TYPE_CHECKING:
@@ -239,17 +240,18 @@ def _config(model: Model, kind: np.dtype, quantised: set[str]) -> dict[str, Any]
     if quantised:
         plain = sorted(set(linear_slots(model.module)) - quantised | {"lm_head"})
         config.quantization_config = _bnb_config(kind.name, _double(model), plain)
-    config.get_text_config().standardize_rope_params()
     fields = json.loads(config.to_json_string(use_diff=False))
     if "rope_parameters" not in fields:  # those of nested configs have one form
         return fields | {"torch_dtype": kind.name}
-    rope = fields["rope_parameters"]
+    rope = parameters_of(config)
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
     older = {
         "torch_dtype": kind.name,
         "rope_theta": rope["rope_theta"],
         "rope_scaling": None if rope["rope_type"] == "default" else scaling,
     }
+    if "sliding_attention" in config.rope_parameters:
+        older["rope_local_base_freq"] = config.rope_parameters["sliding_attention"]["rope_theta"]
     return fields | older
 
 

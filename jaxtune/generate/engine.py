@@ -273,7 +273,8 @@ class Engine:
     def forecast(self, groups: int, size: int, columns: int, own: int) -> plan.Memory:
         """Bytes beside the weights of groups x size rows whose caches have these columns."""
         c, dtype = self.model.module.config, self.model.dtype
-        flash = supports_cudnn(jax.ShapeDtypeStruct((1, 1, 1, c.head_dim), dtype), packed=False)
+        query = jax.ShapeDtypeStruct((1, 1, 1, c.head_dim), dtype)
+        flash = supports_cudnn(query, packed=False, softcap=c.attention_softcap)
         return plan.forecast(c, dtype, groups, size, columns, own, flash)
 
     def _places(self, wanted: int, size: int, columns: int, own: int, taken: int = 0) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxtune import images
 from jaxtune.generate import plan
-from jaxtune.generate.steps import Seen
+from jaxtune.generate.steps import Shown
 from jaxtune.models.names import join
 
 PATCHES = 64  # the smallest number of patches that the tower runs on
@@ -40,7 +40,7 @@ class Sight:
             raise ValueError(f"{model.config.model_type} takes no images")
         self._model, self._rows, self._family = model, rows, family
 
-    def __call__(self, prompts: list[int], ids: np.ndarray, lengths: np.ndarray) -> tuple[Seen, np.ndarray]:
+    def __call__(self, prompts: list[int], ids: np.ndarray, lengths: np.ndarray) -> tuple[Shown, np.ndarray]:
         """Numbers of prompts (fewer than N where some places are empty), ids int32 [N, S] padded at the end and lengths
         int32 [N] -> the prompts with their images, and int32 [N], the offsets of `steps.Prompts`."""
         mask = np.arange(ids.shape[1]) < lengths[:, None]
@@ -51,4 +51,4 @@ class Sight:
         batch = {"input_ids": jnp.asarray(ids), **batch}
         model = self._model
         x, how = _placed(model.graphdef, model.trainable, model.base, batch)
-        return Seen(x, how["rope_positions"]), offsets
+        return Shown(x, how["rope_positions"], how.get("deep")), offsets

@@ -30,7 +30,7 @@ class Job(NamedTuple):
     spec: steps.Spec
     record: Record
     segment: int
-    look: Callable[[list[int], np.ndarray, np.ndarray], tuple[steps.Seen, np.ndarray]] | None = None
+    look: Callable[[list[int], np.ndarray, np.ndarray], tuple[steps.Shown, np.ndarray]] | None = None
 
 
 class Pending(NamedTuple):
@@ -59,7 +59,7 @@ class Wave:
         query = jax.ShapeDtypeStruct((1, 1, 1, c.head_dim), job.spec.dtype)
         cache = jax.ShapeDtypeStruct((1, 1, plan.OWN_COLUMNS, c.head_dim), job.spec.dtype)
         # where only filled columns are read, caches need not grow, and one program does for all lengths
-        self._reads_filled = supported(query, cache)
+        self._reads_filled = supported(query, cache, c.attention_softcap)
         self._own = 0  # columns of the rows' own caches
         self._steps = 0  # decode steps dispatched
 
@@ -110,11 +110,11 @@ class Wave:
         )
         self._uses("prefill", count, batch)
         for at in range(0, count, batch):
-            some, seen = slice(at, at + batch), None
+            some, shown = slice(at, at + batch), None
             if job.look is not None:
-                seen, offsets[some] = job.look(prompts[some], ids[some], lengths[some])
+                shown, offsets[some] = job.look(prompts[some], ids[some], lengths[some])
             layers, last = steps.prefill(
-                self._weights, layers, ids[some], lengths[some], np.int32(at), seen, spec=job.spec
+                self._weights, layers, ids[some], lengths[some], np.int32(at), shown, spec=job.spec
             )
             hidden.append(last)
         made = steps.Prompts(layers, jnp.asarray(lengths), jnp.asarray(offsets))

@@ -24,7 +24,18 @@ PROJECTIONS = {
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
-NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+# The fields of `Layer` that are norms, in a layer without and in one with norms behind attention and MLP.
+NORMS = {
+    "input_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+}
+SANDWICH_NORMS = NORMS | {
+    "attended_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_out_norm": "post_feedforward_layernorm",
+}
 
 
 class Projection(NamedTuple):
@@ -54,13 +65,15 @@ class Layer(NamedTuple):
     """The weights of one decoder layer; those of several have a leading axis. Norms are [D], or [h] of q and k."""
 
     input_norm: jax.Array
-    post_norm: jax.Array
-    q_norm: jax.Array | None
-    k_norm: jax.Array | None
+    mlp_norm: jax.Array
     qkv: Projection
     out: Projection
     gate_up: Projection
     down: Projection
+    q_norm: jax.Array | None = None
+    k_norm: jax.Array | None = None
+    attended_norm: jax.Array | None = None
+    mlp_out_norm: jax.Array | None = None
 
 
 class Weights(NamedTuple):
@@ -145,13 +158,14 @@ def _weights(model: Any, prepare: Callable, split: Callable) -> Weights:
 
 
 def _stacked_layer(module: CausalLM, leaves: Leaves, prefix: str) -> Layer:
-    norms = (leaves.get(f"{prefix}.{name}.weight") for name in NORMS)
-    norms = (None if norm is None else norm.astype(module.dtype) for norm in norms)
-    found = (
-        _stacked_projection(module, leaves, [f"{prefix}.{name}" for name in names])
-        for names in PROJECTIONS.values()
-    )
-    return Layer(*norms, *found)
+    names = SANDWICH_NORMS if module.config.sandwich_norms else NORMS
+    paths = {field: f"{prefix}.{name}.weight" for field, name in names.items()}
+    norms = {field: leaves[path].astype(module.dtype) for field, path in paths.items() if path in leaves}
+    projections = {
+        field: _stacked_projection(module, leaves, [f"{prefix}.{name}" for name in names])
+        for field, names in PROJECTIONS.items()
+    }
+    return Layer(**norms, **projections)
 
 
 def _stacked_projection(module: CausalLM, leaves: Leaves, paths: list[str]) -> Projection:

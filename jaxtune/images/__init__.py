@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxtune.images.qwen import Qwen2_5VLImages, Qwen3VLImages
+from jaxtune.images.siglip import Gemma3Images, Idefics3Images
 
 # What the processor gave for one row (its images, in order): "pixel_values" and what else the family needs.
 Processed = Mapping[str, np.ndarray]
@@ -70,6 +71,9 @@ class VisionFamily(Protocol):
 FAMILIES: dict[str, Callable[[Any], VisionFamily]] = {
     "qwen2_5_vl": Qwen2_5VLImages,
     "qwen3_vl": Qwen3VLImages,
+    "gemma3": Gemma3Images,
+    "idefics3": Idefics3Images,
+    "smolvlm": Idefics3Images,
 }
 
 

@@ -39,6 +39,7 @@ def masked_attention(
     q_segments: jax.Array,
     kv_segments: jax.Array,
     window: int | None,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention with grouped key/value heads; softmax in float32. The reference.
 
@@ -47,18 +48,31 @@ def masked_attention(
       q_positions, kv_positions: int32 [B, T], [B, S], counted within a document.
       q_segments, kv_segments: int32 [B, T], [B, S]; only equal ids see each other.
       window: keys further back than this many tokens are hidden; None sees all.
+      softcap: scores become softcap·tanh(scores/softcap).
 
     Returns:
       [B, T, H, h] in q's dtype.
     """
     mask = attention_mask(q_positions, kv_positions, q_segments, kv_segments, window)
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+    if softcap is None:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+    return _capped_attention(q, k, v, mask, softcap)
 
 
-def supports_cudnn(q: jax.Array, packed: bool) -> bool:
+def _capped_attention(q, k, v, mask: jax.Array, softcap: float) -> jax.Array:
+    """Attention under a mask bool [B, 1, T, S] with softcapped scores."""
+    batch, tokens, _, h = q.shape
+    grouped = q.reshape(batch, tokens, k.shape[2], -1, h)  # [B, T, K, H/K, h]
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32) * h**-0.5
+    scores = jnp.where(mask[:, :, None], softcap * jnp.tanh(scores / softcap), jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(q.shape)
+
+
+def supports_cudnn(q: jax.Array, packed: bool, softcap: float | None = None) -> bool:
     """Whether cuDNN takes these queries on the GPU that the program is traced for (its own documented limits)."""
     gpu = target.capability()
-    if gpu is None or q.dtype not in (jnp.bfloat16, jnp.float16):
+    if gpu is None or softcap is not None or q.dtype not in (jnp.bfloat16, jnp.float16):
         return False
     hopper = gpu >= (9, 0)
     return (
@@ -154,6 +168,13 @@ def _backward(window, causal, residuals, d_out):
 
 
 cudnn_attention.defvjp(_forward, _backward)
+
+
+def image_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Attention of all patches of an image with one another: q, k, v [N, S, H, h] -> [N, S, H, h] in q's dtype."""
+    if supports_cudnn(q, packed=False):
+        return cudnn_attention(q, k, v, None, None, False)
+    return keep(jax.nn.dot_product_attention(q, k, v, implementation="xla"), "attention")
 
 
 def segment_attention(

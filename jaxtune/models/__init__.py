@@ -13,7 +13,7 @@ from types import ModuleType
 
 import jax.numpy as jnp
 
-from jaxtune.models import llama, mistral, qwen2, qwen2_5_vl, qwen3
+from jaxtune.models import gemma2, gemma3, llama, mistral, qwen2, qwen2_5_vl, qwen3, qwen3_vl
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.layers import Linear
 from jaxtune.models.names import linear_slots, module_at
@@ -24,7 +24,10 @@ FAMILIES: dict[str, ModuleType] = {
     "mistral": mistral,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "gemma2": gemma2,
+    "gemma3_text": gemma3,
     "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
 }
 
 # Parts of a module's name that keep it in 16 bits where others are quantised, as Unsloth has them: the head, and what

@@ -34,10 +34,16 @@ class Rope:
             )
 
 
-def from_config(config) -> Rope:
-    """Reads `rope_parameters` (transformers' current name of rope_theta and rope_scaling) of a config."""
+def parameters_of(config, layer_type: str = "full_attention") -> dict[str, Any]:
+    """The config's own `rope_parameters` (transformers' current name of rope_theta and rope_scaling), of one kind of
+    layers where it has some for each."""
     config.standardize_rope_params()
-    parameters = dict(config.rope_parameters)
+    return config.rope_parameters.get(layer_type, config.rope_parameters)
+
+
+def from_config(config, layer_type: str = "full_attention") -> Rope:
+    """Reads `parameters_of` a config."""
+    parameters = dict(parameters_of(config, layer_type))
     kind, theta = parameters.pop("rope_type"), parameters.pop("rope_theta")
     parameters.pop("type", None)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
