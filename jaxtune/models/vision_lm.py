@@ -72,7 +72,9 @@ class VisionLM(CausalLM):
         how = {"rope_positions": batch.get("rope_positions")}
         if "images" not in batch:
             return x, how
-        slots = batch["image_slots"]
+        slots, each = batch["image_slots"], self.config.whole_image_tokens
+        if each is not None:
+            how["blocks"] = jnp.where(slots >= 0, slots // each + 1, 0)
         with jax.named_scope("tower"):
             features = self.model.features(batch["images"], key=key, remat=remat)
         return jnp.where(slots[..., None] >= 0, features[jnp.maximum(slots, 0)].astype(x.dtype), x), how
