@@ -114,20 +114,22 @@ class Model:
         if positions is None:
             positions = jnp.maximum(jnp.cumsum(segment_ids, 1) - 1, 0)
         batch = {"input_ids": ids, "positions": positions, "segment_ids": segment_ids}
-        batch |= self._image_arrays(np.asarray(ids), np.asarray(segment_ids), processed)
-        return _logits(self.graphdef, self.trainable, self.base, batch)
-
-    def _image_arrays(
-        self, ids: np.ndarray, mask: np.ndarray, processed: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """What the rows' images are to the device; {} for a model of text."""
         family = images.family(self.config)
         known = {"mm_token_type_ids"} | set(() if family is None else family.processor_keys)
         if unknown := processed.keys() - known:
             raise TypeError(f"{self.config.model_type} does not know {', '.join(sorted(unknown))}")
-        if family is None:
-            return {}
-        return images.batch_arrays(family, ids, mask, {k: _numpy(v) for k, v in processed.items()})
+        if family is not None:
+            mask = np.asarray(segment_ids) != 0
+            rows = self._image_rows(processed, [row[own] for row, own in zip(ids, mask, strict=True)])
+            batch |= images.batch_arrays(family, np.asarray(ids), mask, rows)
+        return _logits(self.graphdef, self.trainable, self.base, batch)
+
+    def _image_rows(self, processed: Mapping[str, Any], texts: Sequence) -> list[images.Processed]:
+        """The images of each text (int [T]), of what the processor gave for all."""
+        family = images.family(self.config)
+        assert family is not None
+        given = {k: _numpy(processed[k]) for k in family.processor_keys if processed.get(k) is not None}
+        return family.rows(given, [np.asarray(text) for text in texts])
 
     def for_inference(self) -> "Model":
         """Keeps what `generate` makes of the weights, if it makes a copy of them, for the next call."""
@@ -175,12 +177,18 @@ class Model:
           num_return_sequences: answers to each prompt, one after the other in the result.
           stop_strings: texts that end a row too.
           sampling: do_sample, temperature, top_k, top_p, min_p, repetition_penalty; defaults are the generation
-            config's. Without do_sample the most likely token is taken.
+            config's. Without do_sample the most likely token is taken. And what else the processor of a
+            vision-language model gave: pixel_values and so on.
 
         Returns:
           int32 [B, P + n], prompts included, padded after the end. `generate.Engine` also gives log-probabilities.
         """
         del use_cache
+        if isinstance(input_ids, Mapping):
+            sampling = {
+                k: v for k, v in input_ids.items() if k not in ("input_ids", "attention_mask")
+            } | sampling
+        processed = self._taken_out(sampling)
         pad = self._pad_id() if pad_token_id is None else pad_token_id
         ids, mask = self._prompts(input_ids, attention_mask, pad)
         if max_new_tokens is None:
@@ -189,6 +197,8 @@ class Model:
         empty = np.flatnonzero(mask.sum(1) == 0)
         if empty.size:
             raise ValueError(f"prompt {int(empty[0])} is empty: its attention_mask has no 1")
+        texts = [row[kept != 0] for row, kept in zip(ids, mask, strict=True)]
+        rows = self._image_rows(processed, texts) if processed else None
         if streamer is not None:
             if num_return_sequences > 1:
                 raise ValueError(
@@ -197,7 +207,8 @@ class Model:
             streamer.put(ids)
         try:
             found = self._engine.generate(
-                [row[kept != 0].tolist() for row, kept in zip(ids, mask, strict=True)],
+                [text.tolist() for text in texts],
+                images=rows,
                 n=num_return_sequences,
                 sampling=self._sampling(sampling),
                 max_new_tokens=max_new_tokens,
@@ -212,6 +223,13 @@ class Model:
         if streamer is not None:
             streamer.end()
         return np.concatenate([ids.repeat(num_return_sequences, 0), _padded(found, pad)], 1)
+
+    def _taken_out(self, given: dict[str, Any]) -> dict[str, Any]:
+        """What the processor gave of images, removed from the other arguments."""
+        family = images.family(self.config)
+        names = () if family is None else ("mm_token_type_ids", *family.processor_keys)
+        found = {name: given.pop(name) for name in names if name in given}
+        return {name: value for name, value in found.items() if name != "mm_token_type_ids"}
 
     def _warn_of_length(self, length: int) -> None:
         if length > self.max_seq_length:

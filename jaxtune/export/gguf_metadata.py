@@ -48,9 +48,9 @@ def gguf_family(config: PretrainedConfig) -> GgufFamily:
     family = models.family(config)
     if not hasattr(family, "GGUF"):
         raise ValueError(
-            f"{config.model_type} cannot be saved as GGUF yet: its language part and image projector are not converted. "
-            "Save it with save_pretrained_merged and convert that folder with llama.cpp's convert_hf_to_gguf.py "
-            "(and again with --mmproj)"
+            f"{config.model_type} cannot be saved as GGUF yet, neither its language part nor its projector. "
+            "Save it with save_pretrained_merged and convert that folder with llama.cpp's converter "
+            "(convert_hf_to_gguf.py, and again with --mmproj)"
         )
     return family.GGUF
 

@@ -32,10 +32,23 @@ class Spec:
 
 
 class Prompts(NamedTuple):
-    """One prompt for each group: of each layer k, v [P, K, S, h]; lengths int32 [P], tokens of each."""
+    """One prompt for each group: of each layer k, v [P, K, S, h]; lengths int32 [P], tokens of each.
+
+    offsets: int32 [P], how much further on than its number the rotary position of a token after the prompt is: 0, but
+    behind images whose tokens share positions.
+    """
 
     layers: tuple[KV, ...]
     lengths: jax.Array
+    offsets: jax.Array
+
+
+class Shown(NamedTuple):
+    """Prompts with images: x [N, S, D], embeddings with image features in place; rope_positions int32 [N, S, 3], None
+    where a token's rotary position is its number."""
+
+    x: jax.Array
+    rope_positions: jax.Array | None
 
 
 class State(NamedTuple):
@@ -64,8 +77,8 @@ def _norm(x: jax.Array, weight: jax.Array, spec: Spec) -> jax.Array:
 
 
 def _tables(spec: Spec, positions: jax.Array) -> dict[bool, tuple[jax.Array, jax.Array]]:
-    """cos and sin [B, T, 1, h/2] of int32 [B, T], for layers without (False) and with a window (True); rows apart,
-    since "dynamic" frequencies depend on the longest."""
+    """cos and sin [B, T, 1, h/2] of int32 [B, T] or [B, T, 3], for layers without (False) and with a window (True);
+    rows apart, since "dynamic" frequencies depend on the longest."""
 
     def each(rope: Rope):
         rows = jax.vmap(lambda one: tables(rope, one[None], spec.dtype))(positions)
@@ -159,6 +172,7 @@ def prefill(
     ids: jax.Array,
     lengths: jax.Array,
     at: jax.Array,
+    shown: Shown | None = None,
     *,
     spec: Spec,
 ) -> tuple[tuple[KV, ...], jax.Array]:
@@ -168,13 +182,16 @@ def prefill(
       store: of each layer k, v [P, K, S, h].
       ids: int32 [N, S], N prompts padded at the end. lengths: int32 [N].
       at: int32 [], where the first of them stands in the store.
+      shown: the prompts with their images.
 
     Returns:
       (store, hidden state of each prompt's last token [N, D]).
     """
     batch, tokens = ids.shape
     positions = jnp.minimum(jnp.arange(tokens), lengths[:, None] - 1)
-    ropes, x = _tables(spec, positions), _embedded(weights, ids, spec)
+    if shown is not None and shown.rope_positions is not None:
+        positions = shown.rope_positions
+    ropes, x = _tables(spec, positions), _embedded(weights, ids, spec) if shown is None else shown.x
     run, made = _shared(_prefill_layer, spec), []
     with keeping_nothing():
         for segment in weights.segments:  # stacked layers in a loop: compiling their kernels takes long
@@ -249,7 +266,7 @@ def decode(
     steps: int,
 ) -> tuple[State, Report]:
     """`steps` tokens of each row; arguments as of `begin`. All rows write the same column: they began together."""
-    keys, positions = _keys(seed, streams), prompts.lengths.repeat(streams.shape[1])
+    keys, positions = _keys(seed, streams), (prompts.lengths + prompts.offsets).repeat(streams.shape[1])
     rows = len(state.last)
     f32 = partial(jnp.zeros, (steps, rows), jnp.float32)
     kept = f32() if spec.sampling.cuts() else None

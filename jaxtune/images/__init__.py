@@ -109,14 +109,14 @@ def batch_arrays(
     images: VisionFamily,
     input_ids: np.ndarray,
     mask: np.ndarray,
-    processed: Processed,
+    rows: Sequence[Processed],
     sizes: Callable[[dict[str, int]], Sizes] = dict,
 ) -> dict[str, Any]:
     """What a batch of rows, one document each, needs on the device beside its ids to see its images.
 
     Args:
       input_ids: int [B, T], padded on either side. mask: int [B, T], 1 at tokens.
-      processed: what the processor gave for the batch; without images the rows are text.
+      rows: the images of each row (see `VisionFamily.rows`); without images they are text.
       sizes: the least lengths of `VisionFamily.sizes` -> those to pad to.
 
     Returns:
@@ -127,8 +127,6 @@ def batch_arrays(
     """
     kept = np.asarray(mask) != 0
     texts = [ids[own] for ids, own in zip(input_ids, kept, strict=True)]
-    given = {name: np.asarray(processed[name]) for name in images.processor_keys if name in processed}
-    rows = images.rows(given, texts)
     arrays: dict[str, Any] = {}
     rope = np.zeros((*kept.shape, 3), np.int32)
     for number, (text, row) in enumerate(zip(texts, rows, strict=True)):

@@ -96,7 +96,7 @@ def test_a_text_with_too_few_places_for_images_is_refused(both):
         model.logits(**inputs | {"input_ids": ids})
     ids = inputs["input_ids"].copy()
     ids[0, np.flatnonzero(ids[0] == model.config.image_token_id)[-1]] = 5
-    with pytest.raises(ValueError, match="row 0: .*image tokens"):
+    with pytest.raises(ValueError, match=r"row 0: .*image tokens"):
         model.logits(**inputs | {"input_ids": ids})
     with pytest.raises(ValueError, match="videos are not supported"):
         processor(text="x", videos=[np.zeros((2, 28, 28, 3))])
@@ -188,7 +188,7 @@ def test_adapters_of_fast_language_model_are_the_decoders(both):
 
 
 def test_nothing_to_train_is_refused(both):
-    with pytest.raises(ValueError, match="nothing to train: .*vision=False, language=False"):
+    with pytest.raises(ValueError, match=r"nothing to train: .*vision=False, language=False"):
         FastVisionModel.get_peft_model(both[0], finetune_vision_layers=False, finetune_language_layers=False)
 
 
@@ -232,7 +232,7 @@ def test_a_step_of_training(both, adapted):
             "segment_ids": mask[one].astype(np.int32),
             "positions": np.maximum(np.cumsum(mask[one], 1) - 1, 0).astype(np.int32),
         }
-        micro.append(text | images.batch_arrays(family, ids[one], mask[one], rows[row], lambda _: sizes))
+        micro.append(text | images.batch_arrays(family, ids[one], mask[one], rows[one], lambda _: sizes))
     batch = jax.tree.map(lambda *parts: np.stack(parts), *micro)
     zeros = partial(jax.tree.map, jnp.zeros_like)
     keeper = optax.GradientTransformation(zeros, lambda grads, state, params: (zeros(grads), grads))
@@ -294,3 +294,27 @@ def test_gguf_is_refused(both, tmp_path):
     model, *_ = both
     with pytest.raises(ValueError, match=f"{model.config.model_type} cannot be saved as GGUF yet"):
         model.save_pretrained_gguf(tmp_path / "out")
+
+
+def test_greedy_generation(both):
+    """32 tokens of two rows, one with three images, left-padded."""
+    model, _, judge, inputs, _ = both
+    options = {"max_new_tokens": 32, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        want = judge.generate(**as_torch(inputs), **options, eos_token_id=None)
+    got = model.generate(**inputs, **options | {"eos_token_id": []})
+    np.testing.assert_array_equal(got, want.numpy())
+
+
+def test_prompts_that_differ_in_their_images_are_not_shared(both):
+    model, _, _, inputs, _ = both
+    row = inputs["input_ids"][1:][inputs["attention_mask"][1:] == 1]
+    seen = images.family(model.config).rows(
+        {k: inputs[k] for k in ("pixel_values", "image_grid_thw")}, inputs["input_ids"]
+    )
+    other = seen[1] | {"pixel_values": -seen[1]["pixel_values"]}
+    made = model._engine.generate(
+        [row, row, row], images=[seen[1], other, seen[1]], max_new_tokens=8, stop_token_ids=[]
+    )
+    first, second, third = (one.token_ids for one in made)
+    assert list(first) == list(third) != list(second)
