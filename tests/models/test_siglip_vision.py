@@ -93,7 +93,7 @@ def test_published_names_and_those_of_transformers_modules_load(both, tmp_path, 
 
 
 def test_what_is_quantised(both):
-    """Unsloth's rule: what joins tower and decoder stays in 16 bits, and with it what is called vision_tower, Gemma's."""
+    """Unsloth's rule: what joins tower and decoder stays in 16 bits, and what is called vision_tower, as Gemma's."""
     _, _, judge, inputs, folder = both
     model, _ = FastVisionModel.from_pretrained(folder, **LOAD)
     names = [name for name, slot in model.slots.items() if f"{slot.path}.weight.codes" in model.base]
@@ -145,7 +145,8 @@ def test_a_step_of_training(both, adapted):
         "positions": np.maximum(np.cumsum(mask, 1) - 1, 0).astype(np.int32),
     }
     # one image more than there are: padding
-    batch |= images.batch_arrays(family, ids, mask, inputs, lambda sizes: {"images": sizes["images"] + 1})
+    rows = family.rows({k: inputs[k] for k in family.processor_keys}, list(ids))
+    batch |= images.batch_arrays(family, ids, mask, rows, lambda sizes: {"images": sizes["images"] + 1})
     zeros = partial(jax.tree.map, jnp.zeros_like)
     keeper = optax.GradientTransformation(zeros, lambda grads, state, params: (zeros(grads), grads))
     step = make_train_step(model, keeper, max_grad_norm=None, remat=Remat.parse("attention"))
@@ -176,6 +177,18 @@ def test_a_merged_model_is_loaded_by_transformers(both, adapted, tmp_path):
     with torch.no_grad():
         want, got = logits_of(theirs, inputs), logits_of(merged, inputs)
     assert largest_error(got, want, inputs["attention_mask"]) <= MERGED
+
+
+def test_greedy_generation(both):
+    """32 tokens of two rows, one with three images, left-padded."""
+    model, _, judge, inputs, _ = both
+    options = {"max_new_tokens": 32, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        want = judge.generate(
+            **{name: torch.tensor(value) for name, value in inputs.items()}, **options, eos_token_id=None
+        )
+    got = model.generate(**inputs, **options | {"eos_token_id": []})
+    np.testing.assert_array_equal(got, want.numpy())
 
 
 UNSUPPORTED = [
