@@ -79,7 +79,7 @@ def check_names(found: set[str], expected: set[str], tied: bool) -> None:
 def _convert(value: np.ndarray | BnbTensor, target, dtype, name: str) -> dict[str, Any]:
     """One tensor as the leaves it becomes: {"": array} or the fields of an NF4 weight."""
     if isinstance(value, BnbTensor):
-        stored = from_bnb(value.tensors, name)
+        stored = from_bnb(value.tensors, name, flat=not isinstance(target, NF4Weight))
     elif isinstance(target, NF4Weight):
         stored = quantize_nf4(value, double_quant=target.absmax_scale is not None)
     else:
@@ -87,7 +87,7 @@ def _convert(value: np.ndarray | BnbTensor, target, dtype, name: str) -> dict[st
         return {"": array if array.dtype == dtype else _cast(array, dtype)}
     if isinstance(target, NF4Weight):
         return {f".{field}": leaf for field, leaf in stored._asdict().items() if leaf is not None}
-    return {"": dequantize_nf4(stored, dtype)}
+    return {"": dequantize_nf4(stored, dtype).reshape(value.shape)}
 
 
 def load_weights(

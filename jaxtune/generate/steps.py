@@ -17,7 +17,7 @@ from jaxtune.generate.sampling import Choice, Sampling, choose, row_keys
 from jaxtune.generate.weights import Layer, Weights
 from jaxtune.kernels.cross_entropy import softcapped
 from jaxtune.kernels.keep import keeping_nothing
-from jaxtune.models.decoder import ACTIVATIONS, DecoderConfig
+from jaxtune.models.decoder import ACTIVATIONS, DecoderConfig, Deep, Segment
 from jaxtune.models.layers import rms_norm
 from jaxtune.models.rope import Rope, rotate, tables
 
@@ -45,11 +45,13 @@ class Prompts(NamedTuple):
 
 class Shown(NamedTuple):
     """Prompts with images: x [N, S, D], embeddings with image features in place; rope_positions int32 [N, S, 3], None
-    where a token's rotary position is its number; blocks int32 [N, S], see `models.decoder.Context`, or None."""
+    where a token's rotary position is its number; blocks int32 [N, S], see `models.decoder.Context`, or None; deep,
+    features for the first layers, or None."""
 
     x: jax.Array
     rope_positions: jax.Array | None
     blocks: jax.Array | None
+    deep: Deep | None
 
 
 class State(NamedTuple):
@@ -198,14 +200,20 @@ def prefill(
         for segment in weights.segments:  # stacked layers in a loop: compiling their kernels takes long
             windows, repeats = spec.config.windows[len(made) :], len(segment[0].input_norm)
 
-            def period(x, layers, windows=windows):
-                new = []
-                for layer, window in zip(layers, windows, strict=False):
+            deep = None
+            if shown is not None and shown.deep is not None:
+                deep = shown.deep.of(Segment(len(made), len(segment), repeats))
+
+            def period(x, layers, windows=windows, deep=deep):
+                (layers, features), new = layers, []
+                for i, (layer, window) in enumerate(zip(layers, windows, strict=False)):
                     x, kv = run(layer, x, *ropes[window is not None], blocks, window=window)
+                    x = x if deep is None else Deep(features[i], deep.slots).add(x)
                     new.append(kv)
                 return x, new
 
-            x, stacked = jax.lax.scan(period, x, segment, unroll=repeats == 1)
+            inputs = segment, None if deep is None else deep.features
+            x, stacked = jax.lax.scan(period, x, inputs, unroll=repeats == 1)
             made += [jax.tree.map(lambda leaf, r=r: leaf[r], kv) for r in range(repeats) for kv in stacked]
     written = [_written(old, new, (at, 0, 0, 0)) for old, new in zip(store, made, strict=True)]
     return tuple(written), x[jnp.arange(batch), lengths - 1]

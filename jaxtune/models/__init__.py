@@ -23,6 +23,7 @@ from jaxtune.models import (
     qwen2,
     qwen2_5_vl,
     qwen3,
+    qwen3_vl,
 )
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.layers import Linear
@@ -37,6 +38,7 @@ FAMILIES: dict[str, ModuleType] = {
     "gemma2": gemma2,
     "gemma3_text": gemma3,
     "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
     "gemma3": gemma3_vision,
     "idefics3": idefics3,
     "smolvlm": idefics3,

@@ -289,15 +289,40 @@ class SandwichLayer(nnx.Module):
         return x + self.post_feedforward_layernorm(out), new
 
 
+class Deep(NamedTuple):
+    """Features of images that are added to the hidden states after the first layers (DeepStack, arXiv 2406.04334).
+
+    features: [n, F, D], for each of the first n layers. slots: int32 [B, T], the row that a token takes, -1 for none.
+    """
+
+    features: jax.Array
+    slots: jax.Array
+
+    def of(self, segment: Segment) -> "Deep | None":
+        """Those of a segment's layers, [repeats, period, F, D]; all of a segment's layers have some, or none has."""
+        if segment.first >= len(self.features):
+            return None
+        last = segment.first + segment.period * segment.repeats
+        own = self.features[segment.first : last]
+        return Deep(own.reshape(segment.repeats, segment.period, *own.shape[1:]), self.slots)
+
+    def add(self, x: jax.Array) -> jax.Array:
+        """x [B, T, D] with one layer's features [F, D] added."""
+        added = self.features[jnp.maximum(self.slots, 0)].astype(x.dtype)
+        return jnp.where(self.slots[..., None] >= 0, x + added, x)
+
+
 def _append(cache: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
     """Writes new columns [L, B, T, K, h] into a cache [L, B, S, K, h]."""
     return jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), (0, 0, index, 0, 0))
 
 
-def run_segment(layers: nnx.List, x: jax.Array, ctx: Context, caches, remat: Remat | None):
+def run_segment(
+    layers: nnx.List, x: jax.Array, ctx: Any, caches, remat: Remat | None, deep: Deep | None = None
+):
     """Scans one segment: `layers` is a period of modules whose leaves carry a leading axis of repeats.
 
-    caches: per layer of the period (k, v) [repeats, B, S, K, h], or None.
+    caches: per layer of the period (k, v) [repeats, B, S, K, h], or None. deep: `Deep.of` the segment.
 
     Returns:
       (x, per layer the new (k, v) [repeats, B, T, K, h], or None without caches).
@@ -307,17 +332,18 @@ def run_segment(layers: nnx.List, x: jax.Array, ctx: Context, caches, remat: Rem
     keys = None if ctx.key is None else jax.random.split(ctx.key, repeats)
 
     def body(x, inputs):
-        state, key, caches = inputs
+        state, key, caches, features = inputs
         new = []
         for i, layer in enumerate(nnx.merge(graph, state)):
             inner = None if key is None else jax.random.fold_in(key, i)
             x, kv = layer(x, ctx._replace(key=inner), None if caches is None else caches[i])
+            x = x if deep is None else Deep(features[i], deep.slots).add(x)
             new.append(kv)
         return x, (None if caches is None else new)
 
     if remat is not None:
         body = jax.checkpoint(body, prevent_cse=False, policy=remat.policy())
-    return jax.lax.scan(body, x, (state, keys, caches))
+    return jax.lax.scan(body, x, (state, keys, caches, None if deep is None else deep.features))
 
 
 class Decoder(nnx.Module):
@@ -399,6 +425,7 @@ class CausalLM(nnx.Module):
         shared: SharedPrefix | None = None,
         rope_positions: jax.Array | None = None,
         blocks: jax.Array | None = None,
+        deep: Deep | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states [B, T, D] of embedded tokens x [B, T, D].
 
@@ -410,6 +437,7 @@ class CausalLM(nnx.Module):
           shared: the layout where rows hold one prompt and several completions; segment_ids and starts are then its.
           rope_positions: int32 [B, T, 3], time, height and width of each token, where they are not its position.
           blocks: int32 [B, T], see Context; not with a cache.
+          deep: features of images for the first layers.
           cache: when given, T new columns are written at `cache.index` and attention spans the cache.
         """
         ctx = self.context(positions, segment_ids, rope_positions)
@@ -419,7 +447,9 @@ class CausalLM(nnx.Module):
         kept = []
         for i, segment in enumerate(self.decoder.layers):
             inner = ctx if key is None else ctx._replace(key=jax.random.fold_in(key, i))
-            x, new = run_segment(segment, x, inner, None if cache is None else cache.layers[i], remat)
+            caches = None if cache is None else cache.layers[i]
+            added = None if deep is None else deep.of(self.plan[i])
+            x, new = run_segment(segment, x, inner, caches, remat, added)
             if cache is not None:  # one write for all layers: the scan only reads the cache
                 kept.append(jax.tree.map(partial(_append, index=cache.index), cache.layers[i], new))
         if cache is not None:

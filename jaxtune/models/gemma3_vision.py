@@ -65,9 +65,9 @@ class VisionBody(nnx.Module):
 
     def features(
         self, images: dict[str, jax.Array], *, key: jax.Array | None, remat: Remat | None
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, None]:
         """The arrays of `images.siglip.Gemma3Images` -> [N·tokens, D]."""
-        return self.multi_modal_projector(self.vision_tower(images["pixels"], key=key, remat=remat))
+        return self.multi_modal_projector(self.vision_tower(images["pixels"], key=key, remat=remat)), None
 
 
 def config(hf) -> DecoderConfig:

@@ -45,10 +45,10 @@ class VisionBody(nnx.Module):
 
     def features(
         self, images: dict[str, jax.Array], *, key: jax.Array | None, remat: Remat | None
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, None]:
         """The arrays of `images.siglip.Idefics3Images` -> [N·tokens, D]."""
         last = None if key is None else jax.random.fold_in(key, len(self.vision_model.encoder.layers))
-        return self.connector(self.vision_model(images["pixels"], key=key, remat=remat), last)
+        return self.connector(self.vision_model(images["pixels"], key=key, remat=remat), last), None
 
 
 def config(hf) -> DecoderConfig:

@@ -69,7 +69,7 @@ class TowerConfig:
 
 
 def tower_config(vision) -> TowerConfig:
-    """transformers.Qwen2_5_VLVisionConfig -> TowerConfig."""
+    """transformers.Qwen2_5_VLVisionConfig, or Qwen3VLVisionConfig, whose layers all see a whole image."""
     rope = vision.rope_parameters
     if rope["rope_type"] != "axial":
         raise ValueError(f"vision_config.rope_parameters has rope_type={rope['rope_type']!r} (only 'axial')")
@@ -87,7 +87,7 @@ def tower_config(vision) -> TowerConfig:
         merge=vision.spatial_merge_size,
         hidden_act=vision.hidden_act,
         theta=rope["rope_theta"],
-        full=frozenset(vision.fullatt_block_indexes),
+        full=frozenset(getattr(vision, "fullatt_block_indexes", range(vision.depth))),
     )
 
 
@@ -189,7 +189,7 @@ class Tower(nnx.Module):
 
     def __call__(
         self, images: dict[str, jax.Array], *, key: jax.Array | None, remat: Remat | None
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, None]:
         """The arrays of `images.qwen.Qwen2_5VLImages` -> [P/m², D], in the order of the text."""
         x = self.patch_embed.proj(images["pixels"], self.dtype)[None]  # [1, P, width]
         cos, sin = patch_tables(self.config, images["positions"])
@@ -197,7 +197,7 @@ class Tower(nnx.Module):
             inner = None if key is None else jax.random.fold_in(key, i)
             x, _ = run_segment(segment, x, Sight(cos, sin, images, inner), None, remat)
         merged = self.merger(x[0], None if key is None else jax.random.fold_in(key, len(self.blocks)))
-        return merged[images["restore"]]
+        return merged[images["restore"]], None
 
 
 def patch_tables(config: TowerConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -217,7 +217,7 @@ class VisionBody(nnx.Module):
 
     def features(
         self, images: dict[str, jax.Array], *, key: jax.Array | None, remat: Remat | None
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, jax.Array | None]:
         return self.visual(images, key=key, remat=remat)
 
 
@@ -225,7 +225,9 @@ def config(hf) -> DecoderConfig:
     """transformers.Qwen2_5_VLConfig -> that of its decoder."""
     text = hf.text_config
     decoder = read_config(text, windows=qwen2.windows(text), qkv_bias=True)
-    return replace(decoder, tie_word_embeddings=hf.tie_word_embeddings)
+    turns = decoder.rope.scaling | {"mrope_interleaved": False}
+    rope = replace(decoder.rope, scaling={"mrope_section": [16, 24, 24]} | turns)
+    return replace(decoder, rope=rope, tie_word_embeddings=hf.tie_word_embeddings)
 
 
 def module(hf, dtype, dense: Dense) -> VisionLM:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxtune.models.decoder import CausalLM, Decoder, DecoderConfig, Segment
+from jaxtune.models.decoder import CausalLM, Decoder, DecoderConfig, Deep, Segment
 from jaxtune.models.layers import Linear
 from jaxtune.models.remat import Remat
 
@@ -23,8 +23,9 @@ class Body(Protocol):
 
     def features(
         self, images: dict[str, jax.Array], *, key: jax.Array | None, remat: Remat | None
-    ) -> jax.Array:
-        """Rows [F, D] of all images, each image's tokens in the order of the text."""
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Rows [F, D] of all images, each image's tokens in the order of the text; and of families that have them
+        those for the first layers, [n, F, D] (`decoder.Deep`)."""
         ...
 
 
@@ -69,12 +70,14 @@ class VisionLM(CausalLM):
           batch: image_slots int32 [B, T], the feature row that stands at a token, -1 at text; images, the family's
             arrays; where the family has them, rope_positions int32 [B, T, 3]. Without images it is text.
         """
-        how = {"rope_positions": batch.get("rope_positions")}
+        how: dict[str, Any] = {"rope_positions": batch.get("rope_positions")}
         if "images" not in batch:
             return x, how
         slots, each = batch["image_slots"], self.config.whole_image_tokens
         if each is not None:
             how["blocks"] = jnp.where(slots >= 0, slots // each + 1, 0)
         with jax.named_scope("tower"):
-            features = self.model.features(batch["images"], key=key, remat=remat)
+            features, deep = self.model.features(batch["images"], key=key, remat=remat)
+        if deep is not None:
+            how["deep"] = Deep(deep, slots)
         return jnp.where(slots[..., None] >= 0, features[jnp.maximum(slots, 0)].astype(x.dtype), x), how

@@ -6,6 +6,7 @@ import re
 import shutil
 from functools import partial
 
+import bitsandbytes as bnb
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,7 @@ import tiny_vision
 import torch
 from safetensors.numpy import load_file, save_file
 from tolerances import LOGITS, LOSS, MERGED, VISION_GRADIENT
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from jaxtune import hub, images, lora
 from jaxtune.fast import FastLanguageModel, FastVisionModel
@@ -24,9 +25,17 @@ from jaxtune.models.names import hf_weights
 from jaxtune.models.remat import Remat
 from jaxtune.step import make_eval_step, make_train_step
 
-FAMILIES = ["qwen2_5_vl"]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+FAMILIES = ["qwen2_5_vl", "qwen3_vl"]
 # Linear layers of a tower's block that are stored in NF4, of the tiny models.
-QUANTISED = {"qwen2_5_vl": ["attn.qkv", "attn.proj", "mlp.gate_proj", "mlp.up_proj"]}
+QUANTISED = {
+    "qwen2_5_vl": ["blocks.attn.qkv", "blocks.attn.proj", "blocks.mlp.gate_proj", "blocks.mlp.up_proj"],
+    "qwen3_vl": [
+        *("blocks.attn.qkv", "blocks.attn.proj", "blocks.mlp.linear_fc1"),
+        *("deepstack_merger_list.linear_fc1", "deepstack_merger_list.linear_fc2"),
+    ],
+}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -131,7 +140,7 @@ def test_what_is_quantised(both):
     kinds = {re.sub(r"\.\d+\.", ".", name.removeprefix("model.")) for name in quantised(model)}
     text = {f"language_model.layers.self_attn.{p}_proj" for p in "qkvo"}
     text |= {f"language_model.layers.mlp.{p}_proj" for p in ("gate", "up", "down")}
-    assert kinds == text | {f"visual.blocks.{name}" for name in QUANTISED[model.config.model_type]}
+    assert kinds == text | {f"visual.{name}" for name in QUANTISED[model.config.model_type]}
     weights = dict(judge.state_dict())
     same = copy.deepcopy(judge)
     same.load_state_dict(weights | {n: torch.tensor(w) for n, w in hf_weights(model)})
@@ -166,10 +175,6 @@ def test_parts_that_are_trained(name, both):
     linear = {n for n, m in judge.named_modules() if isinstance(m, torch.nn.Linear)}
     middle = {n for n in linear if "merger" not in n and n != "lm_head"}
     got = {n.split(".lora_")[0].removeprefix("base_model.model.") for n in lora.adapter_tensors(adapted)}
-    if name == "names":
-        middle = {
-            n for n in middle if model.config.model_type == "qwen2_5_vl" or "visual" not in n or "qkv" in n
-        }
     assert got == {n for n in middle if re.fullmatch(pattern, n)}
     fields = lora.config_to_peft(adapted.lora, "base")
     config = peft.LoraConfig(**{k: fields[k] for k in ("r", "target_modules", "layers_to_transform")})
@@ -318,3 +323,45 @@ def test_prompts_that_differ_in_their_images_are_not_shared(both):
     )
     first, second, third = (one.token_ids for one in made)
     assert list(first) == list(third) != list(second)
+
+
+def test_bitsandbytes_folder_gives_its_logits(both, tmp_path):
+    """Quantised by transformers, but for what Unsloth leaves out. The judge has the weights that bitsandbytes
+    dequantises as rows of one block: on a CPU it goes wrong where a layer's rows are no whole blocks."""
+    _, _, plain, inputs, folder = both
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=["lm_head", r"model\.visual\.merger"],
+    )
+    judge = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=quantization, device_map="cpu"
+    )
+    judge.save_pretrained(tmp_path / "bnb")
+    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+        shutil.copy(folder / name, tmp_path / "bnb")
+    model, _ = FastVisionModel.from_pretrained(tmp_path / "bnb", dtype="float32", max_seq_length=None)
+    stored = {name: module.weight for name, module in judge.named_modules() if hasattr(module, "quant_state")}
+    odd = {name for name, weight in stored.items() if weight.quant_state.shape[1] % 64}
+    assert odd and quantised(model) == stored.keys() - odd
+    weights = plain.state_dict()
+    for name, weight in stored.items():
+        state = copy.deepcopy(weight.quant_state)
+        state.shape = torch.Size((weight.quant_state.shape.numel() // 64, 64))
+        rows = bnb.functional.dequantize_4bit(weight.data, state)
+        weights[f"{name}.weight"] = rows.reshape(weight.quant_state.shape)
+    same = copy.deepcopy(plain)
+    same.load_state_dict(weights)
+    with torch.no_grad():
+        want = same(**as_torch(inputs)).logits
+    assert largest_error(model.logits(**inputs), want, inputs["attention_mask"]) <= LOGITS
+
+
+def test_a_model_merged_in_4_bits_is_loaded_again(both, adapted, tmp_path):
+    model, _ = adapted
+    model.save_pretrained_merged(tmp_path / "merged", save_method="merged_4bit_forced", progress=False)
+    again, _ = FastVisionModel.from_pretrained(tmp_path / "merged", dtype="float32", max_seq_length=None)
+    fresh, _ = FastVisionModel.from_pretrained(both[4], dtype="float32", max_seq_length=None)
+    assert quantised(again) == quantised(fresh)
+    assert again.base.keys() == fresh.base.keys()
