@@ -17,6 +17,8 @@ from jaxtune.images.siglip import Gemma3Images, Idefics3Images
 
 # What the processor gave for one row (its images, in order): "pixel_values" and what else the family needs.
 Processed = Mapping[str, np.ndarray]
+# What processors say of each token beside its id; it follows from the ids.
+TOKEN_KINDS = ("mm_token_type_ids", "token_type_ids")
 # Lengths of the axes that depend on the images, by name: {"patches": 4096, "images": 4, …}.
 Sizes = Mapping[str, int]
 

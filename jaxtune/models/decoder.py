@@ -37,7 +37,8 @@ class DecoderConfig:
     windows: one entry a layer, tokens seen, None for all. local_rope: of the layers with a window, where it is another
     one. query_scale: q is multiplied by it, beside the usual 1/√h. attention_softcap, logit_softcap: of attention
     scores and of the head's logits. embedding_scale: of the embedded tokens. plus_one_norms: norms multiply by
-    1 + weight. sandwich_norms: attention and MLP have a norm behind them too.
+    1 + weight. sandwich_norms: attention and MLP have a norm behind them too. whole_image_tokens: of an image, where
+    they all see each other, not just those before them.
     """
 
     vocab_size: int
@@ -62,6 +63,7 @@ class DecoderConfig:
     embedding_scale: float | None = None
     plus_one_norms: bool = False
     sandwich_norms: bool = False
+    whole_image_tokens: int | None = None
 
     def __post_init__(self):
         if self.hidden_act not in ACTIVATIONS:
@@ -148,7 +150,7 @@ class Context(NamedTuple):
     local: cos and sin of the layers with a window, where they have their own.
     starts: int32 [B, M], the first token of each document of a row (kernels.attention.packed_layout), M = 1 where a
     row is one document; None where that is not known, and masks say who sees whom. shared: where a row holds one prompt
-    and several completions.
+    and several completions. blocks: int32 [B, T], the block of a token whose tokens all see each other, 0 for none.
     """
 
     cos: jax.Array
@@ -162,6 +164,7 @@ class Context(NamedTuple):
     index: jax.Array | None = None
     shared: SharedPrefix | None = None
     local: tuple[jax.Array, jax.Array] | None = None
+    blocks: jax.Array | None = None
 
     def rope_tables(self, window: int | None) -> tuple[jax.Array, jax.Array]:
         """cos and sin of a layer."""
@@ -196,9 +199,12 @@ class Attention(nnx.Module):
         if ctx.shared is not None:
             rows = ctx.shared
             apart = Context(ctx.cos, ctx.sin, rows.positions, rows.segment_ids, rows.starts)
+            if ctx.blocks is not None:
+                apart = apart._replace(blocks=rows.spread(ctx.blocks))
             return rows.gather(self._attend(rows.spread(q), rows.spread(k), rows.spread(v), apart, None))
         packed = ctx.starts is not None and ctx.starts.shape[1] > 1
-        if kv is None and ctx.starts is not None and supports_cudnn(q, packed, self.softcap):
+        causal = kv is None and ctx.starts is not None and ctx.blocks is None
+        if causal and supports_cudnn(q, packed, self.softcap):
             starts = ctx.starts if packed else None
             return cudnn_attention(q, k, v, starts, self.window)
         kv_positions, kv_segments = ctx.positions, ctx.segment_ids
@@ -216,6 +222,7 @@ class Attention(nnx.Module):
             kv_segments=kv_segments,
             window=self.window,
             softcap=self.softcap,
+            blocks=ctx.blocks,
         )
         return keep(out, "attention")
 
@@ -417,6 +424,7 @@ class CausalLM(nnx.Module):
         cache: Cache | None = None,
         shared: SharedPrefix | None = None,
         rope_positions: jax.Array | None = None,
+        blocks: jax.Array | None = None,
         deep: Deep | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states [B, T, D] of embedded tokens x [B, T, D].
@@ -428,11 +436,12 @@ class CausalLM(nnx.Module):
           remat: what to keep for the backward pass; None where there is none.
           shared: the layout where rows hold one prompt and several completions; segment_ids and starts are then its.
           rope_positions: int32 [B, T, 3], time, height and width of each token, where they are not its position.
+          blocks: int32 [B, T], see Context; not with a cache.
           deep: features of images for the first layers.
           cache: when given, T new columns are written at `cache.index` and attention spans the cache.
         """
         ctx = self.context(positions, segment_ids, rope_positions)
-        ctx = ctx._replace(starts=starts, key=key, shared=shared)
+        ctx = ctx._replace(starts=starts, key=key, shared=shared, blocks=blocks)
         if cache is not None:
             ctx = ctx._replace(kv_positions=cache.positions, kv_segments=cache.segment_ids, index=cache.index)
         kept = []
