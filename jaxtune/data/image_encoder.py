@@ -151,8 +151,8 @@ class ImageEncoder:
             mask = np.arange(len(ids) + len(more)) >= len(ids)
             ids = np.concatenate([ids, np.asarray(more, np.int32)])
             learned = None if learned is None else mask
-        keys = [key for key in self.family.processor_keys if key in out]
-        row = {key: np.asarray(out[key]) for key in keys} if pictures else None
+        given = {key: np.asarray(out[key]) for key in self.family.processor_keys if key in out}
+        row = dict(self.family.rows(given, [ids])[0]) if pictures else None
         return ids, mask, learned, row
 
     # -- text ------------------------------------------------------------------------------------------------

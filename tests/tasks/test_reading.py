@@ -33,7 +33,7 @@ def texts(rows):
 
 
 def test_held_out_numbers_are_not_trained_on():
-    trained, held_out = texts(reading.make_rows(2000)), texts(reading.make_rows(100, held_out=True))
+    trained, held_out = texts(reading.make_rows(400)), texts(reading.make_rows(100, held_out=True))
     assert not set(trained) & set(held_out)
     assert {len(text) for text in trained} == {1, 2, 3, 4} and {len(text) for text in held_out} == {4}
     assert {text[-1] for text in held_out} == set("0123456789")
@@ -57,6 +57,7 @@ def test_ink_is_dark_and_paper_is_light():
 def test_it_trains_without_torch(tmp_path):
     command = [sys.executable, "-c", WITHOUT_TORCH, str(tmp_path / "model"), str(tmp_path / "out")]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # quicker to compile
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "2 steps" in done.stdout
