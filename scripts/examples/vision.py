@@ -9,8 +9,7 @@ FastVisionModel.get_peft_model(model) take the place of full_finetuning; all els
 
 import sys
 
-from jaxtune import FastVisionModel, SFTConfig, SFTTrainer
-from jaxtune.data import UnslothVisionDataCollator
+from jaxtune import FastVisionModel, SFTConfig, SFTTrainer, UnslothVisionDataCollator
 from jaxtune.evaluate.reading import error_rates, examples, read_images
 from jaxtune.tasks import reading
 
