@@ -107,6 +107,9 @@ class SFTTrainer(Trainer[SFTConfig]):
             eval_dataset if train_dataset is None else train_dataset,
         )
 
+        if collator is not None:
+            _refuse_beside_images(args, formatting_func)
+
         def prepare(data: Any, args: SFTConfig) -> Dataset:
             if collator is None:
                 return prepare_dataset(data, _with_template(processing_class), args, formatting_func)
@@ -272,6 +275,20 @@ def _vision_collator(
     return VisionDataCollator(
         model, processing_class, completion_only_loss=args.completion_only_loss is not False
     )
+
+
+def _refuse_beside_images(args: SFTConfig, formatting_func: Any) -> None:
+    advice = {
+        "formatting_func": (
+            formatting_func,
+            "give it to VisionDataCollator, where it makes rows of a known format",
+        ),
+        "chat_template_path": (args.chat_template_path, "set processor.chat_template"),
+        "eos_token": (args.eos_token, "set processor.tokenizer.eos_token"),
+    }
+    for name, (value, instead) in advice.items():
+        if value is not None:
+            raise ValueError(f"SFTTrainer: {name} is not for rows with images; {instead}")
 
 
 def _with_images(data: Any, collator: VisionDataCollator, args: SFTConfig) -> Dataset:

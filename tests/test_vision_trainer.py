@@ -189,6 +189,8 @@ def test_a_collator_is_made_where_rows_have_images(both, tmp_path):
     assert isinstance(trainer._collator, VisionDataCollator) and trainer.processing_class is processor
     text = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 3
     assert SFTTrainer(model=model, args=args, train_dataset=text)._collator is None
+    with pytest.raises(ValueError, match="formatting_func is not for rows with images"):
+        SFTTrainer(model=model, args=args, train_dataset=rows(3), formatting_func=str)
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "smolvlm"])

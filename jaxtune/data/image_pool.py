@@ -52,8 +52,10 @@ class ImagePool:
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         self._all: list[_Worker] = []
 
-    def encode(self, documents: Sequence[Document]) -> "Future[list[EncodedDocument | ImageError]]":
-        """`ImageEncoder.encode` of each; in the place of one that fails is why."""
+    def encode(
+        self, documents: Sequence[Document | ImageError]
+    ) -> "Future[list[EncodedDocument | ImageError]]":
+        """`ImageEncoder.encode` of each; in the place of one that fails, or has failed before, is why."""
         return self._submit("encode_all", documents)
 
     def arrays(
@@ -101,7 +103,7 @@ def call(encoder: ImageEncoder, name: str, arguments: tuple) -> Any:
     found: list[EncodedDocument | ImageError] = []
     for document in arguments[0]:
         try:
-            found.append(encoder.encode(document))
+            found.append(document if isinstance(document, ImageError) else encoder.encode(document))
         except ImageError as error:
             found.append(error)
     return found

@@ -299,11 +299,19 @@ class VisionDataCollator:
             raise ImageError(f"{len(errors)} of {len(rows)} rows cannot be used:\n{said}{more}")
         return [one for one in found if isinstance(one, EncodedDocument)]
 
-    def _chunks(self, rows: Any, folder: Path | None, progress: bool) -> Iterator[list[Document]]:
-        """Documents, a few at a time, what they need from the net downloaded."""
+    def _chunks(
+        self, rows: Any, folder: Path | None, progress: bool
+    ) -> Iterator[list[Document | ImageError]]:
+        """Documents, a few at a time, what they need from the net downloaded; errors of rows that are none."""
         for numbers in itertools.batched(range(len(rows)), _CHUNK):
-            documents = [self._read(rows[number], number, folder) for number in numbers]
-            urls = [image for document in documents for image in document.images if is_url(image)]
+            documents: list[Document | ImageError] = []
+            for number in numbers:
+                try:
+                    documents.append(self._read(rows[number], number, folder))
+                except ImageError as error:
+                    documents.append(error)
+            read = (document for document in documents if isinstance(document, Document))
+            urls = [image for document in read for image in document.images if is_url(image)]
             if urls and self.encoder.cache is not None:
                 prefetch(urls, self.encoder.cache, progress=progress)
             yield documents

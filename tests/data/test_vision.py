@@ -240,7 +240,7 @@ def test_a_row_that_cannot_be_used_is_named(row, message, collator, tmp_path):
 
 
 def test_all_bad_images_are_counted(collator):
-    rows = [ONE, *({**ONE, "images": ["gone.png"]} for _ in range(7))]
+    rows = [ONE, {"question": "a"}, *({**ONE, "images": ["gone.png"]} for _ in range(6))]
     with pytest.raises(ValueError, match=r"7 of 8 rows cannot be used:\nrow 1: .*\nrow 2: [\s\S]*and 2 more"):
         collator().prepare(rows, progress=False)
 
