@@ -28,6 +28,7 @@ DOWNLOADS = 8  # at a time
 TIMEOUT = 30  # seconds a server may take to answer
 # Modes of one number a pixel beyond 8 bits: converting them would clip, and what is white is not ours to say.
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+_ORIENTATION = 0x0112  # of EXIF
 _DATA_URI = re.compile(r"data:[^,]*?(;base64)?,", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
 _SHORTEST_BASE64 = 64  # characters; shorter text is taken for a path
@@ -58,7 +59,8 @@ def open_image(source: Any, cache: Path | None = None) -> Image.Image:
         raise ImageError(f"the image is {image.width} × {image.height} pixels; both sides must be at least 1")
     try:
         image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
+        turned = image.getexif().get(_ORIENTATION, 1) != 1
+        return to_rgb(ImageOps.exif_transpose(image) if turned else image)
     except ImageError:
         raise
     except (OSError, SyntaxError, ValueError) as error:  # PIL's decoders raise all of them
@@ -79,6 +81,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
             f"the image has mode {image.mode} ({'32' if image.mode in 'IF' else '16'} bits a pixel); expected 8 bits a "
             "channel. Scale it to 0…255 and convert it to 'L' first"
         )
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, (255, 255, 255))
