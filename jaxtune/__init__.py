@@ -5,8 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxtune.config import SFTConfig
-    from jaxtune.data import get_chat_template, standardize_sharegpt, train_on_responses_only
-    from jaxtune.fast import FastLanguageModel, FastModel
+    from jaxtune.data import (
+        UnslothVisionDataCollator,
+        VisionDataCollator,
+        get_chat_template,
+        standardize_sharegpt,
+        train_on_responses_only,
+    )
+    from jaxtune.fast import FastLanguageModel, FastModel, FastVisionModel
     from jaxtune.generate import SamplingParams, TextStreamer
     from jaxtune.lora import LoraConfig
     from jaxtune.model import Model
@@ -23,6 +29,7 @@ _HOMES = {
     "DPOTrainer": "jaxtune.rl.dpo",
     "FastLanguageModel": "jaxtune.fast",
     "FastModel": "jaxtune.fast",
+    "FastVisionModel": "jaxtune.fast",
     "GRPOConfig": "jaxtune.rl.config",
     "GRPOTrainer": "jaxtune.rl.trainer",
     "LoraConfig": "jaxtune.lora",
@@ -32,6 +39,8 @@ _HOMES = {
     "SFTTrainer": "jaxtune.trainer",
     "SamplingParams": "jaxtune.generate",
     "TextStreamer": "jaxtune.generate",
+    "UnslothVisionDataCollator": "jaxtune.data",
+    "VisionDataCollator": "jaxtune.data",
     "get_chat_template": "jaxtune.data",
     "make_eval_step": "jaxtune.step",
     "make_train_step": "jaxtune.step",

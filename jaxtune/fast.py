@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune import hub, lora, models
+from jaxtune import hub, images, lora, models
 from jaxtune.arguments import sort_out
 from jaxtune.compile_cache import enable_compile_cache
 from jaxtune.config import LORA_TARGETS
@@ -18,6 +18,7 @@ from jaxtune.kernels.fp8 import NEEDS as FP8_NEEDS
 from jaxtune.load import load_weights
 from jaxtune.lora import LoraConfig
 from jaxtune.model import Model
+from jaxtune.models.rope import parameters_of
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 # Arguments of Unsloth that have no meaning here, with the values that ask for nothing.
@@ -34,7 +35,7 @@ _REFUSED = {
     "quantization_config": None,
 }
 _PEFT_IGNORED = """max_seq_length temporary_location use_gradient_checkpointing task_type inference_mode
-    ensure_weight_tying finetune_language_layers finetune_attention_modules finetune_mlp_modules""".split()
+    ensure_weight_tying""".split()
 _PEFT_REFUSED = {
     "bias": "none",
     "layers_pattern": None,
@@ -42,7 +43,6 @@ _PEFT_REFUSED = {
     "qat_scheme": None,
     "target_parameters": None,
     "finetune_last_n_layers": None,
-    "finetune_vision_layers": False,
     "finetune_audio_layers": False,
 }
 
@@ -85,12 +85,12 @@ def in_fp8(compute_dtype: str | None, dtype, *, nf4: bool) -> bool:
 
 
 def _stretch(config, max_seq_length: int) -> None:
-    """Makes room for `max_seq_length` tokens: linear RoPE scaling, or the native scaling's window widened."""
-    config.standardize_rope_params()
+    """Makes room for `max_seq_length` tokens in a decoder's config: linear RoPE scaling, or the native scaling's window
+    widened. Layers with a RoPE of their own keep it: they see a window."""
     native = config.max_position_embeddings
     if max_seq_length <= native:
         return
-    parameters = config.rope_parameters
+    parameters = parameters_of(config)
     if parameters["rope_type"] == "default":
         parameters.update(rope_type="linear", factor=max_seq_length / native)
         warnings.warn(
@@ -147,7 +147,7 @@ class FastLanguageModel:
           kwargs: Unsloth's others; those without meaning here warn, those that would change the result raise.
 
         Returns:
-          (model, tokenizer).
+          (model, tokenizer), of a vision-language model (model, processor).
         """
         sort_out("from_pretrained", kwargs, _IGNORED, _REFUSED)
         enable_compile_cache()
@@ -166,17 +166,15 @@ class FastLanguageModel:
             gguf_file=gguf_file,
         )  # fmt: skip
         config = checkpoint.config
+        checkpoint = checkpoint.renamed(models.renames(config))
+        text = config.get_text_config()
         if rope_scaling is not None:
-            config.standardize_rope_params()
             scaling = dict(rope_scaling)
-            config.rope_parameters |= {
-                "rope_type": scaling.pop("rope_type", scaling.pop("type", "default")),
-                **scaling,
-            }
+            kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+            parameters_of(text).update(rope_type=kind, **scaling)
         if max_seq_length is None:
-            max_seq_length = config.max_position_embeddings
-        models.family(config)
-        _stretch(config, max_seq_length)
+            max_seq_length = text.max_position_embeddings
+        _stretch(text, max_seq_length)
         nested = getattr(config, "quantization_config", None) or {"bnb_4bit_use_double_quant": True}
         double_quant = bool(nested.get("bnb_4bit_use_double_quant", False))
         dense = _plain_modules(checkpoint)
@@ -188,13 +186,15 @@ class FastLanguageModel:
 
         module = recipe()
         leaves = load_weights(checkpoint, module)
-        tokenizer = checkpoint.tokenizer()
+        processor = None if images.family(config) is None else checkpoint.processor()
+        tokenizer = checkpoint.tokenizer() if processor is None else processor.tokenizer
         model = Model(
             module,
             {},
             leaves,
             checkpoint=checkpoint,
             tokenizer=tokenizer,
+            processor=processor,
             max_seq_length=max_seq_length,
             recipe=recipe,
         )
@@ -208,13 +208,13 @@ class FastLanguageModel:
             adapter, tensors = lora.read_adapter(checkpoint.adapter)
             model = _with_adapter(model, adapter)
             model.trainable = lora.adapter_leaves(model, tensors)
-        return model, tokenizer
+        return model, processor or tokenizer
 
     @staticmethod
     def get_peft_model(
         model: Model,
         r: int = 16,
-        target_modules: Sequence[str] | str = LORA_TARGETS,
+        target_modules: Sequence[str] | str | None = LORA_TARGETS,
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
         layers_to_transform: Sequence[int] | int | None = None,
@@ -223,9 +223,13 @@ class FastLanguageModel:
         use_dora: bool = False,
         modules_to_save: Sequence[str] | None = None,
         init_lora_weights: bool | str = True,
+        finetune_vision_layers: bool = False,
+        finetune_language_layers: bool = True,
+        finetune_attention_modules: bool = True,
+        finetune_mlp_modules: bool = True,
         **kwargs,
     ) -> Model:
-        """Puts a LoRA adapter on a model; see `lora.LoraConfig` for the arguments.
+        """Puts a LoRA adapter on a model; see `lora.LoraConfig` for the arguments, and FastModel for those of vision.
 
         embed_tokens and lm_head among the target_modules are trained whole, as modules_to_save. A model that has the
         same adapter already is returned with a warning; one with another adapter raises TypeError.
@@ -237,9 +241,19 @@ class FastLanguageModel:
             warnings.warn("full_finetuning trains every weight; get_peft_model does nothing", stacklevel=2)
             return model
         targets, saved = target_modules, list(modules_to_save or ())
-        if not isinstance(targets, str):
+        if targets is not None and not isinstance(targets, str):
             saved += [t for t in targets if t in lora.SAVABLE and t not in saved]
             targets = tuple(t for t in targets if t not in lora.SAVABLE)
+        parts = {
+            "vision": finetune_vision_layers,
+            "language": finetune_language_layers,
+            "attention": finetune_attention_modules,
+            "mlp": finetune_mlp_modules,
+        }
+        sees = images.family(model.config) is not None
+        given, targets = targets, lora.chosen_targets(model.module, targets, sees=sees, **parts)
+        if targets is not given and layers_to_transform is not None:  # which goes with names only
+            targets = tuple(sorted(lora.target_names(model.module, LoraConfig(target_modules=targets))))
         layers = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
         config = LoraConfig(
             r, lora_alpha, targets, lora_dropout, use_rslora, use_dora, init_lora_weights,
@@ -276,11 +290,49 @@ def _with_adapter(model: Model, config: LoraConfig) -> Model:
     trainable, base = lora.initialise(module, model.base, config, names)
     adapted = Model(
         module, trainable, base, checkpoint=model.checkpoint, tokenizer=model.tokenizer,
-        max_seq_length=model.max_seq_length, recipe=model._recipe,
+        max_seq_length=model.max_seq_length, recipe=model._recipe, processor=model.processor,
     )  # fmt: skip
     adapted.lora, adapted.gradient_checkpointing = config, model.gradient_checkpointing
     return adapted
 
 
 class FastModel(FastLanguageModel):
-    """Loads text or vision models by their config.json; text families so far, others raise naming what exists."""
+    """Loads text or vision-language models, by their config.json; puts adapters on all of their parts."""
+
+    @staticmethod
+    def get_peft_model(
+        model: Model,
+        r: int = 16,
+        target_modules: Sequence[str] | str | None = None,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        layers_to_transform: Sequence[int] | int | None = None,
+        random_state: int = 3407,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        modules_to_save: Sequence[str] | None = None,
+        init_lora_weights: bool | str = True,
+        finetune_vision_layers: bool = True,
+        finetune_language_layers: bool = True,
+        finetune_attention_modules: bool = True,
+        finetune_mlp_modules: bool = True,
+        **kwargs,
+    ) -> Model:
+        """Puts a LoRA adapter on the parts of a model that are to be trained.
+
+        Args:
+          target_modules: None: the linear layers of attention and MLPs, which "all-linear" means too, whatever the
+            following say. Names are looked for in the parts that are trained only.
+          finetune_vision_layers, finetune_language_layers: the tower, the decoder.
+          finetune_attention_modules, finetune_mlp_modules: of each.
+          The others: see FastLanguageModel.get_peft_model.
+        """
+        return FastLanguageModel.get_peft_model(
+            model, r, target_modules, lora_alpha, lora_dropout, layers_to_transform, random_state, use_rslora,
+            use_dora, modules_to_save, init_lora_weights, finetune_vision_layers, finetune_language_layers,
+            finetune_attention_modules, finetune_mlp_modules, **kwargs,
+        )  # fmt: skip
+
+
+class FastVisionModel(FastModel):
+    """`FastModel` under the name of Unsloth's vision notebooks."""

@@ -14,6 +14,7 @@ import copy
 import json
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,11 +23,13 @@ import huggingface_hub
 import numpy as np
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from jaxtune.formats import TensorReader
+from jaxtune.formats import Renamed, TensorReader
 from jaxtune.formats.bnb_reader import BnbFolder, BnbTensor, check_quantization_config
 from jaxtune.formats.gguf_reader import GgufModel
 from jaxtune.formats.gguf_tokenizer import load_tokenizer
 from jaxtune.formats.safetensors_reader import SafetensorsFolder, TensorInfo
+from jaxtune.processor import IMAGE as IMAGES_CONFIG
+from jaxtune.processor import load_processor
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -84,6 +87,14 @@ class Checkpoint:
         """Hugging Face names of the weights; side tensors of quantised ones and old buffers are left out."""
         return [name for name in self._reader.names() if not name.endswith(_BUFFERS)]
 
+    def renamed(self, rules: Sequence[tuple[str, str]]) -> Checkpoint:
+        """The same weights under other names; see `formats.Renamed`."""
+        return replace(self, _reader=Renamed(self._reader, rules)) if rules else self
+
+    def stored_name(self, name: str) -> str:
+        """What the checkpoint's files call a weight; the name itself for one that they do not hold."""
+        return self._reader.stored.get(name, name) if isinstance(self._reader, Renamed) else name
+
     def info(self, name: str) -> TensorInfo:
         """Shape and stored dtype of a weight, without reading it."""
         return self._reader.info(name)
@@ -111,6 +122,11 @@ class Checkpoint:
         fix_pad_token(tokenizer, self.config)
         tokenizer.padding_side = "left"
         return tokenizer
+
+    def processor(self) -> Any:
+        """The processor of a vision-language model (the adapter's own if it has one), around `tokenizer()`."""
+        folder = self.adapter if self.adapter and (self.adapter / IMAGES_CONFIG).exists() else self.path
+        return load_processor(folder, self.tokenizer(), self.config.model_type)
 
     @property
     def gguf(self) -> GgufModel | None:
@@ -336,8 +352,9 @@ def fix_pad_token(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) 
     spare += [token for prefix in _PAD_PREFIXES for token in sorted(vocab) if token.startswith(prefix)]
     if tokenizer.unk_token is not None:
         spare.append(str(tokenizer.unk_token))
-    if config.pad_token_id is not None and 0 <= config.pad_token_id < len(vocab):
-        spare.append(str(tokenizer.convert_ids_to_tokens(config.pad_token_id)))
+    pad = config.get_text_config().pad_token_id
+    if pad is not None and 0 <= pad < len(vocab):
+        spare.append(str(tokenizer.convert_ids_to_tokens(pad)))
     usable = (token for token in spare if token != tokenizer.eos_token and vocab.get(token, rows) < rows)
     chosen = next(usable, tokenizer.eos_token)
     if chosen == tokenizer.eos_token:

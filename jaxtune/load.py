@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from jaxtune.hub import BnbTensor, Checkpoint
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.layers import NF4Weight
-from jaxtune.models.names import Leaves, Slot, expected_names, leaf_shapes, module_at
+from jaxtune.models.names import Leaves, Slot, expected_names, is_stacked, leaf_shapes, module_at
 from jaxtune.quant import dequantize_nf4, from_bnb, on_device, quantize_nf4
 
 # Under way at a time. Of an 8B model each is at most 117 MB, but for the embedding and the head (1.05 GB).
@@ -79,7 +79,7 @@ def check_names(found: set[str], expected: set[str], tied: bool) -> None:
 def _convert(value: np.ndarray | BnbTensor, target, dtype, name: str) -> dict[str, Any]:
     """One tensor as the leaves it becomes: {"": array} or the fields of an NF4 weight."""
     if isinstance(value, BnbTensor):
-        stored = from_bnb(value.tensors, name)
+        stored = from_bnb(value.tensors, name, flat=not isinstance(target, NF4Weight))
     elif isinstance(target, NF4Weight):
         stored = quantize_nf4(value, double_quant=target.absmax_scale is not None)
     else:
@@ -87,7 +87,7 @@ def _convert(value: np.ndarray | BnbTensor, target, dtype, name: str) -> dict[st
         return {"": array if array.dtype == dtype else _cast(array, dtype)}
     if isinstance(target, NF4Weight):
         return {f".{field}": leaf for field, leaf in stored._asdict().items() if leaf is not None}
-    return {"": dequantize_nf4(stored, dtype)}
+    return {"": dequantize_nf4(stored, dtype).reshape(value.shape)}
 
 
 def load_weights(
@@ -111,7 +111,7 @@ def load_weights(
     if ahead is None:
         ahead = 1 if jax.default_backend() == "cpu" else TENSORS_AHEAD
     leaves = _blank(
-        tuple((p, s.shape, s.dtype) for p, s in leaf_shapes(model).items() if p.startswith("model.layers."))
+        tuple((p, s.shape, s.dtype) for p, s in leaf_shapes(model).items() if is_stacked(model, p))
     )
 
     def fetch(name: str, slot: Slot, leaf: str) -> tuple[Slot, str, dict[str, Any]]:

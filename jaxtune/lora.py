@@ -4,6 +4,7 @@ import json
 import math
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,11 @@ from jaxtune.models.names import (
 
 PEFT_PREFIX = "base_model.model."
 SAVABLE = ("embed_tokens", "lm_head")
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_LAYER = re.compile(r".*\.[^.]*\.(\d+)\.")  # PEFT's: a name's last list with a module below it
+# What the parts of a model are called in the names of its modules, as Unsloth has it.
+_VISION = re.compile("vision|image|visual|patch")
+_ATTENTION = re.compile("attn|attention|mixer")
+_MLP = re.compile("mlp|feed_forward|ffn|dense|mixer")
 # Fields of PEFT's adapter_config.json that change the adapter's meaning, and the values that mean "not used".
 _UNSUPPORTED = {
     "rank_pattern": ({}, None),
@@ -137,6 +142,57 @@ def target_names(model: CausalLM, config: LoraConfig) -> set[str]:
     return {n for n in chosen if (m := _LAYER.match(n)) and int(m[1]) in config.layers_to_transform}
 
 
+def parts_of(
+    model: CausalLM,
+    targets: tuple[str, ...] | str | None,
+    *,
+    vision: bool,
+    language: bool,
+    attention: bool,
+    mlp: bool,
+) -> str:
+    """The target_modules, as a regular expression, that are in the given parts of a model.
+
+    Without `targets` those are the linear layers of attention and MLPs whose kind occurs more than once: neither the
+    head nor what stands between tower and decoder.
+
+    Raises:
+      ValueError: nothing is left.
+    """
+    names = target_names(model, LoraConfig(target_modules="all-linear" if targets is None else targets))
+    counts = Counter(name.rsplit(".", 1)[-1] for name in linear_slots(model))
+
+    def is_wanted(name: str) -> bool:
+        where, leaf = name.rsplit(".", 1)
+        seen = language if where.startswith(f"{model.decoder_path}.") else vision and _VISION.search(where)
+        kind = (attention and _ATTENTION.search(where)) or (mlp and _MLP.search(where))
+        return bool(seen and kind) and (targets is not None or counts[leaf] > 1)
+
+    kinds = {re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(name)) for name in names if is_wanted(name)}
+    if not kinds:
+        raise ValueError(
+            f"nothing to train: target_modules={targets!r} with vision={vision}, language={language}, "
+            f"attention={attention}, mlp={mlp} (finetune_…) leaves no layer of this model"
+        )
+    return "|".join(sorted(kinds))
+
+
+def chosen_targets(
+    model: CausalLM, targets: tuple[str, ...] | str | None, *, sees: bool, **parts: bool
+) -> tuple[str, ...] | str:
+    """What get_peft_model's target_modules and finetune_… arguments ask for, as LoraConfig's target_modules.
+
+    Args:
+      targets: None: the linear layers of attention and MLPs; "all-linear" means the same, in every part.
+      sees: the model has a tower. parts: see `parts_of`.
+    """
+    if targets is not None and not sees and parts["language"] and parts["attention"] and parts["mlp"]:
+        return targets
+    if targets == "all-linear":
+        targets, parts = None, dict.fromkeys(parts, True)
+    return parts_of(model, targets, **parts)
+
+
 def named(model: CausalLM, config: LoraConfig) -> LoraConfig:
     """The same adapter with "all-linear" spelt out, as PEFT does before it saves."""
     if config.target_modules != "all-linear":
@@ -156,7 +212,7 @@ def attach(model: CausalLM, config: LoraConfig) -> set[str]:
             model.config.hidden_size, model.config.vocab_size, bias=False, dtype=model.dtype
         )
     if "embed_tokens" in config.saved():
-        _train_whole(model.model.embed_tokens)
+        _train_whole(model.decoder.embed_tokens)
     if "lm_head" in config.saved() and model.lm_head is not None:
         _train_whole(model.lm_head)
     return names
@@ -205,7 +261,7 @@ def initialise(model: CausalLM, base: Leaves, config: LoraConfig, names: set[str
     shapes, base = leaf_shapes(model), dict(base)
     # A head that `attach` untied starts as the embedding.
     if model.lm_head is not None and "lm_head.weight" not in base:
-        base["lm_head.weight"] = base["model.embed_tokens.weight"]
+        base["lm_head.weight"] = base[f"{model.decoder_path}.embed_tokens.weight"]
     trainable: Leaves = {}
     for path in sorted(trainable_paths(model)):
         module_path, leaf = path.rsplit(".", 1)
@@ -245,7 +301,7 @@ def adapter_tensors(model) -> dict[str, np.ndarray]:
             if f"{slot.path}.{leaf}" in model.trainable:
                 value = np.asarray(slot.take(model.trainable, leaf))
                 tensors[f"{PEFT_PREFIX}{name}.{_peft_leaf(leaf)}"] = np.ascontiguousarray(value.T)
-    for path in ("model.embed_tokens.weight", "lm_head.weight"):
+    for path in (f"{model.module.decoder_path}.embed_tokens.weight", "lm_head.weight"):
         if path in model.trainable:
             tensors[f"{PEFT_PREFIX}{path}"] = np.asarray(model.trainable[path])
     return tensors
@@ -262,7 +318,7 @@ def adapter_leaves(model, tensors: Mapping[str, np.ndarray]) -> Leaves:
         for leaf in ("lora_A", "lora_B", "lora_magnitude"):
             if f"{slot.path}.{leaf}" in model.trainable:
                 want[f"{PEFT_PREFIX}{name}.{_peft_leaf(leaf)}"] = (f"{slot.path}.{leaf}", slot.index)
-    for path in ("model.embed_tokens.weight", "lm_head.weight"):
+    for path in (f"{model.module.decoder_path}.embed_tokens.weight", "lm_head.weight"):
         if path in model.trainable:
             want[f"{PEFT_PREFIX}{path}"] = (path, None)
     missing, unused = sorted(want.keys() - tensors.keys()), sorted(tensors.keys() - want.keys())

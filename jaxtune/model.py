@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxtune import images
 from jaxtune.arguments import sort_out
 from jaxtune.export import upload
 from jaxtune.export.adapter import save_adapter
@@ -29,9 +30,10 @@ from jaxtune.models.names import Leaves, Slot, join, module_slots
 
 
 @partial(jax.jit, static_argnames="graphdef")
-def _logits(graphdef, trainable, base, ids, positions, segment_ids):
+def _logits(graphdef, trainable, base, batch):
     module = join(graphdef, trainable, base)
-    hidden, _ = module.hidden(module.embed(ids), positions, segment_ids)
+    x, how = module.place_images(module.embed(batch["input_ids"]), batch)
+    hidden, _ = module.hidden(x, batch["positions"], batch["segment_ids"], **how)
     return module.logits(hidden)
 
 
@@ -40,6 +42,7 @@ class Model:
 
     Attributes:
       config: transformers' config. tokenizer, checkpoint (`hub.Checkpoint`), name_or_path: where it came from.
+      processor: of text and images, around the tokenizer; None for a model of text.
       graphdef, trainable, base: the split model; flat dicts path -> array.
       lora: LoraConfig, or None. dtype: of activations and unquantised frozen weights. max_seq_length: tokens.
       compute_dtype: "fp8" where products with NF4 weights are taken in it, else None.
@@ -48,10 +51,11 @@ class Model:
     """
 
     def __init__(
-        self, module, trainable: Leaves, base: Leaves, *, checkpoint, tokenizer, max_seq_length: int, recipe
-    ):
+        self, module, trainable: Leaves, base: Leaves, *, checkpoint, tokenizer, max_seq_length: int, recipe,
+        processor=None,
+    ):  # fmt: skip
         self.module, self.trainable, self.base = module, trainable, base
-        self.checkpoint, self.tokenizer = checkpoint, tokenizer
+        self.checkpoint, self.tokenizer, self.processor = checkpoint, tokenizer, processor
         self.config, self.name_or_path = checkpoint.config, checkpoint.name_or_path
         self.max_seq_length, self.dtype = max_seq_length, module.dtype
         self.compute_dtype = "fp8" if module.fp8 else None
@@ -93,8 +97,13 @@ class Model:
         """Bytes of all leaves."""
         return sum(leaf.nbytes for leaf in (*self.base.values(), *self.trainable.values()))
 
-    def logits(self, input_ids, attention_mask=None, positions=None, segment_ids=None) -> jax.Array:
-        """float32 [B, T, V] of int [B, T] ids; attention_mask marks the tokens (either side may be padded)."""
+    def logits(
+        self, input_ids, attention_mask=None, positions=None, segment_ids=None, **processed
+    ) -> jax.Array:
+        """float32 [B, T, V] of int [B, T] ids; attention_mask marks the tokens (either side may be padded).
+
+        processed: what the processor gave of images ("pixel_values", …), in the order of their places in the rows.
+        """
         ids = jnp.asarray(_numpy(input_ids), jnp.int32)
         if segment_ids is None:
             segment_ids = (
@@ -104,7 +113,23 @@ class Model:
             )
         if positions is None:
             positions = jnp.maximum(jnp.cumsum(segment_ids, 1) - 1, 0)
-        return _logits(self.graphdef, self.trainable, self.base, ids, positions, segment_ids)
+        batch = {"input_ids": ids, "positions": positions, "segment_ids": segment_ids}
+        family = images.family(self.config)
+        known = set(images.TOKEN_KINDS) | set(() if family is None else family.processor_keys)
+        if unknown := processed.keys() - known:
+            raise TypeError(f"{self.config.model_type} does not know {', '.join(sorted(unknown))}")
+        if family is not None:
+            mask = np.asarray(segment_ids) != 0
+            rows = self._image_rows(processed, [row[own] for row, own in zip(ids, mask, strict=True)])
+            batch |= images.batch_arrays(family, np.asarray(ids), mask, rows)
+        return _logits(self.graphdef, self.trainable, self.base, batch)
+
+    def _image_rows(self, processed: Mapping[str, Any], texts: Sequence) -> list[images.Processed]:
+        """The images of each text (int [T]), of what the processor gave for all."""
+        family = images.family(self.config)
+        assert family is not None
+        given = {k: _numpy(processed[k]) for k in family.processor_keys if processed.get(k) is not None}
+        return family.rows(given, [np.asarray(text) for text in texts])
 
     def for_inference(self) -> "Model":
         """Keeps what `generate` makes of the weights, if it makes a copy of them, for the next call."""
@@ -152,12 +177,18 @@ class Model:
           num_return_sequences: answers to each prompt, one after the other in the result.
           stop_strings: texts that end a row too.
           sampling: do_sample, temperature, top_k, top_p, min_p, repetition_penalty; defaults are the generation
-            config's. Without do_sample the most likely token is taken.
+            config's. Without do_sample the most likely token is taken. And what else the processor of a
+            vision-language model gave: pixel_values and so on.
 
         Returns:
           int32 [B, P + n], prompts included, padded after the end. `generate.Engine` also gives log-probabilities.
         """
         del use_cache
+        if isinstance(input_ids, Mapping):
+            sampling = {
+                k: v for k, v in input_ids.items() if k not in ("input_ids", "attention_mask")
+            } | sampling
+        processed = self._taken_out(sampling)
         pad = self._pad_id() if pad_token_id is None else pad_token_id
         ids, mask = self._prompts(input_ids, attention_mask, pad)
         if max_new_tokens is None:
@@ -166,6 +197,8 @@ class Model:
         empty = np.flatnonzero(mask.sum(1) == 0)
         if empty.size:
             raise ValueError(f"prompt {int(empty[0])} is empty: its attention_mask has no 1")
+        texts = [row[kept != 0] for row, kept in zip(ids, mask, strict=True)]
+        rows = self._image_rows(processed, texts) if processed else None
         if streamer is not None:
             if num_return_sequences > 1:
                 raise ValueError(
@@ -174,7 +207,8 @@ class Model:
             streamer.put(ids)
         try:
             found = self._engine.generate(
-                [row[kept != 0].tolist() for row, kept in zip(ids, mask, strict=True)],
+                [text.tolist() for text in texts],
+                images=rows,
                 n=num_return_sequences,
                 sampling=self._sampling(sampling),
                 max_new_tokens=max_new_tokens,
@@ -190,6 +224,13 @@ class Model:
             streamer.end()
         return np.concatenate([ids.repeat(num_return_sequences, 0), _padded(found, pad)], 1)
 
+    def _taken_out(self, given: dict[str, Any]) -> dict[str, Any]:
+        """What the processor gave of images, removed from the other arguments."""
+        family = images.family(self.config)
+        names = () if family is None else (*images.TOKEN_KINDS, *family.processor_keys)
+        found = {name: given.pop(name) for name in names if name in given}
+        return {name: value for name, value in found.items() if name not in images.TOKEN_KINDS}
+
     def _warn_of_length(self, length: int) -> None:
         if length > self.max_seq_length:
             warnings.warn(
@@ -198,7 +239,7 @@ class Model:
             )
 
     def _pad_id(self) -> int:
-        for holder in (self.tokenizer, self.config):
+        for holder in (self.tokenizer, self.config.get_text_config()):
             pad = getattr(holder, "pad_token_id", None)
             if pad is not None:
                 return pad
@@ -244,11 +285,12 @@ class Model:
 
     def stop_ids(self, given: int | Sequence[int] | None = None) -> list[int]:
         """The ids that end an answer: `given`, or the generation config's and the tokenizer's."""
+        text = self.config.get_text_config()
         sources = (
             [given]
             if given is not None
             else [
-                self.checkpoint.generation_config.get("eos_token_id", self.config.eos_token_id),
+                self.checkpoint.generation_config.get("eos_token_id", text.eos_token_id),
                 getattr(self.tokenizer, "eos_token_id", None),
             ]
         )
@@ -284,7 +326,7 @@ class Model:
         self, directory: str | Path, tokenizer=None, save_method: str = "merged_16bit", **options
     ) -> None:
         """Writes adapter ("lora") or merged model ("merged_16bit", "merged_4bit"); see export.merged.save_merged."""
-        save_merged(self, directory, tokenizer or self.tokenizer, save_method=save_method, **options)
+        save_merged(self, directory, tokenizer, save_method=save_method, **options)
 
     def push_to_hub(self, repo_id: str, **options) -> str:
         """Uploads the adapter; see export.upload.push_to_hub."""
@@ -294,9 +336,7 @@ class Model:
         self, repo_id: str, tokenizer=None, save_method: str = "merged_16bit", **options
     ) -> str:
         """Uploads a merged model; see export.upload.push_to_hub_merged."""
-        return upload.push_to_hub_merged(
-            self, repo_id, tokenizer or self.tokenizer, save_method=save_method, **options
-        )
+        return upload.push_to_hub_merged(self, repo_id, tokenizer, save_method=save_method, **options)
 
     def save_pretrained_gguf(
         self,

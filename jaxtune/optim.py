@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules: optax's AdamW, and an AdamW whose moments are kept in 8 bits."""
 
 import math
+import re
 from typing import NamedTuple
 
 import jax
@@ -121,11 +122,11 @@ def scale_by_adam_8bit(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) ->
 
 def decays(path: str) -> bool:
     """Whether weight decay applies to a leaf: not to biases and norms."""
-    return not (path.endswith(".bias") or "norm." in path)
+    return not (path.endswith(".bias") or re.search(r"norm\d?\.|\.ln_q\.", path))
 
 
 def _is_embedding(path: str) -> bool:
-    return path in ("model.embed_tokens.weight", "lm_head.weight")
+    return path.endswith("embed_tokens.weight") or path == "lm_head.weight"
 
 
 def make_optimizer(

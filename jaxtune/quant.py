@@ -236,8 +236,10 @@ def to_bnb(w: NF4, dtype: str = "bfloat16") -> dict[str, np.ndarray]:
     return tensors
 
 
-def from_bnb(tensors: Mapping[str, np.ndarray], name: str = "weight") -> NF4:
+def from_bnb(tensors: Mapping[str, np.ndarray], name: str = "weight", *, flat: bool = False) -> NF4:
     """The inverse of `to_bnb`.
+
+    flat: as a matrix [out·in/64, 64], which there is for rows that are no whole blocks too.
 
     Raises:
       ValueError: the tensors are not NF4 in blocks of 64 with bitsandbytes' own maps.
@@ -252,7 +254,7 @@ def from_bnb(tensors: Mapping[str, np.ndarray], name: str = "weight") -> NF4:
         raise ValueError(f"{name}: expected blocks of {BLOCK} and {NESTED_BLOCK}, got {state}")
     if not np.array_equal(tensors["weight.quant_map"], NF4_CODE):
         raise ValueError(f"{name}: its quant_map is not the NF4 map")
-    out, width = state["shape"]
+    out, width = (int(np.prod(state["shape"])) // BLOCK, BLOCK) if flat else state["shape"]
     check_quantisable((out, width), name)
     codes = on_device(_from_bnb_order(np.asarray(tensors["weight"])).reshape(out, width // 2))
     absmax = on_device(tensors["weight.absmax"].reshape(out, width // BLOCK))

@@ -65,17 +65,32 @@ def loss_sum(
     remat: Remat | None = None,
     loss_chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """(sum of the label tokens' negative log-likelihood, how many were ranked first) of one batch [B, T]."""
+    """(sum of the label tokens' negative log-likelihood, how many were ranked first) of one batch [B, T].
+
+    Images, where the batch has them: see `models.vision_lm.VisionLM.place_images`.
+    """
     module = join(graphdef, trainable, base)
     x = module.embed(batch["input_ids"])
     if key is not None and neftune_alpha is not None:
         x = neftune(x, neftune_alpha, jax.random.fold_in(key, 0))
+    sight = None if key is None else jax.random.fold_in(key, 2)
+    x, how = module.place_images(x, batch, key=sight, remat=remat)
     dropout = None if key is None else jax.random.fold_in(key, 1)
     hidden, _ = module.hidden(
-        x, batch["positions"], batch["segment_ids"], starts=batch.get("starts"), key=dropout, remat=remat
+        x,
+        batch["positions"],
+        batch["segment_ids"],
+        starts=batch.get("starts"),
+        key=dropout,
+        remat=remat,
+        **how,
     )
     want = targets(batch["labels"], batch["segment_ids"]).reshape(-1)
-    options = Options(chunk=loss_chunk or default_chunk(), train_head=module.trains_head())
+    options = Options(
+        chunk=loss_chunk or default_chunk(),
+        softcap=module.config.logit_softcap,
+        train_head=module.trains_head(),
+    )
     with jax.named_scope("loss"):
         return fused_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), module.head(), want, options)
 

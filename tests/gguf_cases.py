@@ -20,6 +20,7 @@ from jaxtune.formats.gguf_tokenizer import PRE_TOKENIZERS
 
 _LLAMA3 = {"rope_theta": 500000.0, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
 _LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+_GEMMA = {"query_pre_attn_scalar": 32}  # head_dim: what llama.cpp computes with
 # name of the folder -> (family and RoPE of tiny_models, changed fields of the config, tokenizer)
 CASES = {
     "Tiny-Llama-3-Instruct": ("llama", "llama3", {"rope_parameters": _LLAMA3}, "byte-level"),
@@ -27,6 +28,8 @@ CASES = {
     "tied": ("llama_tied", "linear", {}, "sentencepiece"),
     "Mistral-x-chat-128k": ("mistral", "yarn", {}, "sentencepiece with a model file"),
     "qwen2": ("qwen2", "linear", {}, "qwen's byte-level"),
+    "gemma-2": ("gemma2", "default", _GEMMA, "sentencepiece with a model file, without a space in front"),
+    "Gemma-3-tiny": ("gemma3", "linear", _GEMMA, "sentencepiece with a model file, without a space in front"),
     "Qwen3-tied": ("qwen3_tied", "yarn", {}, "qwen's byte-level"),
 }
 SAMPLING = {"top_k": 20, "top_p": 0.8, "temperature": 0.7, "repetition_penalty": 1.05, "eos_token_id": 2}
@@ -44,7 +47,7 @@ def write_case(name: str, folder: Path) -> Path:
             values.copy_(torch.from_numpy((numbers / 997 - 0.5).astype(np.float32)).reshape(values.shape))
     model.save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps(SAMPLING))
-    core = _sentencepiece() if "sentencepiece" in kind else _byte_level("qwen" in kind)
+    core = _sentencepiece("without" in kind) if "sentencepiece" in kind else _byte_level("qwen" in kind)
     special = (
         ("<s>", "<|im_end|>", "<unk>") if "sentencepiece" in kind else ("<|endoftext|>", "<|im_end|>", None)
     )
@@ -90,7 +93,7 @@ def _byte_level(qwen: bool) -> Tokenizer:
     return core
 
 
-def _sentencepiece() -> Tokenizer:
+def _sentencepiece(gemma: bool) -> Tokenizer:
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     merges = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("i", "n"), ("▁", "a")]
     letters = ["▁", *"abcdefghijklmnop", "t"]
@@ -98,6 +101,9 @@ def _sentencepiece() -> Tokenizer:
     vocab = {piece: i for i, piece in enumerate(pieces)}
     core = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     core.normalizer = gguf_tokenisers.llama_2_normalizer()
+    if gemma:
+        core.normalizer = normalizers.Replace(" ", "▁")
+        core.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     specials = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     core.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in specials])

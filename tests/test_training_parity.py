@@ -90,6 +90,8 @@ CASES = {
     "qwen2, rslora": ({"target_modules": ["q_proj", "v_proj"], "use_rslora": True}, "qwen2", 1),
     "one layer": ({"target_modules": TARGETS, "layers_to_transform": [1]}, "qwen3", 1),
     "dora": ({"target_modules": ["q_proj", "down_proj"], "use_dora": True}, "llama", 1),
+    "gemma2": ({"target_modules": TARGETS}, "gemma2", 1),
+    "gemma3": ({"target_modules": TARGETS}, "gemma3", 1),
     "embedding and head": (
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
         "llama",

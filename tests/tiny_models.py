@@ -27,9 +27,10 @@ SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+TIED = {"tie_word_embeddings": True}
 FAMILIES = {
     "llama": ("LlamaConfig", {}),
-    "llama_tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "llama_tied": ("LlamaConfig", TIED),
     "llama_bias": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("MistralConfig", {"sliding_window": None}),
     "mistral_window": ("MistralConfig", {"sliding_window": 16}),
@@ -39,7 +40,23 @@ FAMILIES = {
         {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
     ),
     "qwen3": ("Qwen3Config", {"head_dim": 64}),
-    "qwen3_tied": ("Qwen3Config", {"tie_word_embeddings": True}),
+    "qwen3_tied": ("Qwen3Config", TIED),
+    "gemma2": (
+        "Gemma2Config",
+        {
+            **TIED,
+            "num_hidden_layers": 5,
+            "sliding_window": 16,
+            "query_pre_attn_scalar": 48,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 2.0,
+        },
+    ),
+    # two periods of five layers with a window and one without, and a tail of two
+    "gemma3": (
+        "Gemma3TextConfig",
+        {**TIED, "num_hidden_layers": 14, "sliding_window": 16, "query_pre_attn_scalar": 48},
+    ),
 }
 ROPES = {
     "default": {"rope_type": "default"},
@@ -60,6 +77,9 @@ def make_config(family: str, rope: str = "default", **changes) -> transformers.P
     """The tiny config of a family with one kind of RoPE; `changes` are fields of config.json."""
     name, fields = FAMILIES[family]
     rope_parameters = {"rope_theta": 10000.0, **ROPES[rope]}
+    if family == "gemma3":
+        local = {"rope_type": "default", "rope_theta": 500.0}
+        rope_parameters = {"full_attention": rope_parameters, "sliding_attention": local}
     fields = {"tie_word_embeddings": False, **SIZES, **fields, "rope_parameters": rope_parameters, **changes}
     return getattr(transformers, name)(**fields)
 
@@ -70,7 +90,7 @@ def make_model(config: transformers.PretrainedConfig, seed: int = 0) -> transfor
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            mean = 1.0 if "norm" in name else 0.0
+            mean = 1.0 if "norm" in name and "gemma" not in config.model_type else 0.0
             parameter.copy_(mean + 0.08 * torch.randn(parameter.shape))
     return model
 

@@ -4,6 +4,9 @@ LOGITS = 1e-5  # float32 logits against transformers, largest difference over la
 LOSS = 1e-5  # float32 loss of a step against PEFT + torch, relative
 WEIGHTS = 1e-4  # adapter weights after 20 steps against PEFT + torch, relative to their largest
 GRADIENT = 1e-5  # a kernel's gradient against autodiff of its reference, float32
+VISION_GRADIENT = (
+    5e-5  # adapter gradients of a whole model, float32, against PEFT, over the largest of a leaf
+)
 MERGED = 5e-5  # float32 logits of merged weights against base plus adapter: the same sums in another order
 SAMPLED_LOGPROBS = (
     1e-4  # log-probs of generated tokens, float32, against the model's own forward pass: other sums
@@ -11,6 +14,7 @@ SAMPLED_LOGPROBS = (
 GPU_LOGITS = 2e-5  # the same on a GPU, float32 products: other summation orders
 BF16 = 6e-3  # bfloat16 kernels against float32 references, norm of the difference over the norm
 LLAMA_CPP_LOGITS = 1e-4  # float32 logits of llama.cpp for a float32 .gguf file against transformers
+LLAMA_CPP_GELU = 2e-3  # the same where the MLP has GELU, which llama.cpp looks up in a table of 16-bit floats
 GGUF_BLOCKS = 0.98  # part of the K-quant blocks made in JAX that are those of the exact NumPy path, at least
 GGUF_ERROR = 1.0005  # root mean square error of blocks made in JAX over that of the NumPy path, at most
 # e4m3 has 3 bits of fraction: rounding errs by up to 1/16, 2.6 % in the root mean square, and a product of two rounded

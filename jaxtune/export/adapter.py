@@ -31,7 +31,7 @@ def save_adapter(
     Args:
         model: a model with an adapter.
         directory: folder to make; see `export.folder` for what happens to an existing one.
-        tokenizer: saved beside the adapter; by default the model's.
+        tokenizer: saved beside the adapter, or a processor; by default the model's.
         with_tokenizer: False: the adapter alone.
 
     Raises:
@@ -44,7 +44,7 @@ def save_adapter(
     for name, value in tensors.items():
         check_finite(name, value)
     config = config_to_peft(lora, model.name_or_path, model.checkpoint.revision)
-    tokenizer = tokenizer or model.tokenizer
+    tokenizer = tokenizer or model.processor or model.tokenizer
     with staged_folder(directory, sum(value.nbytes for value in tensors.values())) as folder:
         with ShardWriter(folder, list(tensors), "1TB", single=ADAPTER_WEIGHTS) as writer:
             for name, value in sorted(tensors.items()):

@@ -16,7 +16,7 @@ from jaxtune import models
 from jaxtune.export.adapter import check_finite
 from jaxtune.export.gguf_format import GgufWriter, TensorEntry
 from jaxtune.export.gguf_identity import identity
-from jaxtune.export.gguf_metadata import QUANTIZATION_VERSION, Metadata, check_config
+from jaxtune.export.gguf_metadata import QUANTIZATION_VERSION, Metadata, check_config, gguf_family
 from jaxtune.formats.gguf_names import file_order, gguf_name, interleave_rotary_halves, rotary_heads
 from jaxtune.lora import PEFT_PREFIX, adapter_tensors
 
@@ -79,7 +79,7 @@ def _tensors(model: Model) -> dict[str, np.ndarray]:
             f"GGUF adapters cannot hold modules_to_save={list(model.lora.modules_to_save)}; export the merged "
             "model instead"
         )
-    family = models.family(model.config).GGUF
+    family = gguf_family(model.config)
     check_config(model.config, family)
     decoder = models.family(model.config).config(model.config)
     found = {}
@@ -89,7 +89,7 @@ def _tensors(model: Model) -> dict[str, np.ndarray]:
         heads = rotary_heads(weight, decoder.num_heads, decoder.num_kv_heads) if family.interleaved else None
         if heads is not None and leaf == "lora_b":
             value = interleave_rotary_halves(value, heads)
-        found[f"{gguf_name(weight)}.{leaf}"] = value
+        found[f"{gguf_name(weight, family.architecture)}.{leaf}"] = value
     return {key: found[key] for key in file_order(found)}
 
 
@@ -98,7 +98,7 @@ def _metadata(model: Model, name: str, tensors: dict[str, np.ndarray]) -> Metada
     pairs = [(value, tensors[f"{key[:-1]}b"]) for key, value in tensors.items() if key.endswith(".lora_a")]
     parameters = sum(a.shape[1] * b.shape[0] for a, b in pairs)
     return {
-        "general.architecture": models.family(model.config).GGUF.architecture,
+        "general.architecture": gguf_family(model.config).architecture,
         "general.type": "adapter",
         "adapter.type": "lora",
         **identity(name, parameters, adapter=True),

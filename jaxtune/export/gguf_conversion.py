@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxtune import models
 from jaxtune.export.adapter import check_finite
-from jaxtune.export.gguf_metadata import Metadata, check_config, model_metadata, rope_factors
+from jaxtune.export.gguf_metadata import Metadata, check_config, gguf_family, model_metadata, rope_factors
 from jaxtune.export.gguf_origin import kept_metadata, kept_rope_factors
 from jaxtune.export.gguf_vocabulary import harmless_name, vocabulary
 from jaxtune.export.merged import Base, check_base, merged_on_device, merged_tensor, tensor_shape
@@ -25,6 +25,7 @@ from jaxtune.formats.gguf_names import (
     file_order,
     gguf_name,
     interleave_rotary_halves,
+    norm_shift,
     rotary_heads,
 )
 from jaxtune.models.names import Slot, expected_names
@@ -38,13 +39,19 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class _Place(NamedTuple):
-    """Where a tensor comes from: checkpoint name, slot and leaf; and how many heads its rows are, if llama.cpp keeps
-    the two halves of each in turn."""
+    """Where a tensor comes from: checkpoint name, slot and leaf; how many heads its rows are, if llama.cpp keeps the
+    two halves of each in turn; and what is added to it."""
 
     name: str
     slot: Slot
     leaf: str
     heads: int | None
+    shift: float
+
+    def stored(self, values):
+        """Values of NumPy or JAX as the file has them."""
+        values = values + np.float32(self.shift) if self.shift else values
+        return interleave_rotary_halves(values, self.heads) if self.heads else values
 
 
 @dataclass(frozen=True)
@@ -70,20 +77,20 @@ class Conversion:
         """One tensor as it goes into the file, float32, merged now; ValueError for one with NaN or infinity."""
         if tensor == ROPE_FACTORS and self._factors is not None:
             return self._factors
-        name, slot, leaf, heads = self._places[tensor]
-        values = merged_tensor(self._model, self._base, name, slot, leaf)
-        check_finite(name, values)
-        return interleave_rotary_halves(values, heads) if heads else values
+        place = self._places[tensor]
+        values = merged_tensor(self._model, self._base, place.name, place.slot, place.leaf)
+        check_finite(place.name, values)
+        return place.stored(values)
 
     def read_on_device(self, tensor: str) -> jax.Array:
         """The same, merged on and left on the model's device."""
         if tensor == ROPE_FACTORS and self._factors is not None:
             return jnp.asarray(self._factors)
-        name, slot, leaf, heads = self._places[tensor]
-        values = merged_on_device(self._model, self._base, name, slot, leaf)
+        place = self._places[tensor]
+        values = merged_on_device(self._model, self._base, place.name, place.slot, place.leaf)
         if not jnp.isfinite(values).all():
-            check_finite(name, np.asarray(values))
-        return interleave_rotary_halves(values, heads) if heads else values
+            check_finite(place.name, np.asarray(values))
+        return place.stored(values)
 
 
 def convert(
@@ -108,16 +115,17 @@ def convert(
     """
     check_base(model, base)
     config, origin = model.config, model.checkpoint.gguf
-    family, decoder = models.family(config).GGUF, models.family(config).config(config)
+    family, decoder = gguf_family(config), models.family(config).config(config)
     check_config(config, family)
     factors = rope_factors(decoder.rope)
     if origin is not None:
         factors = kept_rope_factors(origin, decoder.rope, factors)
     places = {
-        gguf_name(hf): _Place(
+        gguf_name(hf, family.architecture): _Place(
             hf,
             *place,
             rotary_heads(hf, decoder.num_heads, decoder.num_kv_heads) if family.interleaved else None,
+            norm_shift(hf, family.architecture),
         )
         for hf, place in expected_names(model.module).items()
     }
@@ -145,7 +153,7 @@ def _metadata(
     pre_tokenizer: str | None,
 ) -> Metadata:
     config, origin, generation = model.config, model.checkpoint.gguf, model.checkpoint.generation_config
-    family = models.family(config).GGUF
+    family = gguf_family(config)
     if origin is not None:
         return kept_metadata(origin, config, family, tokenizer, generation, pre_tokenizer)
     name = name or model.name_or_path.replace("\\", "/").rstrip("/").rpartition("/")[2]
@@ -162,13 +170,13 @@ def _shapes(
     factors: np.ndarray | None,
 ) -> Shapes:
     shapes: Shapes = {} if factors is None else {ROPE_FACTORS: factors.shape}
-    for name, (_, slot, leaf, _) in places.items():
-        kind = name.split(".")[-2]
+    for name, place in places.items():
+        kind, leaf = name.split(".")[-2], place.leaf
         if leaf == "bias" and kind not in family.biases:
             raise ValueError(
                 f"{name}: llama.cpp's {family.architecture} has no bias there and would leave it out"
             )
-        shapes[name] = tensor_shape(model, slot, leaf)
+        shapes[name] = tensor_shape(model, place.slot, leaf)
     rows = shapes["token_embd.weight"][0]
     if rows != model.config.vocab_size:
         raise ValueError(f"the embedding has {rows} rows and config.vocab_size is {model.config.vocab_size}")

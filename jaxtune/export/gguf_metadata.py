@@ -15,7 +15,8 @@ import numpy as np
 from jaxtune import models
 from jaxtune.export.gguf_format import Value
 from jaxtune.export.gguf_identity import identity
-from jaxtune.formats.gguf_names import GgufFamily
+from jaxtune.formats.gguf_names import GEMMA, GgufFamily
+from jaxtune.models.decoder import DecoderConfig
 from jaxtune.models.rope import Rope, frequencies
 
 if TYPE_CHECKING:
@@ -42,25 +43,75 @@ _SAMPLING = (
 )
 
 
+def gguf_family(config: PretrainedConfig) -> GgufFamily:
+    """How llama.cpp knows a model's family; raises ValueError where nothing here writes it as GGUF."""
+    family = models.family(config)
+    if not hasattr(family, "GGUF"):
+        raise ValueError(
+            f"{config.model_type} cannot be saved as GGUF yet, neither its language part nor its projector. "
+            "Save it with save_pretrained_merged and convert that folder with llama.cpp's converter "
+            "(convert_hf_to_gguf.py, and again with --mmproj)"
+        )
+    return family.GGUF
+
+
 def check_config(config: PretrainedConfig, family: GgufFamily) -> None:
     """Raises ValueError for a config that llama.cpp's graph of the family cannot compute."""
     arch = family.architecture
     decoder = models.family(config).config(config)
-    if decoder.hidden_act != "silu":
-        raise ValueError(f"hidden_act={decoder.hidden_act!r}: llama.cpp's {arch} has silu only")
-    windows = {window for window in decoder.windows if window is not None}
-    if windows and min(windows) < config.max_position_embeddings:
+    if decoder.hidden_act != family.activation:
         raise ValueError(
-            f"sliding_window={min(windows)}: llama.cpp's {arch} has no sliding window and would attend to "
-            f"everything. Set model.config.max_position_embeddings = {min(windows)} to export a model of that context, "
-            "within which both are the same"
+            f"hidden_act={decoder.hidden_act!r}: llama.cpp's {arch} has {family.activation} only"
         )
+    _check_windows(config, decoder, family)
+    if arch in GEMMA:
+        _check_gemma(decoder, family)
     if not family.own_head_dim and decoder.num_heads * decoder.head_dim != decoder.hidden_size:
         raise ValueError(
             f"head_dim={decoder.head_dim}: llama.cpp's {arch} needs hidden_size / heads = "
             f"{decoder.hidden_size // decoder.num_heads}"
         )
     _check_rope(decoder.rope, family)
+
+
+def _check_windows(config: PretrainedConfig, decoder: DecoderConfig, family: GgufFamily) -> None:
+    windows, period = {window for window in decoder.windows if window is not None}, family.window_period
+    if period is not None:
+        wanted = [layer % period == period - 1 for layer in range(len(decoder.windows))]
+        if [window is None for window in decoder.windows] != wanted:
+            raise ValueError(
+                f"layer_types: in llama.cpp's {family.architecture} the last of every {period} layers sees all tokens "
+                "and the others a window; this model has another pattern"
+            )
+    elif windows and min(windows) < config.max_position_embeddings:
+        raise ValueError(
+            f"sliding_window={min(windows)}: llama.cpp's {family.architecture} has no sliding window and would attend "
+            f"to everything. Set model.config.max_position_embeddings = {min(windows)} to export a model of that "
+            "context, within which both are the same"
+        )
+
+
+def _check_gemma(decoder: DecoderConfig, family: GgufFamily) -> None:
+    """What llama.cpp derives from the number of layers, or takes Gemma's value for."""
+    large = len(decoder.windows) == family.large
+    wanted = decoder.hidden_size // decoder.num_heads if large else decoder.head_dim
+    scalar = decoder.head_dim / decoder.query_scale**2
+    if not math.isclose(scalar, wanted):
+        raise ValueError(
+            f"query_pre_attn_scalar={scalar:g}: llama.cpp's {family.architecture} of {len(decoder.windows)} layers "
+            f"always computes with {wanted}"
+        )
+    softcaps = decoder.attention_softcap, decoder.logit_softcap
+    if decoder.local_rope is None and None in softcaps:
+        raise ValueError(
+            f"attn_logit_softcapping={softcaps[0]}, final_logit_softcapping={softcaps[1]}: llama.cpp's "
+            f"{family.architecture} always caps both"
+        )
+    if decoder.local_rope is not None and decoder.local_rope.kind != "default":
+        raise ValueError(
+            f"rope_type={decoder.local_rope.kind!r} of sliding_attention: llama.cpp's {family.architecture} scales the "
+            "RoPE of the other layers only"
+        )
 
 
 def _check_rope(rope: Rope, family: GgufFamily) -> None:
@@ -109,6 +160,8 @@ def model_metadata(
     fields = models.family(config).config(config)
     extra = {"vocab_size": fields.vocab_size, "rope.dimension_count": fields.head_dim}
     keys |= {f"{family.architecture}.{key}": np.uint32(extra[key]) for key in family.extra_keys}
+    if family.window_period is not None:
+        keys |= {f"{family.architecture}.{key}": value for key, value in _softcaps_and_window(fields).items()}
     keys["general.quantization_version"] = QUANTIZATION_VERSION
     return keys
 
@@ -116,6 +169,8 @@ def model_metadata(
 def hyperparameters(config: PretrainedConfig) -> Metadata:
     """The architecture's own keys, without its prefix."""
     decoder = models.family(config).config(config)
+    if models.family(config).GGUF.architecture == "gemma2":
+        return _gemma2_hyperparameters(config, decoder)
     keys: Metadata = {
         "block_count": np.uint32(config.num_hidden_layers),
         "context_length": np.uint32(config.max_position_embeddings),
@@ -125,11 +180,45 @@ def hyperparameters(config: PretrainedConfig) -> Metadata:
         "attention.head_count_kv": np.uint32(decoder.num_kv_heads),
         **rope_scaling(decoder.rope),
         "rope.freq_base": np.float32(decoder.rope.theta),
+        **_local_rope(decoder),
         "attention.layer_norm_rms_epsilon": np.float32(decoder.rms_norm_eps),
     }
     if config.to_dict().get("head_dim") is not None:
         keys |= dict.fromkeys(("attention.key_length", "attention.value_length"), np.uint32(decoder.head_dim))
     return keys
+
+
+def _local_rope(decoder: DecoderConfig) -> Metadata:
+    theta = None if decoder.local_rope is None else decoder.local_rope.theta
+    return {} if theta is None else {"rope.freq_base_swa": np.float32(theta)}
+
+
+def _softcaps_and_window(decoder: DecoderConfig) -> Metadata:
+    """Of the architectures that have them."""
+    softcaps = {
+        "attn_logit_softcapping": decoder.attention_softcap,
+        "final_logit_softcapping": decoder.logit_softcap,
+    }
+    keys: Metadata = {key: np.float32(value) for key, value in softcaps.items() if value is not None}
+    windows = [window for window in decoder.windows if window is not None]
+    return keys | ({"attention.sliding_window": np.uint32(windows[0])} if windows else {})
+
+
+def _gemma2_hyperparameters(config: PretrainedConfig, decoder: DecoderConfig) -> Metadata:
+    theta = {} if decoder.rope.theta == 10000 else {"rope.freq_base": np.float32(decoder.rope.theta)}
+    return {
+        "context_length": np.uint32(config.max_position_embeddings),
+        "embedding_length": np.uint32(decoder.hidden_size),
+        "block_count": np.uint32(config.num_hidden_layers),
+        "feed_forward_length": np.uint32(decoder.intermediate_size),
+        "attention.head_count": np.uint32(decoder.num_heads),
+        "attention.head_count_kv": np.uint32(decoder.num_kv_heads),
+        "attention.layer_norm_rms_epsilon": np.float32(decoder.rms_norm_eps),
+        "attention.key_length": np.uint32(decoder.head_dim),
+        "attention.value_length": np.uint32(decoder.head_dim),
+        **rope_scaling(decoder.rope),
+        **theta,
+    }
 
 
 def rope_scaling(rope: Rope) -> Metadata:

@@ -20,7 +20,7 @@ from jaxtune.export.gguf_metadata import Metadata
 from jaxtune.export.gguf_pre_tokenizer import pre_tokenizer_name
 from jaxtune.export.gguf_special_tokens import ids_and_flags
 from jaxtune.formats import sentencepiece_model as spm
-from jaxtune.formats.gguf_names import GgufFamily
+from jaxtune.formats.gguf_names import GEMMA, GgufFamily
 from jaxtune.formats.gguf_tokenizer import PRE_TOKENIZERS
 
 if TYPE_CHECKING:
@@ -64,9 +64,12 @@ def vocabulary(
     rows = config.vocab_size
     _check(tokenizer, core, rows)
     keys: Metadata = {}
+    last: Metadata = {}
     if core["model"].get("byte_fallback"):
         prefix = _space_prefix(core, tokenizer)
-        if _declared_prefix(tokenizer, family) is not None or not prefix:
+        if family.architecture in GEMMA:
+            last["tokenizer.ggml.add_space_prefix"] = prefix
+        elif _declared_prefix(tokenizer, family) is not None or not prefix:
             keys["tokenizer.ggml.add_space_prefix"] = prefix
         keys |= _sentencepiece(core, rows, _model_file(tokenizer))
         default_bos = True
@@ -77,7 +80,7 @@ def vocabulary(
         name = pre_tokenizer or pre_tokenizer_name(core)
         keys |= _byte_level(core, rows, name)
         default_bos = PRE_TOKENIZERS[name].bos if name in PRE_TOKENIZERS else None
-    return keys | ids_and_flags(tokenizer, core, config, family, generation, default_bos=default_bos)
+    return keys | ids_and_flags(tokenizer, core, config, family, generation, default_bos=default_bos) | last
 
 
 def harmless_name(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -220,9 +223,11 @@ def _pieces_of_the_merges(core: dict[str, Any]) -> dict[int, spm.Piece]:
 def _space_prefix(core: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether llama.cpp is to put a space in front of text (it does so again after every special token)."""
     normalizer, pre = core["normalizer"], core["pre_tokenizer"]
+    to_bar = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    if normalizer == to_bar and pre and (pre["type"], pre.get("pattern")) == ("Split", {"String": " "}):
+        return False  # Gemma's: no space is left to split at
     steps = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer]
     steps = [step for step in steps if step is not None]
-    to_bar = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     if pre is None and steps in ([{"type": "Prepend", "prepend": "▁"}, to_bar], [to_bar]):
         return len(steps) == 2
     if not steps and pre and pre["type"] == "Metaspace" and pre["replacement"] == "▁" and not pre["split"]:

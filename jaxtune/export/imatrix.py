@@ -21,13 +21,12 @@ from flax import nnx
 from gguf.constants import GGMLQuantizationType
 from tqdm.auto import tqdm
 
+from jaxtune import models
 from jaxtune.export.gguf_format import GgufWriter, TensorEntry
 from jaxtune.formats.gguf_file import GgufFile
 from jaxtune.formats.gguf_names import gguf_name
-from jaxtune.models.decoder import Context
 from jaxtune.models.layers import Linear
 from jaxtune.models.names import join
-from jaxtune.models.rope import tables
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -321,8 +320,7 @@ def _sums(graphdef, trainable, base, batch: dict[str, jax.Array]) -> list[list[d
     """
     module = join(graphdef, trainable, base)
     x = module.embed(batch["input_ids"])
-    cos, sin = tables(module.config.rope, batch["positions"], module.dtype)
-    ctx = Context(cos, sin, batch["positions"], batch["segment_ids"])
+    ctx = module.context(batch["positions"], batch["segment_ids"])
     real = batch["segment_ids"] != 0
 
     def run(graph, x, state):
@@ -342,9 +340,10 @@ def _sums(graphdef, trainable, base, batch: dict[str, jax.Array]) -> list[list[d
 
 def _named(model: Model, sums: list[list[dict[str, jax.Array]]]) -> Iterator[tuple[str, np.ndarray]]:
     """(GGUF tensor name, float32 [in]) of everything that `_sums` gave."""
+    architecture = models.family(model.config).GGUF.architecture
     for segment, periods in zip(model.module.plan, sums, strict=True):
         for at, layer in enumerate(periods):
             for path, stacked in layer.items():
                 for repeat, value in enumerate(np.asarray(stacked)):
                     number = segment.first + repeat * segment.period + at
-                    yield gguf_name(f"model.layers.{number}.{path}.weight"), value
+                    yield gguf_name(f"model.layers.{number}.{path}.weight", architecture), value

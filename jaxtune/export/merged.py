@@ -24,7 +24,9 @@ from jaxtune.export.adapter import check_finite, save_adapter
 from jaxtune.export.folder import MODEL_CONFIG, staged_folder
 from jaxtune.formats.safetensors_writer import ShardWriter
 from jaxtune.lora import merged_weight
-from jaxtune.models.names import Slot, expected_names, linear_slots, stored_weight
+from jaxtune.models import stays_in_16_bits
+from jaxtune.models.names import Slot, expected_names, linear_slots, module_at, stored_weight
+from jaxtune.models.rope import parameters_of
 from jaxtune.quant import BLOCK, NF4, dequantize_nf4, quantize_nf4, to_bnb
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ def save_merged(
     Args:
         model: with or without an adapter; a fully fine-tuned one is saved as it is.
         directory: folder to make; see `export.folder` for what happens to an existing one.
-        tokenizer: saved beside the weights; by default the model's.
+        tokenizer: saved beside the weights, or a processor; by default the model's.
         save_method: "merged_16bit"; "merged_4bit" (also "merged_4bit_forced", "forced_merged_4bit"), NF4 as
             bitsandbytes stores it, with a new rounding error; "lora", the adapter alone.
         base: what the adapter is merged onto, "dequantised" or "original".
@@ -87,12 +89,13 @@ def save_merged(
     if method == "lora":
         return save_adapter(model, directory, tokenizer)
     kind = _dtype(model, dtype)
-    tokenizer = tokenizer or model.tokenizer
+    tokenizer = tokenizer or model.processor or model.tokenizer
     quantised = _quantised(model) if method == "merged_4bit" else set()
     config = _config(model, kind, quantised)
     plan = expected_names(model.module)
     nbytes = sum(_nbytes(tensor_shape(model, *plan[name]), name, quantised, kind) for name in plan)
-    names = [f"{name}{side}" for name in plan for side in ("", *(f".{side}" for side in _BNB_SIDES))]
+    stored = [model.checkpoint.stored_name(name) for name in plan]
+    names = [f"{name}{side}" for name in stored for side in ("", *(f".{side}" for side in _BNB_SIDES))]
     with staged_folder(directory, nbytes) as folder:
         bar = tqdm(plan, f"Saving {method}", unit="tensor", disable=not progress, leave=False)
         with ShardWriter(folder, names, max_shard_size) as writer:
@@ -145,8 +148,12 @@ def _quantised(model: Model) -> set[str]:
     stored = {name for name, slot in slots.items() if f"{slot.path}.weight.codes" in model.base}
     if stored:
         return stored
-    shapes = {name: tensor_shape(model, slot, "weight") for name, slot in slots.items() if name != "lm_head"}
-    return {name for name, shape in shapes.items() if shape[1] % BLOCK == 0}
+    linears = {name: module_at(model.module, slot.path) for name, slot in slots.items()}
+    return {
+        name
+        for name, linear in linears.items()
+        if linear.in_features % BLOCK == 0 and not stays_in_16_bits(model.module, name, linear)
+    }
 
 
 def _double(model: Model) -> bool:
@@ -177,11 +184,12 @@ def _tensors(
     module = name.rpartition(".")[0]
     if leaf == "weight" and module in quantised:
         tensors = to_bnb(_merged_nf4(model, base, name, slot), dtype=kind.name)
-        return {f"{module}.{side}": value for side, value in tensors.items()}
+        stored = model.checkpoint.stored_name(name).rpartition(".")[0]
+        return {f"{stored}.{side}": value for side, value in tensors.items()}
     with np.errstate(over="ignore"):  # an overflow becomes infinite and is reported by name
         value = merged_tensor(model, base, name, slot, leaf).astype(kind)
     check_finite(name, value)
-    return {name: value}
+    return {model.checkpoint.stored_name(name): value}
 
 
 def merged_tensor(model: Model, base: Base, name: str, slot: Slot, leaf: str) -> np.ndarray:
@@ -232,15 +240,18 @@ def _config(model: Model, kind: np.dtype, quantised: set[str]) -> dict[str, Any]
     if quantised:
         plain = sorted(set(linear_slots(model.module)) - quantised | {"lm_head"})
         config.quantization_config = _bnb_config(kind.name, _double(model), plain)
-    config.standardize_rope_params()
     fields = json.loads(config.to_json_string(use_diff=False))
-    rope = fields["rope_parameters"]
+    if "rope_parameters" not in fields:  # those of nested configs have one form
+        return fields | {"torch_dtype": kind.name}
+    rope = parameters_of(config)
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
     older = {
         "torch_dtype": kind.name,
         "rope_theta": rope["rope_theta"],
         "rope_scaling": None if rope["rope_type"] == "default" else scaling,
     }
+    if "sliding_attention" in config.rope_parameters:
+        older["rope_local_base_freq"] = config.rope_parameters["sliding_attention"]["rope_theta"]
     return fields | older
 
 

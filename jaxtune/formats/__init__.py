@@ -1,5 +1,7 @@
 """Checkpoint file formats: readers that give one tensor at a time under its Hugging Face name; a writer."""
 
+import re
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -22,3 +24,33 @@ class TensorReader(Protocol):
     def read(self, name: str) -> np.ndarray | BnbTensor:
         """One weight, [out, in] for a linear layer."""
         ...
+
+
+class Renamed:
+    """A reader whose names are changed.
+
+    Args:
+      reader: the checkpoint's. rules: (pattern, replacement) pairs of `re.sub`, tried in turn on each name.
+    """
+
+    def __init__(self, reader: TensorReader, rules: Sequence[tuple[str, str]]):
+        self._reader = reader
+        self.stored = {self._rename(name, rules): name for name in reader.names()}
+
+    @staticmethod
+    def _rename(name: str, rules: Sequence[tuple[str, str]]) -> str:
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    def names(self) -> list[str]:
+        """New names, in the file's order."""
+        return list(self.stored)
+
+    def info(self, name: str) -> TensorInfo:
+        """Of a weight by its new name."""
+        return self._reader.info(self.stored[name])
+
+    def read(self, name: str) -> np.ndarray | BnbTensor:
+        """A weight by its new name."""
+        return self._reader.read(self.stored[name])

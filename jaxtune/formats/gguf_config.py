@@ -1,4 +1,4 @@
-"""Rebuild a transformers config from GGUF metadata (architectures llama, qwen2 and qwen3).
+"""Rebuild a transformers config from GGUF metadata (architectures llama, qwen2, qwen3, gemma2 and gemma3).
 
 Mistral models are written with architecture "llama". GGUF does not say so; without a sliding window the two
 are the same mathematics, and with one the config becomes Mistral's.
@@ -8,8 +8,23 @@ from typing import Any
 
 import numpy as np
 
-MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-_CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+MODEL_TYPES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+}
+_CLASSES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3",
+}
+# Layers of Gemma's largest models, whose scores are scaled by another number than head_dim; llama.cpp's rule.
+_GEMMA_LARGE = {"gemma2": 46, "gemma3": 62}
 _KNOWN_LLAMA3 = tuple((factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0))  # Llama 3.1/3.3 and 3.2
 # What changes the mathematics and has no counterpart in the families above. Value: the harmless ones.
 _REFUSED = {
@@ -47,8 +62,9 @@ def hf_config(
     own = {
         key.removeprefix(f"{arch}."): value for key, value in metadata.items() if key.startswith(f"{arch}.")
     }
+    softcaps = {"attn_logit_softcapping", "final_logit_softcapping"} if arch in _GEMMA_LARGE else set()
     for key, harmless in _REFUSED.items():
-        if own.get(key, harmless[0]) not in harmless:
+        if key not in softcaps and own.get(key, harmless[0]) not in harmless:
             raise ValueError(f"{arch}.{key} = {own[key]!r} is not supported by jaxtune's {arch} model")
     heads = _one(own, "attention.head_count")
     head_dim = own.get(
@@ -78,7 +94,32 @@ def hf_config(
         **_rope(own, arch, rope_factors),
         **_token_ids(metadata),
     }
+    if arch in _GEMMA_LARGE:
+        return _gemma(config, own, arch)
     return config | _family_fields(model_type, window, shapes)
+
+
+def _gemma(config: dict[str, Any], own: dict[str, Any], arch: str) -> dict[str, Any]:
+    """What Gemma's config has otherwise; which layers have a window is its default."""
+    if "attention.sliding_window_pattern" in own:
+        raise ValueError(
+            f"{arch}.attention.sliding_window_pattern is not supported; jaxtune has {arch}'s own"
+        )
+    large = config["num_hidden_layers"] == _GEMMA_LARGE[arch]
+    del config["hidden_act"]
+    config["hidden_activation"] = "gelu_pytorch_tanh"
+    config["query_pre_attn_scalar"] = (
+        config["hidden_size"] // config["num_attention_heads"] if large else config["head_dim"]
+    )
+    config["sliding_window"] = own.get("attention.sliding_window", 4096)
+    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0} if arch == "gemma2" else {}
+    caps |= {"final_logit_softcapping": 0.0} if arch == "gemma3" else {}
+    config |= {key: _decimal(own.get(key, usual)) or None for key, usual in caps.items()}
+    if arch == "gemma3":
+        config["rope_local_base_freq"] = _decimal(own.get("rope.freq_base_swa", 10000.0))
+        if "attention.sliding_window" not in own:
+            config["layer_types"] = ["full_attention"] * config["num_hidden_layers"]
+    return config
 
 
 def _family_fields(model_type: str, window: int | None, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -25,13 +25,21 @@ _BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_GEMMA_BLOCK = _BLOCK | {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 _TOP_BACK = {hf: name for name, hf in _TOP.items()}
 _BLOCK_BACK = {hf: name for name, hf in _BLOCK.items()}
+_GEMMA_BLOCK_BACK = {hf: name for name, hf in _GEMMA_BLOCK.items()}
 _HF_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _GGUF_LAYER = re.compile(r"blk\.(\d+)\.")
 # Architectures whose q and k rows llama.cpp keeps pair by pair, because its rotary kernel for them turns
 # neighbouring rows; the others turn row i with row i + head_dim/2, as Hugging Face does.
 INTERLEAVED = frozenset({"llama"})
+# Architectures with norms behind attention and MLP too. GGUF has what norms multiply by, Hugging Face that less 1.
+GEMMA = frozenset({"gemma2", "gemma3"})
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,9 @@ class GgufFamily:
     biases: block tensors that llama.cpp's graph adds a bias to; a bias elsewhere cannot be exported.
     own_head_dim: head_dim may differ from hidden_size / heads.
     rope_factors: the graph knows llama3's RoPE scaling, the tensor rope_freqs.
+    activation: the MLP's.
+    window_period: the last layer of so many sees everything, the others a window; None: no layer has a window.
+    large: with so many layers scores are scaled by hidden_size / heads, else, as in other families, by head_dim.
     """
 
     architecture: str
@@ -50,26 +61,37 @@ class GgufFamily:
     biases: frozenset[str] = frozenset()
     own_head_dim: bool = True
     rope_factors: bool = False
+    activation: str = "silu"
+    window_period: int | None = None
+    large: int | None = None
 
     @property
     def interleaved(self) -> bool:
         return self.architecture in INTERLEAVED
 
 
-def hf_name(name: str) -> str:
+def hf_name(name: str, architecture: str) -> str:
     """ "blk.3.attn_q.weight" -> "model.layers.3.self_attn.q_proj.weight"; KeyError for an unknown tensor."""
     stem, _, leaf = name.rpartition(".")
     if not stem.startswith("blk."):
         return f"{_TOP[stem]}.{leaf}"
     _, layer, kind = stem.split(".", 2)
-    return f"model.layers.{layer}.{_BLOCK[kind]}.{leaf}"
+    return f"model.layers.{layer}.{(_GEMMA_BLOCK if architecture in GEMMA else _BLOCK)[kind]}.{leaf}"
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, architecture: str) -> str:
     """ "model.layers.3.self_attn.q_proj.weight" -> "blk.3.attn_q.weight"; KeyError for an unknown tensor."""
     stem, _, leaf = name.rpartition(".")
     match = _HF_LAYER.fullmatch(stem)
-    return f"blk.{match[1]}.{_BLOCK_BACK[match[2]]}.{leaf}" if match else f"{_TOP_BACK[stem]}.{leaf}"
+    if match is None:
+        return f"{_TOP_BACK[stem]}.{leaf}"
+    block = _GEMMA_BLOCK_BACK if architecture in GEMMA else _BLOCK_BACK
+    return f"blk.{match[1]}.{block[match[2]]}.{leaf}"
+
+
+def norm_shift(name: str, architecture: str) -> float:
+    """What the GGUF of a tensor (by either name) has more than the Hugging Face checkpoint."""
+    return 1.0 if architecture in GEMMA and name.endswith("norm.weight") else 0.0
 
 
 def file_order(names: Iterable[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """A GGUF model under Hugging Face names: config, weights in HF orientation, generation settings.
 
 llama.cpp's converter interleaves the two rotary halves of q and k for architecture "llama" (which includes
-Mistral); reading undoes that. Norm weights, biases and the other architectures are stored as they are.
+Mistral), and adds 1 to Gemma's norms; reading undoes that. Everything else is stored as it is.
 """
 
 from pathlib import Path
@@ -16,6 +16,7 @@ from jaxtune.formats.gguf_names import (
     ROPE_FACTORS,
     hf_name,
     join_rotary_halves,
+    norm_shift,
     rotary_heads,
 )
 from jaxtune.formats.safetensors_reader import TensorInfo
@@ -42,7 +43,10 @@ class GgufModel:
         )
         self.config: dict[str, Any] = hf_config(self.metadata, shapes, self.rope_factors)
         self.generation_config = generation_config(self.metadata)
-        self._gguf_names = {_hf_name(name, path): name for name in self._parts if name != ROPE_FACTORS}
+        self._architecture = self.metadata["general.architecture"]
+        self._gguf_names = {
+            _hf_name(name, self._architecture, path): name for name in self._parts if name != ROPE_FACTORS
+        }
 
     def names(self) -> list[str]:
         """Hugging Face weight names, in file order."""
@@ -58,7 +62,9 @@ class GgufModel:
         """One weight dequantised to float32 [out, in]."""
         gguf_name = self._gguf_names[name]
         values = self._parts[gguf_name].read(gguf_name)
-        if self.metadata["general.architecture"] in INTERLEAVED:
+        if shift := norm_shift(name, self._architecture):
+            return values - np.float32(shift)
+        if self._architecture in INTERLEAVED:
             config = self.config
             heads = rotary_heads(name, config["num_attention_heads"], config["num_key_value_heads"])
             if heads:
@@ -66,8 +72,8 @@ class GgufModel:
         return values
 
 
-def _hf_name(name: str, path: str | Path) -> str:
+def _hf_name(name: str, architecture: str, path: str | Path) -> str:
     try:
-        return hf_name(name)
+        return hf_name(name, architecture)
     except (KeyError, ValueError):
         raise ValueError(f"{path}: tensor {name!r} belongs to no layer of the supported families") from None

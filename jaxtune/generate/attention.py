@@ -12,23 +12,46 @@ from jaxtune.kernels.decode_attention import decode_attention, merge
 KV = tuple[jax.Array, jax.Array]
 
 
-def prompt_attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
+def prompt_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    window: int | None,
+    softcap: float | None,
+    blocks: jax.Array | None,
+) -> jax.Array:
     """Causal attention of prompts with themselves; what pads their end is seen by no token of theirs.
 
     Args:
-      q: [P, S, H, h]. k, v: [P, S, K, h]. window: tokens seen, None for all.
+      q: [P, S, H, h]. k, v: [P, S, K, h]. window: tokens seen, None for all. softcap: of scores, None for none.
+      blocks: int32 [P, S], see `masked_attention`.
     """
-    if supports_cudnn(q, packed=False):
+    if blocks is None and supports_cudnn(q, packed=False, softcap=softcap):
         return cudnn_attention(q, k, v, None, window)
     positions = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
     one = jnp.zeros_like(positions)
     return masked_attention(
-        q, k, v, q_positions=positions, kv_positions=positions, q_segments=one, kv_segments=one, window=window
+        q,
+        k,
+        v,
+        q_positions=positions,
+        kv_positions=positions,
+        q_segments=one,
+        kv_segments=one,
+        window=window,
+        softcap=softcap,
+        blocks=blocks,
     )
 
 
 def group_attention(
-    q: jax.Array, prompt: KV, own: KV, lengths: jax.Array, step: jax.Array, window: int | None
+    q: jax.Array,
+    prompt: KV,
+    own: KV,
+    lengths: jax.Array,
+    step: jax.Array,
+    window: int | None,
+    softcap: float | None,
 ) -> jax.Array:
     """One token of each row against its group's prompt and its own tokens, as one softmax.
 
@@ -38,6 +61,7 @@ def group_attention(
       own: k, v [P·G, K, T, h], of which columns 0 to `step` are tokens.
       lengths: int32 [P]. step: int32 [].
       window: keys further back than this many tokens are hidden; None sees all.
+      softcap: of scores, None for none.
 
     Returns:
       [P·G, H·h] in q's dtype.
@@ -56,8 +80,8 @@ def group_attention(
     first = jnp.zeros_like(lengths) if window is None else jnp.maximum(lengths + step + 1 - window, 0)
     own_first = jnp.int32(0) if window is None else jnp.maximum(step + 1 - window, 0)
     every = jnp.ones(groups * size, jnp.int32)
-    shared = jax.tree.map(to_rows, decode_attention(by_prompt, *prompt, first, lengths))
+    shared = jax.tree.map(to_rows, decode_attention(by_prompt, *prompt, first, lengths, softcap))
     alone = decode_attention(
-        q.reshape(groups * size, kv, per_kv, h), *own, own_first * every, (step + 1) * every
+        q.reshape(groups * size, kv, per_kv, h), *own, own_first * every, (step + 1) * every, softcap
     )
     return merge([shared, alone]).reshape(groups * size, heads * h)

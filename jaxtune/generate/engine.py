@@ -19,8 +19,10 @@ from jaxtune.budget import free_bytes
 from jaxtune.generate import plan, steps
 from jaxtune.generate.results import Generations, Record, Updates
 from jaxtune.generate.sampling import Sampling
+from jaxtune.generate.sight import Sight
 from jaxtune.generate.wave import Job, Wave
 from jaxtune.generate.weights import Weights, merged, merged_bytes, reads_codes, stored
+from jaxtune.images import Processed
 from jaxtune.kernels.attention import supports_cudnn
 
 SEGMENT = 16  # decode steps a dispatch
@@ -104,6 +106,7 @@ class Engine:
         stop_strings: Sequence[str] = (),
         on_tokens: Callable[[Updates], object] | None = None,
         streams: Sequence[tuple[int, int]] | None = None,
+        images: Sequence[Processed] | None = None,
     ) -> Generations:
         """Continues each prompt n times.
 
@@ -121,6 +124,7 @@ class Engine:
           on_tokens: called with [(answer's number, its new ids), …] as they come.
           streams: of each prompt, (prompt, first sample) to draw noise for, (its number, 0) when None: so that a part
             of a larger call gives what the whole would.
+          images: of each prompt (ids, image tokens included), what the processor gave; see `images.VisionFamily.rows`.
 
         Returns:
           len(prompts)·n answers, those of a prompt beside each other.
@@ -138,8 +142,9 @@ class Engine:
             strings=stop_strings,
             on_tokens=on_tokens,
             streams=streams,
+            images=images,
         )
-        weights, job, waves = self._seated(asked, n)
+        weights, job, waves = self._seated(asked, n, images)
         shown = self._progress and max_new_tokens > 1 and on_tokens is None
         with tqdm(
             total=len(job.streams),
@@ -154,8 +159,9 @@ class Engine:
         return job.record.generations([(i, j) for i in range(len(prompts)) for j in range(n)])
 
     def _job(
-        self, prompts, *, n: int, sampling: Sampling, limit: int, seed: int, stop, strings, on_tokens, streams
-    ) -> Job:
+        self, prompts, *, n: int, sampling: Sampling, limit: int, seed: int, stop, strings, on_tokens, streams,
+        images,
+    ) -> Job:  # fmt: skip
         """The checked arguments of `generate`."""
         ids = self._ids(prompts)
         if n < 1:
@@ -168,6 +174,8 @@ class Engine:
             raise ValueError(f"stop_strings must be a list of texts that are not empty, got {strings!r}")
         if streams is not None and len(streams) != len(ids):
             raise ValueError(f"streams must name one stream a prompt: {len(ids)}, got {len(streams)}")
+        if images is not None and len(images) != len(ids):
+            raise ValueError(f"images must name those of each prompt: {len(ids)}, got {len(images)}")
         record = Record(
             len(ids) * n,
             limit,
@@ -202,12 +210,22 @@ class Engine:
                 raise ValueError(f"prompt {i} has ids outside of the vocabulary of {vocabulary}")
         return found
 
-    def _seated(self, job: Job, n: int) -> tuple[Weights, Job, list[plan.Slots]]:
+    def _seated(
+        self, job: Job, n: int, images: Sequence[Processed] | None
+    ) -> tuple[Weights, Job, list[plan.Slots]]:
         """What steps read, the job with equal prompts given once, and the rows of each wave in their places."""
-        rows: dict[tuple[int, ...], list[int]] = {}
+        rows: dict[tuple, list[int]] = {}
+        first: list[int] = []
         for i, prompt in enumerate(job.prompts):
-            rows.setdefault(tuple(prompt), []).extend(range(i * n, (i + 1) * n))
-        job = job._replace(prompts=[list(prompt) for prompt in rows])
+            # images are compared by their bytes
+            seen = () if images is None else [(k, np.asarray(v).tobytes()) for k, v in images[i].items()]
+            key = (tuple(prompt), *seen)
+            if key not in rows:
+                first.append(i)
+            rows.setdefault(key, []).extend(range(i * n, (i + 1) * n))
+        job = job._replace(prompts=[job.prompts[i] for i in first])
+        if images is not None:
+            job = job._replace(look=Sight(self.model, [images[i] for i in first]))
         by_prompt = dict(enumerate(rows.values()))
         columns = plan.bucket(max(map(len, job.prompts)), plan.PROMPT_COLUMNS)
         own = plan.bucket(job.record.limit, plan.OWN_COLUMNS)
@@ -255,7 +273,8 @@ class Engine:
     def forecast(self, groups: int, size: int, columns: int, own: int) -> plan.Memory:
         """Bytes beside the weights of groups x size rows whose caches have these columns."""
         c, dtype = self.model.module.config, self.model.dtype
-        flash = supports_cudnn(jax.ShapeDtypeStruct((1, 1, 1, c.head_dim), dtype), packed=False)
+        query = jax.ShapeDtypeStruct((1, 1, 1, c.head_dim), dtype)
+        flash = supports_cudnn(query, packed=False, softcap=c.attention_softcap)
         return plan.forecast(c, dtype, groups, size, columns, own, flash)
 
     def _places(self, wanted: int, size: int, columns: int, own: int, taken: int = 0) -> int:

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from jaxtune.generate.attention import KV, group_attention, prompt_attention
 from jaxtune.generate.sampling import Choice, Sampling, choose, row_keys
 from jaxtune.generate.weights import Layer, Weights
+from jaxtune.kernels.cross_entropy import softcapped
 from jaxtune.kernels.keep import keeping_nothing
-from jaxtune.models.decoder import ACTIVATIONS, DecoderConfig
-from jaxtune.models.rope import rotate, tables
+from jaxtune.models.decoder import ACTIVATIONS, DecoderConfig, Deep, Segment
+from jaxtune.models.layers import rms_norm
+from jaxtune.models.rope import Rope, rotate, tables
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,26 @@ class Spec:
 
 
 class Prompts(NamedTuple):
-    """One prompt for each group: of each layer k, v [P, K, S, h]; lengths int32 [P], tokens of each."""
+    """One prompt for each group: of each layer k, v [P, K, S, h]; lengths int32 [P], tokens of each.
+
+    offsets: int32 [P], how much further on than its number the rotary position of a token after the prompt is: 0, but
+    behind images whose tokens share positions.
+    """
 
     layers: tuple[KV, ...]
     lengths: jax.Array
+    offsets: jax.Array
+
+
+class Shown(NamedTuple):
+    """Prompts with images: x [N, S, D], embeddings with image features in place; rope_positions int32 [N, S, 3], None
+    where a token's rotary position is its number; blocks int32 [N, S], see `models.decoder.Context`, or None; deep,
+    features for the first layers, or None."""
+
+    x: jax.Array
+    rope_positions: jax.Array | None
+    blocks: jax.Array | None
+    deep: Deep | None
 
 
 class State(NamedTuple):
@@ -57,34 +75,46 @@ class Report(NamedTuple):
     kept_logprob: jax.Array | None
 
 
-def _norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    wide = x.astype(jnp.float32)
-    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
-    return weight * normed.astype(x.dtype)
+def _norm(x: jax.Array, weight: jax.Array, spec: Spec) -> jax.Array:
+    return rms_norm(x, weight, spec.config.rms_norm_eps, plus_one=spec.config.plus_one_norms)
 
 
-def _tables(spec: Spec, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [B, T, 1, h/2] of int32 [B, T]; rows apart, since "dynamic" frequencies depend on the longest."""
-    rows = jax.vmap(lambda one: tables(spec.config.rope, one[None], spec.dtype))(positions)
-    return rows[0][:, 0], rows[1][:, 0]
+def _tables(spec: Spec, positions: jax.Array) -> dict[bool, tuple[jax.Array, jax.Array]]:
+    """cos and sin [B, T, 1, h/2] of int32 [B, T] or [B, T, 3], for layers without (False) and with a window (True);
+    rows apart, since "dynamic" frequencies depend on the longest."""
+
+    def each(rope: Rope):
+        rows = jax.vmap(lambda one: tables(rope, one[None], spec.dtype))(positions)
+        return rows[0][:, 0], rows[1][:, 0]
+
+    everywhere, local = each(spec.config.rope), spec.config.local_rope
+    return {False: everywhere, True: everywhere if local is None else each(local)}
+
+
+def _embedded(weights: Weights, ids: jax.Array, spec: Spec) -> jax.Array:
+    return spec.config.scaled(weights.embed[ids].astype(spec.dtype))
 
 
 def _queries(layer: Layer, x: jax.Array, spec: Spec, cos, sin) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x [B, T, D] -> rotated q [B, T, H, h] and k, and v [B, T, K, h]."""
     c, (batch, tokens, _) = spec.config, x.shape
-    y = layer.qkv(_norm(x, layer.input_norm, c.rms_norm_eps).reshape(batch * tokens, -1))
+    y = layer.qkv(_norm(x, layer.input_norm, spec).reshape(batch * tokens, -1))
     y = y.reshape(batch, tokens, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
     q, k, v = jnp.split(y, [c.num_heads, c.num_heads + c.num_kv_heads], 2)
     if layer.q_norm is not None and layer.k_norm is not None:
-        q, k = _norm(q, layer.q_norm, c.rms_norm_eps), _norm(k, layer.k_norm, c.rms_norm_eps)
+        q, k = _norm(q, layer.q_norm, spec), _norm(k, layer.k_norm, spec)
+    if c.query_scale != 1:
+        q = q * c.query_scale
     return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 def _after_attention(layer: Layer, x: jax.Array, attended: jax.Array, spec: Spec) -> jax.Array:
     """The residual x [N, D] and the heads' outputs [N, H·h] -> the layer's output."""
-    x = x + layer.out(attended)
-    gate, up = jnp.split(layer.gate_up(_norm(x, layer.post_norm, spec.config.rms_norm_eps)), 2, -1)
-    return x + layer.down(ACTIVATIONS[spec.config.hidden_act](gate) * up)
+    attended = layer.out(attended)
+    x = x + (attended if layer.attended_norm is None else _norm(attended, layer.attended_norm, spec))
+    gate, up = jnp.split(layer.gate_up(_norm(x, layer.mlp_norm, spec)), 2, -1)
+    y = layer.down(ACTIVATIONS[spec.config.hidden_act](gate) * up)
+    return x + (y if layer.mlp_out_norm is None else _norm(y, layer.mlp_out_norm, spec))
 
 
 def _written(caches: KV, new: KV, at: tuple) -> KV:
@@ -96,12 +126,12 @@ def _written(caches: KV, new: KV, at: tuple) -> KV:
     return k, v
 
 
-def _prefill_layer(spec: Spec, layer: Layer, x, cos, sin, window: int | None) -> tuple[jax.Array, KV]:
+def _prefill_layer(spec: Spec, layer: Layer, x, cos, sin, blocks, window: int | None) -> tuple[jax.Array, KV]:
     """x [N, S, D] of prompts -> the layer's output, and their keys and values [N, S, K, h]."""
     q, k, v = _queries(layer, x, spec, cos, sin)
     flat = x.reshape(-1, x.shape[-1])
-    attended = prompt_attention(q, k, v, window).reshape(len(flat), -1)
-    return _after_attention(layer, flat, attended, spec).reshape(x.shape), (k, v)
+    attended = prompt_attention(q, k, v, window, spec.config.attention_softcap, blocks)
+    return _after_attention(layer, flat, attended.reshape(len(flat), -1), spec).reshape(x.shape), (k, v)
 
 
 def _decode_layer(
@@ -111,7 +141,7 @@ def _decode_layer(
     q, k, v = _queries(layer, x[:, None], spec, cos, sin)
     own = _written(own, (k, v), (0, 0, step, 0))
     q = q.reshape(len(lengths), -1, *q.shape[2:])
-    attended = group_attention(q, prompt, own, lengths, step, window)
+    attended = group_attention(q, prompt, own, lengths, step, window, spec.config.attention_softcap)
     return _after_attention(layer, x, attended, spec), own
 
 
@@ -145,6 +175,7 @@ def prefill(
     ids: jax.Array,
     lengths: jax.Array,
     at: jax.Array,
+    shown: Shown | None = None,
     *,
     spec: Spec,
 ) -> tuple[tuple[KV, ...], jax.Array]:
@@ -154,26 +185,35 @@ def prefill(
       store: of each layer k, v [P, K, S, h].
       ids: int32 [N, S], N prompts padded at the end. lengths: int32 [N].
       at: int32 [], where the first of them stands in the store.
+      shown: the prompts with their images.
 
     Returns:
       (store, hidden state of each prompt's last token [N, D]).
     """
     batch, tokens = ids.shape
     positions = jnp.minimum(jnp.arange(tokens), lengths[:, None] - 1)
-    cos, sin = _tables(spec, positions)
-    x, run, made = weights.embed[ids].astype(spec.dtype), _shared(_prefill_layer, spec), []
+    if shown is not None and shown.rope_positions is not None:
+        positions = shown.rope_positions
+    ropes, x = _tables(spec, positions), _embedded(weights, ids, spec) if shown is None else shown.x
+    run, made, blocks = _shared(_prefill_layer, spec), [], None if shown is None else shown.blocks
     with keeping_nothing():
         for segment in weights.segments:  # stacked layers in a loop: compiling their kernels takes long
             windows, repeats = spec.config.windows[len(made) :], len(segment[0].input_norm)
 
-            def period(x, layers, windows=windows):
-                new = []
-                for layer, window in zip(layers, windows, strict=False):
-                    x, kv = run(layer, x, cos, sin, window=window)
+            deep = None
+            if shown is not None and shown.deep is not None:
+                deep = shown.deep.of(Segment(len(made), len(segment), repeats))
+
+            def period(x, layers, windows=windows, deep=deep):
+                (layers, features), new = layers, []
+                for i, (layer, window) in enumerate(zip(layers, windows, strict=False)):
+                    x, kv = run(layer, x, *ropes[window is not None], blocks, window=window)
+                    x = x if deep is None else Deep(features[i], deep.slots).add(x)
                     new.append(kv)
                 return x, new
 
-            x, stacked = jax.lax.scan(period, x, segment, unroll=repeats == 1)
+            inputs = segment, None if deep is None else deep.features
+            x, stacked = jax.lax.scan(period, x, inputs, unroll=repeats == 1)
             made += [jax.tree.map(lambda leaf, r=r: leaf[r], kv) for r in range(repeats) for kv in stacked]
     written = [_written(old, new, (at, 0, 0, 0)) for old, new in zip(store, made, strict=True)]
     return tuple(written), x[jnp.arange(batch), lengths - 1]
@@ -181,9 +221,9 @@ def prefill(
 
 def _next(weights: Weights, x: jax.Array, seen, keys, step, spec: Spec) -> tuple[Choice, Any]:
     """Hidden states [B, D] before the last norm -> the tokens chosen, and what has been seen with them."""
-    x = _norm(x, weights.norm, spec.config.rms_norm_eps)
+    x = _norm(x, weights.norm, spec)
     logits = jnp.dot(x, weights.head.T, preferred_element_type=jnp.float32)
-    choice = choose(logits, seen, keys, step, spec.sampling)
+    choice = choose(softcapped(logits, spec.config.logit_softcap), seen, keys, step, spec.sampling)
     if seen is not None:
         seen = seen.at[jnp.arange(len(seen)), choice.token].set(True)
     return choice, seen
@@ -235,7 +275,7 @@ def decode(
     steps: int,
 ) -> tuple[State, Report]:
     """`steps` tokens of each row; arguments as of `begin`. All rows write the same column: they began together."""
-    keys, positions = _keys(seed, streams), prompts.lengths.repeat(streams.shape[1])
+    keys, positions = _keys(seed, streams), (prompts.lengths + prompts.offsets).repeat(streams.shape[1])
     rows = len(state.last)
     f32 = partial(jnp.zeros, (steps, rows), jnp.float32)
     kept = f32() if spec.sampling.cuts() else None
@@ -244,12 +284,13 @@ def decode(
 
     def step(i: jax.Array, carry: tuple[State, Report]) -> tuple[State, Report]:
         state, report = carry
-        x = weights.embed[state.last].astype(spec.dtype)
-        cos, sin = _tables(spec, (positions + state.step)[:, None])
+        x = _embedded(weights, state.last, spec)
+        ropes = _tables(spec, (positions + state.step)[:, None])
         layers = []
         for layer, prompt, own, window in zip(
             weights.layers(), prompts.layers, state.layers, spec.config.windows, strict=True
         ):
+            cos, sin = ropes[window is not None]
             x, own = run(layer, x, prompt, own, cos, sin, prompts.lengths, state.step, window=window)
             layers.append(own)
         choice, seen = _next(weights, x, state.seen, keys, state.step + 1, spec)

@@ -1,5 +1,6 @@
 """One wave: rows that begin together, from their prompts to the last one's end."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,8 @@ class Job(NamedTuple):
     """One call of `generate`.
 
     prompts: different ones. streams: int32 [N, 2], the (prompt, sample) that each row's noise is drawn for. segment:
-    decode steps a dispatch.
+    decode steps a dispatch. look: numbers of prompts, their ids int32 [N, S] and lengths -> those prompts with their
+    images and the offsets of `steps.Prompts`; None where no prompt has images.
     """
 
     prompts: list[list[int]]
@@ -28,6 +30,7 @@ class Job(NamedTuple):
     spec: steps.Spec
     record: Record
     segment: int
+    look: Callable[[list[int], np.ndarray, np.ndarray], tuple[steps.Shown, np.ndarray]] | None = None
 
 
 class Pending(NamedTuple):
@@ -56,7 +59,7 @@ class Wave:
         query = jax.ShapeDtypeStruct((1, 1, 1, c.head_dim), job.spec.dtype)
         cache = jax.ShapeDtypeStruct((1, 1, plan.OWN_COLUMNS, c.head_dim), job.spec.dtype)
         # where only filled columns are read, caches need not grow, and one program does for all lengths
-        self._reads_filled = supported(query, cache)
+        self._reads_filled = supported(query, cache, c.attention_softcap)
         self._own = 0  # columns of the rows' own caches
         self._steps = 0  # decode steps dispatched
 
@@ -80,14 +83,12 @@ class Wave:
         job = self._job
         seated = self._seats.prompts.tolist()
         different = list(dict.fromkeys(prompt for prompt in seated if prompt >= 0))
-        ids, lengths, layers, hidden = self._prefill(different)
-        if different != seated[: len(different)] or len(lengths) != len(
-            seated
-        ):  # a prompt is in several groups
+        ids, (layers, lengths, offsets), hidden = self._prefill(different)
+        if different + [-1] * (len(lengths) - len(different)) != seated:  # a prompt is in several groups
             group = np.array([different.index(prompt) if prompt >= 0 else 0 for prompt in seated])
-            ids, lengths, hidden, layers = ids[group], lengths[group], hidden[group], list(layers)
-            layers = steps.taken(layers, group)
-        self._prompts = steps.Prompts(layers, lengths)
+            ids, lengths, hidden, offsets = ids[group], lengths[group], hidden[group], offsets[group]
+            layers = steps.taken(list(layers), group)
+        self._prompts = steps.Prompts(layers, lengths, offsets)
         self._uses("begin", *self._seats.rows.shape)
         self._state, report = steps.begin(
             self._weights, hidden, ids, lengths, self._streams(), job.seed, spec=job.spec
@@ -95,9 +96,10 @@ class Wave:
         return Pending(report, self._seats.rows.ravel(), 0)
 
     def _prefill(self, prompts: list[int]):
-        """Prompts by number -> ids int32 [P, S], lengths int32 [P], caches, last hidden states [P, D]."""
+        """Prompts by number -> ids int32 [P, S], steps.Prompts, last hidden states [P, D]."""
         job, count = self._job, plan.bucket(len(prompts))
         ids, lengths = np.zeros((count, self._columns), np.int32), np.ones(count, np.int32)
+        offsets = np.zeros(count, np.int32)
         for place, prompt in enumerate(prompts):
             tokens = job.prompts[prompt]
             ids[place, : len(tokens)], lengths[place] = tokens, len(tokens)
@@ -108,12 +110,15 @@ class Wave:
         )
         self._uses("prefill", count, batch)
         for at in range(0, count, batch):
-            some = slice(at, at + batch)
+            some, shown = slice(at, at + batch), None
+            if job.look is not None:
+                shown, offsets[some] = job.look(prompts[some], ids[some], lengths[some])
             layers, last = steps.prefill(
-                self._weights, layers, ids[some], lengths[some], np.int32(at), spec=job.spec
+                self._weights, layers, ids[some], lengths[some], np.int32(at), shown, spec=job.spec
             )
             hidden.append(last)
-        return jnp.asarray(ids), jnp.asarray(lengths), layers, jnp.concatenate(hidden)
+        made = steps.Prompts(layers, jnp.asarray(lengths), jnp.asarray(offsets))
+        return jnp.asarray(ids), made, jnp.concatenate(hidden)
 
     def _segment(self) -> Pending:
         """Dispatches the next steps."""
@@ -167,8 +172,8 @@ class Wave:
             state.step,
             None if state.seen is None else state.seen[by_row],
         )
-        lengths = self._prompts.lengths[by_group]
-        self._prompts = steps.Prompts(steps.taken(prompts, by_group), lengths)
+        lengths, offsets = self._prompts.lengths[by_group], self._prompts.offsets[by_group]
+        self._prompts = steps.Prompts(steps.taken(prompts, by_group), lengths, offsets)
 
     def _caches(self, batch: int, columns: int) -> tuple:
         c, dtype = self._job.spec.config, self._job.spec.dtype

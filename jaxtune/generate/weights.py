@@ -24,7 +24,18 @@ PROJECTIONS = {
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
-NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+# The fields of `Layer` that are norms, in a layer without and in one with norms behind attention and MLP.
+NORMS = {
+    "input_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+}
+SANDWICH_NORMS = NORMS | {
+    "attended_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_out_norm": "post_feedforward_layernorm",
+}
 
 
 class Projection(NamedTuple):
@@ -54,13 +65,15 @@ class Layer(NamedTuple):
     """The weights of one decoder layer; those of several have a leading axis. Norms are [D], or [h] of q and k."""
 
     input_norm: jax.Array
-    post_norm: jax.Array
-    q_norm: jax.Array | None
-    k_norm: jax.Array | None
+    mlp_norm: jax.Array
     qkv: Projection
     out: Projection
     gate_up: Projection
     down: Projection
+    q_norm: jax.Array | None = None
+    k_norm: jax.Array | None = None
+    attended_norm: jax.Array | None = None
+    mlp_out_norm: jax.Array | None = None
 
 
 class Weights(NamedTuple):
@@ -105,7 +118,8 @@ def merged(model: Any) -> Weights:
 
 
 def _decoder_slots(model: Any) -> dict[str, Slot]:
-    return {name: slot for name, slot in linear_slots(model.module).items() if name != "lm_head"}
+    inside = f"{model.module.decoder_path}."
+    return {name: slot for name, slot in linear_slots(model.module).items() if name.startswith(inside)}
 
 
 def merged_bytes(model: Any) -> int:
@@ -131,21 +145,27 @@ def _weights(model: Any, prepare: Callable, split: Callable) -> Weights:
     """prepare: stacked layers as stored (adapters float32) -> what is split(layers, segment) into segments."""
     module, leaves, segments = model.module, {**model.base, **model.trainable}, []
     for i, plan in enumerate(module.plan):
-        layers = tuple(_stacked_layer(module, leaves, f"model.layers.{i}.{j}") for j in range(plan.period))
+        layers = tuple(
+            _stacked_layer(module, leaves, f"{module.decoder_path}.layers.{i}.{j}")
+            for j in range(plan.period)
+        )
         segments += split(prepare(layers), plan)
-    embed = leaves["model.embed_tokens.weight"].astype(model.dtype)
+    embed = leaves[f"{module.decoder_path}.embed_tokens.weight"].astype(model.dtype)
     head = embed if module.lm_head is None else leaves["lm_head.weight"].astype(model.dtype)
-    return Weights(embed, head, leaves["model.norm.weight"].astype(model.dtype), tuple(segments))
+    return Weights(
+        embed, head, leaves[f"{module.decoder_path}.norm.weight"].astype(model.dtype), tuple(segments)
+    )
 
 
 def _stacked_layer(module: CausalLM, leaves: Leaves, prefix: str) -> Layer:
-    norms = (leaves.get(f"{prefix}.{name}.weight") for name in NORMS)
-    norms = (None if norm is None else norm.astype(module.dtype) for norm in norms)
-    found = (
-        _stacked_projection(module, leaves, [f"{prefix}.{name}" for name in names])
-        for names in PROJECTIONS.values()
-    )
-    return Layer(*norms, *found)
+    names = SANDWICH_NORMS if module.config.sandwich_norms else NORMS
+    paths = {field: f"{prefix}.{name}.weight" for field, name in names.items()}
+    norms = {field: leaves[path].astype(module.dtype) for field, path in paths.items() if path in leaves}
+    projections = {
+        field: _stacked_projection(module, leaves, [f"{prefix}.{name}" for name in names])
+        for field, names in PROJECTIONS.items()
+    }
+    return Layer(**norms, **projections)
 
 
 def _stacked_projection(module: CausalLM, leaves: Leaves, paths: list[str]) -> Projection:

@@ -1,4 +1,5 @@
-"""Causal attention over packed rows: a token sees its own document, up to itself, within its window.
+"""Causal attention over packed rows: a token sees its own document, up to itself, within its window. And attention of
+the patches of images with one another, which is not causal.
 
 On an NVIDIA GPU training goes through cuDNN, which skips what is masked and keeps one number a row for the backward
 pass. Elsewhere, with a cache, or in float32, XLA takes a mask. `supports_cudnn` says which.
@@ -19,10 +20,15 @@ def attention_mask(
     q_segments: jax.Array,
     kv_segments: jax.Array,
     window: int | None,
+    blocks: jax.Array | None = None,
 ) -> jax.Array:
-    """bool [B, 1, T, S] from int32 positions and segment ids [B, T] (queries) and [B, S] (keys)."""
+    """bool [B, 1, T, S] from int32 positions and segment ids [B, T] (queries) and [B, S] (keys); see
+    `masked_attention`."""
     distance = q_positions[:, :, None] - kv_positions[:, None, :]
-    allowed = (q_segments[:, :, None] == kv_segments[:, None, :]) & (distance >= 0)
+    allowed = distance >= 0
+    if blocks is not None:
+        allowed |= (blocks[:, :, None] == blocks[:, None, :]) & (blocks[:, :, None] > 0)
+    allowed &= q_segments[:, :, None] == kv_segments[:, None, :]
     if window is not None:
         allowed &= distance < window
     return allowed[:, None]
@@ -38,6 +44,8 @@ def masked_attention(
     q_segments: jax.Array,
     kv_segments: jax.Array,
     window: int | None,
+    softcap: float | None = None,
+    blocks: jax.Array | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention with grouped key/value heads; softmax in float32. The reference.
 
@@ -46,18 +54,32 @@ def masked_attention(
       q_positions, kv_positions: int32 [B, T], [B, S], counted within a document.
       q_segments, kv_segments: int32 [B, T], [B, S]; only equal ids see each other.
       window: keys further back than this many tokens are hidden; None sees all.
+      softcap: scores become softcap·tanh(scores/softcap).
+      blocks: int32 [B, T] of a row with itself; tokens of one block, but of block 0, see those behind them too.
 
     Returns:
       [B, T, H, h] in q's dtype.
     """
-    mask = attention_mask(q_positions, kv_positions, q_segments, kv_segments, window)
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+    mask = attention_mask(q_positions, kv_positions, q_segments, kv_segments, window, blocks)
+    if softcap is None:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+    return _capped_attention(q, k, v, mask, softcap)
 
 
-def supports_cudnn(q: jax.Array, packed: bool) -> bool:
+def _capped_attention(q, k, v, mask: jax.Array, softcap: float) -> jax.Array:
+    """Attention under a mask bool [B, 1, T, S] with softcapped scores."""
+    batch, tokens, _, h = q.shape
+    grouped = q.reshape(batch, tokens, k.shape[2], -1, h)  # [B, T, K, H/K, h]
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32) * h**-0.5
+    scores = jnp.where(mask[:, :, None], softcap * jnp.tanh(scores / softcap), jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(q.shape)
+
+
+def supports_cudnn(q: jax.Array, packed: bool, softcap: float | None = None) -> bool:
     """Whether cuDNN takes these queries on the GPU that the program is traced for (its own documented limits)."""
     gpu = target.capability()
-    if gpu is None or q.dtype not in (jnp.bfloat16, jnp.float16):
+    if gpu is None or softcap is not None or q.dtype not in (jnp.bfloat16, jnp.float16):
         return False
     hopper = gpu >= (9, 0)
     return (
@@ -88,15 +110,15 @@ def packed_layout(starts: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array]
     return lengths, jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
 
 
-def _cudnn_arguments(q, k, v, starts, window):
+def _cudnn_arguments(q, k, v, starts, window, causal):
     """(operands, parameters) of jax's cuDNN primitives; they are private, the constraints file pins the version."""
     from jax._src.cudnn.fused_attention_stablehlo import AttentionLayout, MaskType
 
     none = jnp.zeros(0, q.dtype)
-    lengths, offsets, mask = none, none, MaskType.CAUSAL
+    lengths, offsets, mask = none, none, MaskType.CAUSAL if causal else MaskType.NO_MASK
     if starts is not None:
         lengths, offsets = packed_layout(starts, q.shape[1])
-        mask = MaskType.PADDING_CAUSAL
+        mask = MaskType.PADDING_CAUSAL if causal else MaskType.PADDING
     parameters = {
         "scale": q.shape[-1] ** -0.5,
         "seed": 42,
@@ -109,8 +131,15 @@ def _cudnn_arguments(q, k, v, starts, window):
     return (q, k, v, none, lengths, lengths, offsets, offsets, none, none), parameters
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array | None, window: int | None):
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def cudnn_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    starts: jax.Array | None,
+    window: int | None,
+    causal: bool = True,
+):
     """`masked_attention` of a row with itself, through cuDNN.
 
     Args:
@@ -118,30 +147,75 @@ def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array 
       starts: int32 [B, M], M >= 2: see `packed_layout`. None: every row is one document from its first token (what
         pads its end is attended to by nothing before it).
       window: as above.
+      causal: False: every token of a document sees all of it.
     """
-    return _cudnn_forward(q, k, v, starts, window, is_training=False)[0]
+    return _cudnn_forward(q, k, v, starts, window, causal, is_training=False)[0]
 
 
-def _cudnn_forward(q, k, v, starts, window, is_training):
+def _cudnn_forward(q, k, v, starts, window, causal, is_training):
     from jax._src.cudnn.fused_attention_stablehlo import _dot_product_attention_fwd_p_wrapper
 
-    operands, parameters = _cudnn_arguments(q, k, v, starts, window)
+    operands, parameters = _cudnn_arguments(q, k, v, starts, window, causal)
     return _dot_product_attention_fwd_p_wrapper.bind(*operands, **parameters, is_training=is_training)
 
 
-def _forward(q, k, v, starts, window):
-    out, statistics = _cudnn_forward(q, k, v, starts, window, is_training=True)
+def _forward(q, k, v, starts, window, causal):
+    out, statistics = _cudnn_forward(q, k, v, starts, window, causal, is_training=True)
     out, statistics = keep((out, statistics), "attention")
     return out, (q, k, v, starts, statistics, out)
 
 
-def _backward(window, residuals, d_out):
+def _backward(window, causal, residuals, d_out):
     from jax._src.cudnn.fused_attention_stablehlo import _dot_product_attention_bwd_p_wrapper
 
     q, k, v, starts, statistics, out = residuals
-    operands, parameters = _cudnn_arguments(q, k, v, starts, window)
+    operands, parameters = _cudnn_arguments(q, k, v, starts, window, causal)
     grads = _dot_product_attention_bwd_p_wrapper.bind(*operands, statistics, out, d_out, **parameters)
     return *grads, None
 
 
 cudnn_attention.defvjp(_forward, _backward)
+
+
+def image_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Attention of all patches of an image with one another: q, k, v [N, S, H, h] -> [N, S, H, h] in q's dtype."""
+    if supports_cudnn(q, packed=False):
+        return cudnn_attention(q, k, v, None, None, False)
+    return keep(jax.nn.dot_product_attention(q, k, v, implementation="xla"), "attention")
+
+
+def segment_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, starts: jax.Array
+) -> jax.Array:
+    """Attention of all tokens of a segment with one another, as of an image's patches; segments stand end to end.
+
+    Args:
+      q, k, v: [1, P, H, h].
+      segments: int32 [P], equal within a segment. starts: int32 [M], first token of each, -1 in unused slots.
+
+    Returns:
+      [1, P, H, h] in q's dtype.
+    """
+    if supports_cudnn(q, packed=True):
+        return cudnn_attention(q, k, v, starts[None], None, False)
+    mask = (segments[:, None] == segments[None, :])[None, None]
+    return keep(jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla"), "attention")
+
+
+def window_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, windows: jax.Array, places: jax.Array
+) -> jax.Array:
+    """Attention of the tokens of each of many small windows with one another.
+
+    Args:
+      q, k, v: [1, P, H, h].
+      windows: int32 [W, S], the tokens of each window, -1 where it has fewer than S.
+      places: int32 [P], where each token stands in the flattened windows; any where it stands in none.
+
+    Returns:
+      [1, P, H, h] in q's dtype.
+    """
+    apart = (x[0][jnp.maximum(windows, 0)] for x in (q, k, v))  # [W, S, H, h]
+    mask = (windows >= 0)[:, None, None, :]
+    out = jax.nn.dot_product_attention(*apart, mask=mask, implementation="xla")
+    return keep(out.reshape(-1, *q.shape[2:])[places][None], "attention")

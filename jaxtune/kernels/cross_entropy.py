@@ -21,14 +21,21 @@ IGNORE = -100
 class Options(NamedTuple):
     """Static choices of the loss.
 
-    chunk: tokens a chunk. softcap: logits become softcap·tanh(logits/softcap). logit_scale: logits are multiplied by
-    it first (1/temperature in reinforcement learning). train_head: also return the head's gradient.
+    chunk: tokens a chunk. logit_scale: logits are multiplied by it. softcap: then they become
+    softcap·tanh(logits/softcap). temperature: then they are divided by it (reinforcement learning). train_head: also
+    return the head's gradient.
     """
 
     chunk: int = 1024
     softcap: float | None = None
     logit_scale: float = 1.0
     train_head: bool = False
+    temperature: float = 1.0
+
+
+def softcapped(logits: jax.Array, softcap: float | None) -> jax.Array:
+    """softcap·tanh(logits/softcap), or the logits themselves."""
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
 class _Statistics(NamedTuple):
@@ -41,9 +48,9 @@ class _Statistics(NamedTuple):
 
 
 def _chunk_logits(hidden, head, options):
-    """The model's logits, float32 [c, V]."""
+    """The logits that p is the softmax of, float32 [c, V]."""
     logits = jnp.dot(hidden, head.T, preferred_element_type=jnp.float32) * options.logit_scale
-    return logits if options.softcap is None else options.softcap * jnp.tanh(logits / options.softcap)
+    return softcapped(logits, options.softcap) * (1 / options.temperature)
 
 
 def _two_passes(logits, entropy: bool):
@@ -88,8 +95,12 @@ def _logit_gradient(logits, lse, labels, weights, options, entropy=None, entropy
     grad = (p - hot) * weights[:, None]
     if entropy is not None:
         grad -= p * (log_p + entropy[:, None]) * entropy_weights[:, None]
-    grad *= options.logit_scale
-    return grad if options.softcap is None else grad * (1 - (logits / options.softcap) ** 2)
+    grad *= options.logit_scale / options.temperature
+    return (
+        grad
+        if options.softcap is None
+        else grad * (1 - (logits * options.temperature / options.softcap) ** 2)
+    )
 
 
 def _fold(labels, options, visit: Callable, start):
@@ -203,7 +214,7 @@ def token_scores(hidden: jax.Array, head: jax.Array, labels: jax.Array, options:
 
     Args:
       hidden: [N, D]. head: [V, D], same dtype. labels: int32 [N], already shifted, -100 to leave a row out.
-      options: static; p is softmax(softcapped logit_scale·logits).
+      options: static; p is the softmax of logits as they say.
 
     Returns:
       log-probabilities and entropies are differentiable with respect to hidden, and to head with options.train_head.

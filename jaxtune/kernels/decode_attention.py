@@ -34,9 +34,17 @@ class Attended(NamedTuple):
     lse: jax.Array
 
 
-def reference(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, end: jax.Array) -> Attended:
+def reference(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    first: jax.Array,
+    end: jax.Array,
+    softcap: float | None = None,
+) -> Attended:
     """`decode_attention` in XLA: scores of all columns, softmax in float32."""
     scores = jnp.einsum("bkmh,bksh->bkms", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
     column = jnp.arange(k.shape[2])
     seen = (column >= first[:, None]) & (column < end[:, None])
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
@@ -58,26 +66,35 @@ def merge(parts: list[Attended]) -> jax.Array:
     return out.astype(parts[0].out.dtype)
 
 
-def supported(q: jax.Array, k: jax.Array) -> bool:
+def supported(q: jax.Array, k: jax.Array, softcap: float | None = None) -> bool:
     """Whether the kernel takes these queries and keys on the GPU that the program is traced for."""
     h = q.shape[-1]
     return (
-        target.capability() == (9, 0)
+        softcap is None
+        and target.capability() == (9, 0)
         and q.dtype == k.dtype == jnp.bfloat16
         and h in (64, 128)
         and k.shape[2] % CHUNK == 0
     )
 
 
-def decode_attention(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, end: jax.Array) -> Attended:
+def decode_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    first: jax.Array,
+    end: jax.Array,
+    softcap: float | None = None,
+) -> Attended:
     """Softmax attention of every query with the columns from `first` up to `end` of its cache.
 
     Args:
       q: [B, K, M, h]. k, v: [B, K, S, h].
       first, end: int32 [B], the columns that are seen: 0 <= first <= end <= S.
+      softcap: scores become softcap·tanh(scores/softcap).
     """
-    if not supported(q, k):
-        return reference(q, k, v, first, end)
+    if not supported(q, k, softcap):
+        return reference(q, k, v, first, end, softcap)
     out, lse = kernel(q, k, v, first, end)
     if len(out) == 1:
         return Attended(out[0], lse[0])

@@ -1,4 +1,4 @@
-"""The decoder-only transformer that Llama, Mistral and Qwen share; a family's file says how it differs.
+"""The decoder-only transformer that Llama, Mistral, Qwen and Gemma share; a family's file says how it differs.
 
 Attribute paths are the checkpoint's names, except that `layers` holds segments of stacked layers: runs of the
 smallest repeating pattern of layer kinds, each scanned, so that compile time does not grow with depth.
@@ -7,13 +7,14 @@ smallest repeating pattern of layer kinds, each scanned, so that compile time do
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxtune.kernels.attention import cudnn_attention, masked_attention, supports_cudnn
+from jaxtune.kernels.cross_entropy import softcapped
 from jaxtune.kernels.keep import keep
 from jaxtune.models import rope
 from jaxtune.models.layers import Embedding, Linear, RMSNorm, apply_gated, apply_together
@@ -31,7 +32,14 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """What the mathematics needs of config.json. `windows` has one entry a layer: tokens seen, None for all."""
+    """What the mathematics needs of config.json.
+
+    windows: one entry a layer, tokens seen, None for all. local_rope: of the layers with a window, where it is another
+    one. query_scale: q is multiplied by it, beside the usual 1/√h. attention_softcap, logit_softcap: of attention
+    scores and of the head's logits. embedding_scale: of the embedded tokens. plus_one_norms: norms multiply by
+    1 + weight. sandwich_norms: attention and MLP have a norm behind them too. whole_image_tokens: of an image, where
+    they all see each other, not just those before them.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -48,6 +56,14 @@ class DecoderConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    local_rope: Rope | None = None
+    query_scale: float = 1.0
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_scale: float | None = None
+    plus_one_norms: bool = False
+    sandwich_norms: bool = False
+    whole_image_tokens: int | None = None
 
     def __post_init__(self):
         if self.hidden_act not in ACTIVATIONS:
@@ -58,6 +74,16 @@ class DecoderConfig:
             raise ValueError(
                 f"num_attention_heads={self.num_heads} is no multiple of {self.num_kv_heads} kv heads"
             )
+
+    def norm(self, width: int, dtype) -> RMSNorm:
+        """A norm over `width` features, as the model's norms are."""
+        return RMSNorm(width, self.rms_norm_eps, dtype=dtype, plus_one=self.plus_one_norms)
+
+    def scaled(self, embedded: jax.Array) -> jax.Array:
+        """Embedded tokens in their dtype, to which the scale is rounded too."""
+        if self.embedding_scale is None:
+            return embedded
+        return embedded * jnp.asarray(self.embedding_scale, embedded.dtype)
 
 
 # The config.json fields that `read_config` honours for every family.
@@ -77,9 +103,9 @@ def read_config(hf, *, windows: Sequence[int | None], **differences) -> DecoderC
         num_kv_heads=hf.num_key_value_heads,
         head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
         rms_norm_eps=hf.rms_norm_eps,
-        tie_word_embeddings=hf.tie_word_embeddings,
+        tie_word_embeddings=getattr(hf, "tie_word_embeddings", False),
         rope=rope.from_config(hf),
-        hidden_act=hf.hidden_act,
+        hidden_act=getattr(hf, "hidden_act", None) or hf.hidden_activation,
         windows=tuple(windows),
         **differences,
     )
@@ -121,9 +147,10 @@ class Cache(NamedTuple):
 class Context(NamedTuple):
     """What every layer needs beside x: rope tables, who sees whom, the dropout key, the cache's columns.
 
+    local: cos and sin of the layers with a window, where they have their own.
     starts: int32 [B, M], the first token of each document of a row (kernels.attention.packed_layout), M = 1 where a
     row is one document; None where that is not known, and masks say who sees whom. shared: where a row holds one prompt
-    and several completions.
+    and several completions. blocks: int32 [B, T], the block of a token whose tokens all see each other, 0 for none.
     """
 
     cos: jax.Array
@@ -136,6 +163,12 @@ class Context(NamedTuple):
     kv_segments: jax.Array | None = None
     index: jax.Array | None = None
     shared: SharedPrefix | None = None
+    local: tuple[jax.Array, jax.Array] | None = None
+    blocks: jax.Array | None = None
+
+    def rope_tables(self, window: int | None) -> tuple[jax.Array, jax.Array]:
+        """cos and sin of a layer."""
+        return (self.cos, self.sin) if window is None or self.local is None else self.local
 
 
 class Attention(nnx.Module):
@@ -145,16 +178,20 @@ class Attention(nnx.Module):
         self.k_proj = Linear(config.hidden_size, kv * h, bias=config.qkv_bias, dtype=dtype)
         self.v_proj = Linear(config.hidden_size, kv * h, bias=config.qkv_bias, dtype=dtype)
         self.o_proj = Linear(heads * h, config.hidden_size, bias=config.output_bias, dtype=dtype)
-        self.q_norm = RMSNorm(h, config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
-        self.k_norm = RMSNorm(h, config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
+        self.q_norm = config.norm(h, dtype) if config.qk_norm else None
+        self.k_norm = config.norm(h, dtype) if config.qk_norm else None
         self.head_dim, self.window = h, window
+        self.query_scale, self.softcap = config.query_scale, config.attention_softcap
 
     def __call__(self, x: jax.Array, ctx: Context, kv=None):
         projections = apply_together([self.q_proj, self.k_proj, self.v_proj], x, ctx.key, "qkv")
         q, k, v = (y.reshape(*x.shape[:2], -1, self.head_dim) for y in projections)  # [B, T, heads, h]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, ctx.cos, ctx.sin), rotate(k, ctx.cos, ctx.sin)
+        if self.query_scale != 1:
+            q = q * self.query_scale
+        cos, sin = ctx.rope_tables(self.window)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out = self._attend(q, k, v, ctx, kv)
         return self.o_proj(out.reshape(*x.shape[:2], -1), ctx.key), (k, v)
 
@@ -162,9 +199,13 @@ class Attention(nnx.Module):
         if ctx.shared is not None:
             rows = ctx.shared
             apart = Context(ctx.cos, ctx.sin, rows.positions, rows.segment_ids, rows.starts)
+            if ctx.blocks is not None:
+                apart = apart._replace(blocks=rows.spread(ctx.blocks))
             return rows.gather(self._attend(rows.spread(q), rows.spread(k), rows.spread(v), apart, None))
-        if kv is None and ctx.starts is not None and supports_cudnn(q, packed=ctx.starts.shape[1] > 1):
-            starts = ctx.starts if ctx.starts.shape[1] > 1 else None
+        packed = ctx.starts is not None and ctx.starts.shape[1] > 1
+        causal = kv is None and ctx.starts is not None and ctx.blocks is None
+        if causal and supports_cudnn(q, packed, self.softcap):
+            starts = ctx.starts if packed else None
             return cudnn_attention(q, k, v, starts, self.window)
         kv_positions, kv_segments = ctx.positions, ctx.segment_ids
         if kv is not None:
@@ -180,12 +221,27 @@ class Attention(nnx.Module):
             q_segments=ctx.segment_ids,
             kv_segments=kv_segments,
             window=self.window,
+            softcap=self.softcap,
+            blocks=ctx.blocks,
         )
         return keep(out, "attention")
 
 
+class MLPConfig(Protocol):
+    """What `MLP` needs of a config: the decoder's, or a tower's."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def mlp_bias(self) -> bool: ...
+    @property
+    def hidden_act(self) -> str: ...
+
+
 class MLP(nnx.Module):
-    def __init__(self, config: DecoderConfig, dtype):
+    def __init__(self, config: MLPConfig, dtype):
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_proj = Linear(width, inner, bias=bias, dtype=dtype)
         self.up_proj = Linear(width, inner, bias=bias, dtype=dtype)
@@ -202,9 +258,9 @@ class MLP(nnx.Module):
 
 class DecoderLayer(nnx.Module):
     def __init__(self, config: DecoderConfig, window: int | None, dtype):
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.input_layernorm = config.norm(config.hidden_size, dtype)
         self.self_attn = Attention(config, window, dtype)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.post_attention_layernorm = config.norm(config.hidden_size, dtype)
         self.mlp = MLP(config, dtype)
 
     def __call__(self, x: jax.Array, ctx: Context, kv=None):
@@ -214,15 +270,59 @@ class DecoderLayer(nnx.Module):
         return x + self.mlp(self.post_attention_layernorm(x), ctx.key), new
 
 
+class SandwichLayer(nnx.Module):
+    """Gemma's: what attention and MLP add to x is normed too."""
+
+    def __init__(self, config: DecoderConfig, window: int | None, dtype):
+        self.input_layernorm = config.norm(config.hidden_size, dtype)
+        self.self_attn = Attention(config, window, dtype)
+        self.post_attention_layernorm = config.norm(config.hidden_size, dtype)
+        self.pre_feedforward_layernorm = config.norm(config.hidden_size, dtype)
+        self.mlp = MLP(config, dtype)
+        self.post_feedforward_layernorm = config.norm(config.hidden_size, dtype)
+
+    def __call__(self, x: jax.Array, ctx: Context, kv=None):
+        x = keep(x, "block_input")
+        out, new = self.self_attn(self.input_layernorm(x), ctx, kv)
+        x = keep(x + self.post_attention_layernorm(out), "residual")
+        out = self.mlp(self.pre_feedforward_layernorm(x), ctx.key)
+        return x + self.post_feedforward_layernorm(out), new
+
+
+class Deep(NamedTuple):
+    """Features of images that are added to the hidden states after the first layers (DeepStack, arXiv 2406.04334).
+
+    features: [n, F, D], for each of the first n layers. slots: int32 [B, T], the row that a token takes, -1 for none.
+    """
+
+    features: jax.Array
+    slots: jax.Array
+
+    def of(self, segment: Segment) -> "Deep | None":
+        """Those of a segment's layers, [repeats, period, F, D]; all of a segment's layers have some, or none has."""
+        if segment.first >= len(self.features):
+            return None
+        last = segment.first + segment.period * segment.repeats
+        own = self.features[segment.first : last]
+        return Deep(own.reshape(segment.repeats, segment.period, *own.shape[1:]), self.slots)
+
+    def add(self, x: jax.Array) -> jax.Array:
+        """x [B, T, D] with one layer's features [F, D] added."""
+        added = self.features[jnp.maximum(self.slots, 0)].astype(x.dtype)
+        return jnp.where(self.slots[..., None] >= 0, x + added, x)
+
+
 def _append(cache: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
     """Writes new columns [L, B, T, K, h] into a cache [L, B, S, K, h]."""
     return jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), (0, 0, index, 0, 0))
 
 
-def run_segment(layers: nnx.List, x: jax.Array, ctx: Context, caches, remat: Remat | None):
+def run_segment(
+    layers: nnx.List, x: jax.Array, ctx: Any, caches, remat: Remat | None, deep: Deep | None = None
+):
     """Scans one segment: `layers` is a period of modules whose leaves carry a leading axis of repeats.
 
-    caches: per layer of the period (k, v) [repeats, B, S, K, h], or None.
+    caches: per layer of the period (k, v) [repeats, B, S, K, h], or None. deep: `Deep.of` the segment.
 
     Returns:
       (x, per layer the new (k, v) [repeats, B, T, K, h], or None without caches).
@@ -232,27 +332,28 @@ def run_segment(layers: nnx.List, x: jax.Array, ctx: Context, caches, remat: Rem
     keys = None if ctx.key is None else jax.random.split(ctx.key, repeats)
 
     def body(x, inputs):
-        state, key, caches = inputs
+        state, key, caches, features = inputs
         new = []
         for i, layer in enumerate(nnx.merge(graph, state)):
             inner = None if key is None else jax.random.fold_in(key, i)
             x, kv = layer(x, ctx._replace(key=inner), None if caches is None else caches[i])
+            x = x if deep is None else Deep(features[i], deep.slots).add(x)
             new.append(kv)
         return x, (None if caches is None else new)
 
     if remat is not None:
         body = jax.checkpoint(body, prevent_cse=False, policy=remat.policy())
-    return jax.lax.scan(body, x, (state, keys, caches))
+    return jax.lax.scan(body, x, (state, keys, caches, None if deep is None else deep.features))
 
 
 class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, plan: Sequence[Segment], dtype):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        layer = SandwichLayer if config.sandwich_norms else DecoderLayer
         self.layers = nnx.List(
-            nnx.List(DecoderLayer(config, config.windows[s.first + j], dtype) for j in range(s.period))
-            for s in plan
+            nnx.List(layer(config, config.windows[s.first + j], dtype) for j in range(s.period)) for s in plan
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.norm = config.norm(config.hidden_size, dtype)
 
 
 class CausalLM(nnx.Module):
@@ -260,32 +361,56 @@ class CausalLM(nnx.Module):
 
     `dense` names, for each layer, the linears that stay unquantised where others are: layers that differ in it are
     stacked apart.
+
+    Attributes:
+      stacks: (path, plan) of every list of layers that is kept in segments.
     """
 
+    decoder_path: str = "model"
     lm_head: Linear | None = None  # None: tied to the embedding
     fp8: bool = False  # whether its NF4 linears multiply in 8-bit floats
 
     def __init__(self, config: DecoderConfig, dtype, dense: Sequence[frozenset[str]] | None = None):
         self.plan = tuple(segments(list(zip(config.windows, dense or config.windows, strict=True))))
         self.model = Decoder(config, self.plan, dtype)
+        self.stacks: tuple[tuple[str, tuple[Segment, ...]], ...] = (("model.layers", self.plan),)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
         self.config, self.dtype = config, dtype
 
+    @property
+    def decoder(self) -> Decoder:
+        return self.model
+
     def embed(self, ids: jax.Array) -> jax.Array:
-        return self.model.embed_tokens(ids, self.dtype)
+        return self.config.scaled(self.decoder.embed_tokens(ids, self.dtype))
+
+    def place_images(
+        self, x: jax.Array, batch: dict[str, Any], *, key: jax.Array | None = None, remat: Remat | None = None
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Embedded tokens x [B, T, D] with what the batch's images are in their place, and what `hidden` needs to know
+        of them. A model of text has none."""
+        return x, {}
 
     def head(self) -> jax.Array:
         """The output matrix [V, D] in the compute dtype."""
-        holder = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        holder = self.decoder.embed_tokens if self.lm_head is None else self.lm_head
         weight = holder.weight[...]
         return (weight if isinstance(holder.weight, nnx.Param) else jax.lax.stop_gradient(weight)).astype(
             self.dtype
         )
 
     def trains_head(self) -> bool:
-        holder = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        holder = self.decoder.embed_tokens if self.lm_head is None else self.lm_head
         return isinstance(holder.weight, nnx.Param)
+
+    def context(
+        self, positions: jax.Array, segment_ids: jax.Array, rope_positions: jax.Array | None = None
+    ) -> Context:
+        """What layers need for tokens at these positions of these documents; see `hidden`."""
+        c, turning = self.config, positions if rope_positions is None else rope_positions
+        local = None if c.local_rope is None else tables(c.local_rope, turning, self.dtype)
+        return Context(*tables(c.rope, turning, self.dtype), positions, segment_ids, local=local)
 
     def hidden(
         self,
@@ -298,6 +423,9 @@ class CausalLM(nnx.Module):
         remat: Remat | None = None,
         cache: Cache | None = None,
         shared: SharedPrefix | None = None,
+        rope_positions: jax.Array | None = None,
+        blocks: jax.Array | None = None,
+        deep: Deep | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states [B, T, D] of embedded tokens x [B, T, D].
 
@@ -307,22 +435,28 @@ class CausalLM(nnx.Module):
           key: dropout key; None at evaluation.
           remat: what to keep for the backward pass; None where there is none.
           shared: the layout where rows hold one prompt and several completions; segment_ids and starts are then its.
+          rope_positions: int32 [B, T, 3], time, height and width of each token, where they are not its position.
+          blocks: int32 [B, T], see Context; not with a cache.
+          deep: features of images for the first layers.
           cache: when given, T new columns are written at `cache.index` and attention spans the cache.
         """
-        cos, sin = tables(self.config.rope, positions, self.dtype)
-        ctx = Context(cos, sin, positions, segment_ids, starts, key, shared=shared)
+        ctx = self.context(positions, segment_ids, rope_positions)
+        ctx = ctx._replace(starts=starts, key=key, shared=shared, blocks=blocks)
         if cache is not None:
             ctx = ctx._replace(kv_positions=cache.positions, kv_segments=cache.segment_ids, index=cache.index)
         kept = []
-        for i, segment in enumerate(self.model.layers):
+        for i, segment in enumerate(self.decoder.layers):
             inner = ctx if key is None else ctx._replace(key=jax.random.fold_in(key, i))
-            x, new = run_segment(segment, x, inner, None if cache is None else cache.layers[i], remat)
+            caches = None if cache is None else cache.layers[i]
+            added = None if deep is None else deep.of(self.plan[i])
+            x, new = run_segment(segment, x, inner, caches, remat, added)
             if cache is not None:  # one write for all layers: the scan only reads the cache
                 kept.append(jax.tree.map(partial(_append, index=cache.index), cache.layers[i], new))
         if cache is not None:
             cache = cache._replace(layers=kept, index=cache.index + x.shape[1])
-        return self.model.norm(x), cache
+        return self.decoder.norm(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> [..., V] float32."""
-        return jnp.dot(hidden, self.head().T, preferred_element_type=jnp.float32)
+        logits = jnp.dot(hidden, self.head().T, preferred_element_type=jnp.float32)
+        return softcapped(logits, self.config.logit_softcap)

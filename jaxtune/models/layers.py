@@ -183,14 +183,40 @@ class Embedding(nnx.Module):
         return weight[ids].astype(dtype)
 
 
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, *, plus_one: bool) -> jax.Array:
+    """x / rms(x) · weight over the last axis, in float32 (arXiv 1910.07467).
+
+    plus_one: Gemma's, whose weights are kept less 1 and multiplied before x is rounded.
+    """
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
+    if plus_one:
+        return (normed * (1 + weight.astype(jnp.float32))).astype(x.dtype)
+    return weight.astype(x.dtype) * normed.astype(x.dtype)
+
+
 class RMSNorm(nnx.Module):
-    """x / rms(x) · weight over the last axis, in float32 (arXiv 1910.07467)."""
+    """`rms_norm` with its weight."""
+
+    def __init__(self, width: int, eps: float, *, dtype, plus_one: bool = False):
+        self.weight = Frozen(Shape((width,), dtype))
+        self.eps, self.plus_one = eps, plus_one
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.weight[...], self.eps, plus_one=self.plus_one)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / deviation · weight + bias over the last axis, in float32 (arXiv 1607.06450)."""
 
     def __init__(self, width: int, eps: float, *, dtype):
         self.weight = Frozen(Shape((width,), dtype))
+        self.bias = Frozen(Shape((width,), dtype))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
-        return self.weight[...].astype(x.dtype) * normed.astype(x.dtype)
+        centred = wide - jnp.mean(wide, -1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + self.eps)
+        weight, bias = (leaf[...].astype(jnp.float32) for leaf in (self.weight, self.bias))
+        return (normed * weight + bias).astype(x.dtype)

@@ -1,7 +1,7 @@
 """Checkpoint names <-> the flat leaves of a model, and splitting and joining modules.
 
 A leaf's path is its attribute path joined with dots: "model.layers.0.0.self_attn.q_proj.weight" is slot 0 of
-segment 0, whose leading axis runs over the segment's repeats.
+segment 0, whose leading axis runs over the segment's repeats. `CausalLM.stacks` says which lists of layers are so.
 """
 
 from collections.abc import Iterator
@@ -30,13 +30,20 @@ class Slot(NamedTuple):
         return value if self.index is None else value[self.index]
 
 
-def _layer_slots(model: CausalLM) -> dict[int, tuple[str, int]]:
+def _layer_slots(model: CausalLM) -> dict[str, tuple[str, int]]:
+    """Checkpoint name of a layer -> path and index of its slot, in the checkpoint's order."""
     return {
-        s.first + r * s.period + j: (f"model.layers.{i}.{j}", r)
-        for i, s in enumerate(model.plan)
+        f"{stack}.{s.first + r * s.period + j}": (f"{stack}.{i}.{j}", r)
+        for stack, plan in model.stacks
+        for i, s in enumerate(plan)
         for r in range(s.repeats)
         for j in range(s.period)
     }
+
+
+def is_stacked(model: CausalLM, path: str) -> bool:
+    """Whether a leaf carries a leading axis of layers."""
+    return any(path.startswith(f"{stack}.") for stack, _ in model.stacks)
 
 
 def _module_paths(model: CausalLM) -> list[str]:
@@ -53,13 +60,13 @@ def module_slots(model: CausalLM) -> dict[str, Slot]:
     paths = _module_paths(model)
     slots = {}
     for name in paths:
-        if not name.startswith("model.layers."):
+        if not is_stacked(model, name):
             slots[name] = Slot(name, None)
-    for layer, (prefix, index) in sorted(_layer_slots(model).items()):
+    for layer, (prefix, index) in _layer_slots(model).items():
         for path in paths:
             if path.startswith(prefix + "."):
-                slots[f"model.layers.{layer}.{path[len(prefix) + 1 :]}"] = Slot(path, index)
-    order = {"model.embed_tokens": 0, "model.norm": 2, "lm_head": 3}
+                slots[f"{layer}.{path[len(prefix) + 1 :]}"] = Slot(path, index)
+    order = {f"{model.decoder_path}.embed_tokens": 0, f"{model.decoder_path}.norm": 2, "lm_head": 3}
     return dict(sorted(slots.items(), key=lambda item: order.get(item[0], 1)))
 
 
@@ -92,7 +99,7 @@ def expected_names(model: CausalLM) -> dict[str, tuple[Slot, str]]:
 
 def leaf_shapes(model: CausalLM) -> dict[str, jax.ShapeDtypeStruct]:
     """Every leaf of a model that is still shapes: path -> shape and dtype, stacked leaves with their leading axis."""
-    repeats = {f"model.layers.{i}.": s.repeats for i, s in enumerate(model.plan)}
+    repeats = {f"{stack}.{i}.": s.repeats for stack, plan in model.stacks for i, s in enumerate(plan)}
     shapes = {}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         name, value = ".".join(map(str, path)), variable.get_value()

@@ -34,10 +34,16 @@ class Rope:
             )
 
 
-def from_config(config) -> Rope:
-    """Reads `rope_parameters` (transformers' current name of rope_theta and rope_scaling) of a config."""
+def parameters_of(config, layer_type: str = "full_attention") -> dict[str, Any]:
+    """The config's own `rope_parameters` (transformers' current name of rope_theta and rope_scaling), of one kind of
+    layers where it has some for each."""
     config.standardize_rope_params()
-    parameters = dict(config.rope_parameters)
+    return config.rope_parameters.get(layer_type, config.rope_parameters)
+
+
+def from_config(config, layer_type: str = "full_attention") -> Rope:
+    """Reads `parameters_of` a config."""
+    parameters = dict(parameters_of(config, layer_type))
     kind, theta = parameters.pop("rope_type"), parameters.pop("rope_theta")
     parameters.pop("type", None)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -108,10 +114,23 @@ def frequencies(rope: Rope, positions: jax.Array) -> tuple[jax.Array, float]:
             return jnp.asarray(_base_frequencies(rope)), 1.0
 
 
+def _axes(rope: Rope) -> np.ndarray:
+    """Which of the three positions (time, height, width) turns each pair of dimensions, int [h/2]: in three runs
+    (Qwen2-VL, arXiv 2409.12191, §2.1), or taking turns while they last (Qwen3-VL)."""
+    sections = rope.scaling["mrope_section"]
+    if not rope.scaling.get("mrope_interleaved", False):
+        return np.repeat(np.arange(len(sections)) % 3, sections)
+    axes = np.zeros(rope.head_dim // 2, np.int64)
+    for axis in (1, 2):
+        axes[axis : 3 * sections[axis] : 3] = axis
+    return axes
+
+
 def tables(rope: Rope, positions: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [B, T, 1, h/2] in `dtype` for int32 positions [B, T]; angles are float32."""
+    """cos and sin [B, T, 1, h/2] in `dtype` for int32 positions [B, T], or [B, T, 3]; angles are float32."""
     freq, scale = frequencies(rope, positions)
-    angles = positions[..., None, None].astype(jnp.float32) * freq
+    turning = positions[..., None] if positions.ndim == 2 else positions[..., _axes(rope)]
+    angles = turning[..., None, :].astype(jnp.float32) * freq
     return (jnp.cos(angles) * scale).astype(dtype), (jnp.sin(angles) * scale).astype(dtype)
 
 

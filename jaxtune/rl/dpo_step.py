@@ -60,7 +60,9 @@ def score(
         remat=remat,
     )
     want = targets(batch["labels"], batch["segment_ids"])
-    options = Options(chunk=chunk or default_chunk(), train_head=module.trains_head())
+    options = Options(
+        chunk=chunk or default_chunk(), softcap=module.config.logit_softcap, train_head=module.trains_head()
+    )
     with jax.named_scope("scores"):
         found = token_scores(hidden.reshape(-1, hidden.shape[-1]), module.head(), want.reshape(-1), options)
     return Scored(jax.tree.map(lambda x: x.reshape(want.shape), found), (want != IGNORE).astype(jnp.float32))

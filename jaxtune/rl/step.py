@@ -50,7 +50,10 @@ def log_probs(
     hidden, ids = _predictors(module, batch, key, remat)
     want = jnp.where(batch["mask"] != 0, ids, IGNORE)
     options = Options(
-        chunk=chunk or default_chunk(), logit_scale=1 / temperature, train_head=module.trains_head()
+        chunk=chunk or default_chunk(),
+        softcap=module.config.logit_softcap,
+        temperature=temperature,
+        train_head=module.trains_head(),
     )
     with jax.named_scope("log_probs"):
         found = token_log_probs(

@@ -13,7 +13,7 @@ import tiny_models
 import transformers
 from export_judges import load, logits_of, random_adapter, relative_error
 from gguf.constants import GGMLQuantizationType
-from tolerances import LLAMA_CPP_LOGITS
+from tolerances import LLAMA_CPP_GELU, LLAMA_CPP_LOGITS, MERGED
 
 from jaxtune.export.gguf_conversion import convert
 from jaxtune.export.gguf_format import GgufWriter, TensorEntry
@@ -79,6 +79,24 @@ def test_order_of_a_file():
     kept = file_metadata(metadata, 15)
     assert list(kept.items())[2:] == [("general.quantization_version", 2), ("general.file_type", 15)]
     assert list(kept)[:2] == ["a", "b"]
+
+
+GEMMA = {"query_pre_attn_scalar": 32}  # head_dim: what llama.cpp computes with
+
+
+@pytest.mark.parametrize("family, rope", [("gemma2", "default"), ("gemma3", "linear")])
+def test_llama_cpp_computes_gemma(tiny_model_dir, llama_cpp, tmp_path, family, rope):
+    """NF4 with an adapter, merged; and read back, it is the same model."""
+    model = random_adapter(load(tiny_model_dir(family, rope, **GEMMA)))
+    path, expected = write(convert(model), tmp_path / "m.gguf"), model.logits(IDS[None])[0]
+    with llama_cpp.load(path) as judge:
+        assert relative_error(judge.logits(IDS.tolist()), expected) < LLAMA_CPP_GELU
+    again = load_16bit(path)
+    assert relative_error(again.logits(IDS[None])[0], expected) < MERGED
+    assert (
+        gguf_cases.summary(write(convert(again), tmp_path / "n.gguf"))["keys"]
+        == gguf_cases.summary(path)["keys"]
+    )
 
 
 FAMILIES = ["llama", "llama_tied", "llama_bias", "mistral", "qwen2", "qwen3", "qwen3_tied"]
@@ -164,6 +182,14 @@ REFUSED = {
     ),
     "beta_fast": ("llama", {"rope_parameters": YARN | {"beta_fast": 16.0}}, "yarn with beta_fast=16"),
     "truncate": ("qwen2", {"rope_parameters": YARN | {"truncate": False}}, "yarn with truncate=False"),
+    "another activation": (
+        "gemma3",
+        GEMMA | {"hidden_activation": "silu"},
+        "gemma3 has gelu_pytorch_tanh only",
+    ),
+    "query scale": ("gemma3", {}, r"query_pre_attn_scalar=48.*gemma3 of 14 layers always computes with 32"),
+    "pattern": ("gemma2", GEMMA | {"layer_types": ["sliding_attention"] * 5}, "last of every 2 layers"),
+    "no softcap": ("gemma2", GEMMA | {"final_logit_softcapping": None}, "gemma2 always caps both"),
     "bias": ("qwen3", {"attention_bias": True}, r"blk\.0\.attn_.\.bias: llama.cpp's qwen3 has no bias there"),
 }
 

@@ -45,9 +45,9 @@ def torch_sums(folder, tokenizer) -> dict[str, np.ndarray]:
 
 
 def assert_equal_sums(matrix: ImportanceMatrix, want: dict[str, np.ndarray]) -> None:
-    assert {hf_name(name) for name in matrix.sums} == set(want)
+    assert {hf_name(name, "llama") for name in matrix.sums} == set(want)
     for name, value in matrix.sums.items():
-        reference = want[hf_name(name)]
+        reference = want[hf_name(name, "llama")]
         assert np.abs(value - reference).max() <= 1e-5 * np.abs(reference).max(), name
 
 

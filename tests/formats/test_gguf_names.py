@@ -12,6 +12,12 @@ from jaxtune.formats.gguf_names import (
 )
 from jaxtune.models import FAMILIES
 
+GEMMA = {
+    "blk.3.attn_norm.weight": "model.layers.3.input_layernorm.weight",
+    "blk.3.post_attention_norm.weight": "model.layers.3.post_attention_layernorm.weight",
+    "blk.3.ffn_norm.weight": "model.layers.3.pre_feedforward_layernorm.weight",
+    "blk.3.post_ffw_norm.weight": "model.layers.3.post_feedforward_layernorm.weight",
+}
 NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -25,13 +31,14 @@ NAMES = {
 
 
 def test_names_both_ways():
-    for gguf, hf in NAMES.items():
-        assert hf_name(gguf) == hf and gguf_name(hf) == gguf
-    for unknown in ("blk.0.ffn_gate_exps.weight", "rope_freqs.weight"):
+    for architecture, names in {"llama": NAMES, "gemma3": GEMMA}.items():
+        for gguf, hf in names.items():
+            assert hf_name(gguf, architecture) == hf and gguf_name(hf, architecture) == gguf
+    for unknown in ("blk.0.ffn_gate_exps.weight", "rope_freqs.weight", "blk.0.post_ffw_norm.weight"):
         with pytest.raises(KeyError):
-            hf_name(unknown)
+            hf_name(unknown, "llama")
     with pytest.raises(KeyError):
-        gguf_name("model.layers.0.mlp.router.weight")
+        gguf_name("model.layers.0.mlp.router.weight", "llama")
 
 
 def test_order_of_tensors():

@@ -237,11 +237,11 @@ def test_errors_name_what_is_wrong(models, tmp_path):
     (tmp_path / "old.gguf").write_bytes(raw[:4] + (1).to_bytes(4, "little") + raw[8:])
     with pytest.raises(ValueError, match="GGUF version 1"):
         GgufModel(tmp_path / "old.gguf")
-    writer = GGUFWriter(tmp_path / "gemma.gguf", "gemma2")
+    writer = GGUFWriter(tmp_path / "gemma.gguf", "gemma")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(ValueError, match=r"general\.architecture is 'gemma2'"):
+    with pytest.raises(ValueError, match=r"general\.architecture is 'gemma'"):
         GgufModel(tmp_path / "gemma.gguf")
 
 

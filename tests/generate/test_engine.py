@@ -48,7 +48,7 @@ def check_same(got, want):
 def recomputed(model, prompts, answers, temperature):
     """Log-probs of each answer's tokens by the model's own forward pass."""
     rows = [prompts[answer.prompt] + answer.token_ids for answer in answers]
-    ids, mask = np.zeros((15, 84), np.int32), np.zeros((15, 84), np.int32)  # one shape: one compilation
+    ids, mask = np.zeros((15, 90), np.int32), np.zeros((15, 90), np.int32)  # one shape: one compilation
     for row, tokens in enumerate(rows):
         ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
     logprobs = np.asarray(jax.nn.log_softmax(model.logits(ids, mask) / temperature))
@@ -107,6 +107,16 @@ def test_waves(model, prompts, answers):
 
 def test_stored_weights(model, prompts, answers):
     check_same(generate(model, prompts, n=3, weights="lora"), answers)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_windows_softcaps_and_two_ropes(tiny_model_dir, prompts, family):
+    """NF4 with an adapter; prompts and answers are longer than the window of some layers."""
+    base, _ = FastLanguageModel.from_pretrained(tiny_model_dir(family), dtype="float32", max_seq_length=None)
+    model = FastLanguageModel.get_peft_model(base, r=4, lora_alpha=8, init_lora_weights=False)
+    got = generate(model, prompts, n=3, max_new_tokens=20)
+    check_logprobs(model, prompts, got)
+    check_same(generate(model, prompts, n=3, max_new_tokens=20, weights="lora"), got)
 
 
 def test_caches_that_grow(model, prompts, answers, monkeypatch):

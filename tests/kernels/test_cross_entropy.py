@@ -25,7 +25,9 @@ def inputs(masked: float = 0.4):
 
 def plain_logits(hidden, head, options):
     logits = hidden @ head.T * options.logit_scale
-    return logits if options.softcap is None else options.softcap * jnp.tanh(logits / options.softcap)
+    if options.softcap is not None:
+        logits = options.softcap * jnp.tanh(logits / options.softcap)
+    return logits / options.temperature
 
 
 def reference(hidden, head, labels, options):
@@ -48,9 +50,9 @@ def assert_close(got, want):
 
 @pytest.mark.parametrize("chunk", [1, 32, 64, 1000])
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("logit_scale", [1.0, 0.25])
-def test_equals_the_plain_loss(chunk, softcap, logit_scale):
-    options = Options(chunk, softcap, logit_scale, train_head=True)
+@pytest.mark.parametrize(("logit_scale", "temperature"), [(1.0, 1.0), (0.25, 0.8)])
+def test_equals_the_plain_loss(chunk, softcap, logit_scale, temperature):
+    options = Options(chunk, softcap, logit_scale, train_head=True, temperature=temperature)
     data = inputs()
 
     def loss(function):
@@ -116,9 +118,9 @@ def test_sums_of_extreme_logits(reduce, entropy):
 
 @pytest.mark.parametrize("chunk", [1, 32, 1000])
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("logit_scale", [1.0, 0.25])
-def test_log_probs_equal_the_plain_ones(chunk, softcap, logit_scale):
-    options = Options(chunk, softcap, logit_scale, train_head=True)
+@pytest.mark.parametrize(("logit_scale", "temperature"), [(1.0, 1.0), (0.25, 0.8)])
+def test_log_probs_equal_the_plain_ones(chunk, softcap, logit_scale, temperature):
+    options = Options(chunk, softcap, logit_scale, train_head=True, temperature=temperature)
     hidden, head, labels = inputs()
     upstream = tuple(jnp.asarray(x, jnp.float32) for x in np.random.default_rng(2).normal(size=(2, TOKENS)))
 
@@ -150,7 +152,7 @@ def test_log_probs_and_the_loss_agree():
 def test_log_probs_and_entropy_are_trls(temperature):
     hidden, head, labels = inputs(masked=0)
     logits = torch.tensor(np.asarray(hidden @ head.T)) / temperature
-    got, entropy = token_log_probs(hidden, head, labels, Options(32, logit_scale=1 / temperature))
+    got, entropy = token_log_probs(hidden, head, labels, Options(32, temperature=temperature))
     want = selective_log_softmax(logits[None], torch.tensor(np.asarray(labels), dtype=torch.int64)[None])[0]
     assert_close(got, want.numpy())
     assert_close(entropy, entropy_from_logits(logits[None])[0].numpy())
@@ -214,8 +216,10 @@ def test_a_tie_for_the_first_rank_counts():
     assert fused_cross_entropy(hidden, head, twins, Options(32))[1] == TOKENS
 
 
-@pytest.mark.parametrize(("softcap", "logit_scale"), [(None, 1.0), (3.0, 0.5)])
-def test_scores_beside_the_log_probs_are_trls(softcap, logit_scale):
+@pytest.mark.parametrize(
+    ("temperature", "softcap", "logit_scale"), [(1.0, None, 1.0), (1.0, 3.0, 0.5), (0.7, 3.0, 1.0)]
+)
+def test_scores_beside_the_log_probs_are_trls(temperature, softcap, logit_scale):
     hidden, head, labels = inputs()
     masked = np.asarray(labels) == -100
     labels = jnp.where(masked | (jnp.arange(TOKENS) % 2 == 0), labels, jnp.argmax(hidden @ head.T, -1))
@@ -223,12 +227,12 @@ def test_scores_beside_the_log_probs_are_trls(softcap, logit_scale):
         *(torch.tensor(np.asarray(x)) for x in (hidden, head)),
         None,
         torch.tensor(np.where(masked, 0, labels)).long(),
-        1.0,
+        temperature,
         64,
         softcap,
         logit_scale,
     )
-    options = Options(32, softcap=softcap, logit_scale=logit_scale)
+    options = Options(32, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
     got = token_scores(hidden, head, labels, options)
     by_name = dict(zip(("log_probs", "entropies", "log_sum_sq_probs", "mean_logits", "correct"), want))
     for name, value in by_name.items():

@@ -5,9 +5,11 @@ import pytest
 import tiny_models
 import torch
 from tolerances import LOGITS
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from jaxtune import models
 from jaxtune.fast import FastLanguageModel
+from jaxtune.models.names import join
 
 FAMILIES = list(tiny_models.FAMILIES)
 ROPES = list(tiny_models.ROPES)
@@ -92,6 +94,34 @@ def test_layers_of_mixed_kinds_are_stacked_in_segments(tiny_model_dir):
     check_logits(model, judge, 40)
 
 
+def test_gemma_3_has_periods_of_six_layers_and_a_tail(tiny_model_dir):
+    config = AutoConfig.for_model("gemma3_text")
+    plan = models.build(config).plan
+    assert [(s.period, s.repeats) for s in plan] == [(6, 4), (1, 2)] and len(config.layer_types) == 26
+
+
+def test_gemmas_embedding_scale_is_rounded_to_16_bits(tiny_model_dir):
+    folder = tiny_model_dir("gemma3")
+    model, _ = FastLanguageModel.from_pretrained(folder, load_in_16bit=True, dtype="bfloat16")
+    judge = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    ids = np.arange(320)[None]
+    want = judge.get_input_embeddings()(torch.tensor(ids)).float().detach().numpy()
+    got = join(model.graphdef, model.trainable, model.base).embed(ids)
+    np.testing.assert_array_equal(np.asarray(got, np.float32), want)
+
+
+def test_longer_than_gemma_scales_the_rope_of_layers_that_see_all(tiny_model_dir):
+    folder = tiny_model_dir("gemma3")
+    with pytest.warns(UserWarning, match="scaled linearly by 2"):
+        model, _ = FastLanguageModel.from_pretrained(
+            folder, load_in_4bit=False, dtype="float32", max_seq_length=512
+        )
+    rope = model.config.rope_parameters
+    assert rope["full_attention"]["factor"] == 2 and rope["sliding_attention"]["rope_type"] == "default"
+    judge = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, rope_parameters=rope).eval()
+    check_logits(model, judge, 300)
+
+
 def test_longer_than_the_model_scales_rope_linearly(tiny_model_dir):
     folder = tiny_model_dir("llama")
     with pytest.warns(UserWarning, match="scaled linearly by 2"):
@@ -142,6 +172,8 @@ UNSUPPORTED = [
         "partial_rotary",
     ),
     ("llama", {"rope_parameters": {**ROPE, "rope_type": "longrope", **LONG}}, "rope_type='longrope'"),
+    ("gemma2", {"sliding_window": None}, "sliding_window=None"),
+    ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
 ]
 
 
@@ -164,5 +196,7 @@ def test_unknown_family_raises(tmp_path, tiny_model_dir):
     folder = shutil.copytree(tiny_model_dir("llama"), tmp_path / "model")
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(fields | {"model_type": "gpt2"}))
-    with pytest.raises(ValueError, match=r"model_type='gpt2'.*llama, mistral, qwen2, qwen3"):
+    with pytest.raises(
+        ValueError, match=r"model_type='gpt2'.*llama, mistral, qwen2, qwen3, gemma2, gemma3_text"
+    ):
         FastLanguageModel.from_pretrained(folder)
