@@ -39,6 +39,7 @@ class DecoderConfig:
     scores and of the head's logits. embedding_scale: of the embedded tokens. plus_one_norms: norms multiply by
     1 + weight. sandwich_norms: attention and MLP have a norm behind them too. whole_image_tokens: of an image, where
     they all see each other, not just those before them. extra_embeddings: rows behind those of the vocabulary.
+    cross_layers, cross_tokens: layers that attend to images instead of the text, and how many tokens an image is there.
     """
 
     vocab_size: int
@@ -65,6 +66,8 @@ class DecoderConfig:
     sandwich_norms: bool = False
     whole_image_tokens: int | None = None
     extra_embeddings: int = 0
+    cross_layers: tuple[int, ...] = ()
+    cross_tokens: int = 0
 
     def __post_init__(self):
         if self.hidden_act not in ACTIVATIONS:

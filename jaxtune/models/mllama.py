@@ -155,7 +155,14 @@ class Mllama(VisionLM):
 def config(hf) -> DecoderConfig:
     """transformers.MllamaConfig -> that of its decoder."""
     text = hf.text_config
-    return read_config(text, windows=(None,) * text.num_hidden_layers, extra_embeddings=EXTRA_ROWS)
+    tower = mllama_tower.tower_config(hf.vision_config)
+    return read_config(
+        text,
+        windows=(None,) * text.num_hidden_layers,
+        extra_embeddings=EXTRA_ROWS,
+        cross_layers=tuple(text.cross_attention_layers),
+        cross_tokens=tower.tiles * tower.tokens,
+    )
 
 
 def module(hf, dtype, dense: Dense) -> Mllama:
@@ -163,7 +170,7 @@ def module(hf, dtype, dense: Dense) -> Mllama:
     if hf.text_config.tie_word_embeddings:
         raise ValueError("text_config.tie_word_embeddings=True is not supported: the head has fewer rows")
     decoder, tower = config(hf), mllama_tower.tower_config(hf.vision_config)
-    cross = set(hf.text_config.cross_attention_layers)
+    cross = set(decoder.cross_layers)
     text = dense("model.language_model.layers", len(decoder.windows))
     plan = tuple(segments([(i in cross, plain) for i, plain in enumerate(text)]))
     layers = mllama_tower.plan_of(tower, dense("model.vision_model.transformer.layers", tower.num_layers))

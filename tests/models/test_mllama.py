@@ -16,11 +16,12 @@ import pytest
 import tiny_mllama
 import torch
 from safetensors.numpy import load_file, save_file
-from tolerances import LOGITS, LOSS, MERGED, VISION_GRADIENT
+from tolerances import LOGITS, LOSS, MERGED, SAMPLED_LOGPROBS, VISION_GRADIENT
 from transformers import AutoModelForImageTextToText
 
 from jaxtune import images, lora, models
 from jaxtune.fast import FastVisionModel
+from jaxtune.generate import Engine
 from jaxtune.models.remat import Remat
 from jaxtune.step import make_train_step
 
@@ -194,6 +195,44 @@ def test_what_is_quantised(folder, rows, model):
     names = [name for name, slot in loaded.slots.items() if f"{slot.path}.weight.codes" in loaded.base]
     assert len(names) == 5 * 7 and all(name.startswith("model.language_model.layers.") for name in names)
     assert np.isfinite(loaded.logits(**rows[0])).all()
+
+
+def greedy(judge, row):
+    """32 tokens of transformers'."""
+    with torch.no_grad():
+        made = judge.generate(
+            **{name: torch.tensor(value) for name, value in row.items()},
+            max_new_tokens=32,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
+        )
+    return made[0, row["input_ids"].shape[1] :].numpy()
+
+
+def test_greedy_generation(model, judge, rows):
+    """All rows at once, one of them without an image; each as transformers continues it alone."""
+    whole = together(rows)
+    got = model.generate(**whole, max_new_tokens=32, pad_token_id=0, eos_token_id=[])
+    for row, one in zip(rows, got[:, whole["input_ids"].shape[1] :], strict=True):
+        np.testing.assert_array_equal(one, greedy(judge, row))
+
+
+def test_generation_with_stored_weights_and_an_adapter(folder, rows):
+    """NF4; several answers to a prompt, text without images beside it."""
+    loaded, _ = FastVisionModel.from_pretrained(folder, **LOAD)
+    loaded = FastVisionModel.get_peft_model(loaded, r=4, init_lora_weights=False)
+    family = images.family(loaded.config)
+    prompts = [rows[i]["input_ids"][0].tolist() for i in (0, 3)]
+    seen = [family.rows({k: rows[0][k] for k in family.processor_keys}, [np.array(prompts[0])])[0], {}]
+    options = {"images": seen, "max_new_tokens": 6, "n": 2, "stop_token_ids": []}
+    answers = [
+        Engine(loaded, weights=kind, progress=False).generate(prompts, **options)
+        for kind in ("lora", "merged")
+    ]
+    for one, other in zip(*answers, strict=True):
+        assert list(one.token_ids) == list(other.token_ids)
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=SAMPLED_LOGPROBS)
 
 
 UNSUPPORTED = [
