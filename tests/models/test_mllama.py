@@ -26,6 +26,7 @@ from jaxtune.models.remat import Remat
 from jaxtune.step import make_train_step
 
 LOAD = {"dtype": "float32", "max_seq_length": None}
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
@@ -188,13 +189,12 @@ def test_a_merged_model_is_loaded_by_transformers(adapted, rows, folder, tmp_pat
     check(got, want, MERGED)
 
 
-def test_what_is_quantised(folder, rows, model):
+def test_what_is_quantised(folder):
     """The decoder's layers, also those that attend to images, but not the projector; and of the tower what has rows of
     whole blocks: here nothing."""
     loaded, _ = FastVisionModel.from_pretrained(folder, **LOAD)
     names = [name for name, slot in loaded.slots.items() if f"{slot.path}.weight.codes" in loaded.base]
     assert len(names) == 5 * 7 and all(name.startswith("model.language_model.layers.") for name in names)
-    assert np.isfinite(loaded.logits(**rows[0])).all()
 
 
 def greedy(judge, row):
@@ -225,7 +225,7 @@ def test_generation_with_stored_weights_and_an_adapter(folder, rows):
     family = images.family(loaded.config)
     prompts = [rows[i]["input_ids"][0].tolist() for i in (0, 3)]
     seen = [family.rows({k: rows[0][k] for k in family.processor_keys}, [np.array(prompts[0])])[0], {}]
-    options = {"images": seen, "max_new_tokens": 6, "n": 2, "stop_token_ids": []}
+    options = {"images": seen, "max_new_tokens": 4, "n": 2, "stop_token_ids": []}
     answers = [
         Engine(loaded, weights=kind, progress=False).generate(prompts, **options)
         for kind in ("lora", "merged")
