@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxtune.formats.gguf_names import GgufFamily
 from jaxtune.kernels.attention import segment_attention, window_attention
 from jaxtune.kernels.keep import keep
 from jaxtune.models import qwen2
@@ -40,6 +41,8 @@ PARTS = {
         rope_parameters""".split()
     ),
 }
+# The decoder; its tower goes into a file of its own (export.mmproj).
+GGUF = GgufFamily("qwen2vl", biases=qwen2.GGUF.biases, own_head_dim=False)
 # Names in published checkpoints, (pattern, name here); transformers' modules have the names on the right.
 RENAMES = (
     (r"^visual\.", "model.visual."),

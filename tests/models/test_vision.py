@@ -295,12 +295,6 @@ def test_a_merged_model_is_loaded_by_transformers(both, adapted, tmp_path):
         np.testing.assert_array_equal(value, inputs[name])
 
 
-def test_gguf_is_refused(both, tmp_path):
-    model, *_ = both
-    with pytest.raises(ValueError, match=f"{model.config.model_type} cannot be saved as GGUF yet"):
-        model.save_pretrained_gguf(tmp_path / "out")
-
-
 def test_greedy_generation(both):
     """32 tokens of two rows, one with three images, left-padded."""
     model, _, judge, inputs, _ = both
