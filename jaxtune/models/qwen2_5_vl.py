@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from jaxtune.formats.gguf_names import GgufFamily
-from jaxtune.kernels.attention import segment_attention, window_attention
+from jaxtune.kernels.attention import rows, segment_attention, window_attention
 from jaxtune.kernels.keep import keep
 from jaxtune.models import qwen2
 from jaxtune.models.decoder import (
@@ -200,7 +200,7 @@ class Tower(nnx.Module):
             inner = None if key is None else jax.random.fold_in(key, i)
             x, _ = run_segment(segment, x, Sight(cos, sin, images, inner), None, remat)
         merged = self.merger(x[0], None if key is None else jax.random.fold_in(key, len(self.blocks)))
-        return merged[images["restore"]], None
+        return rows(merged, images["restore"]), None
 
 
 def patch_tables(config: TowerConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
