@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxtune.kernels.attention import cudnn_attention, masked_attention, supports_cudnn
+from jaxtune.kernels.attention import cudnn_attention, masked_attention, rows, supports_cudnn
 from jaxtune.kernels.cross_entropy import softcapped
 from jaxtune.kernels.keep import keep
 from jaxtune.models import rope
@@ -203,11 +203,12 @@ class Attention(nnx.Module):
 
     def _attend(self, q, k, v, ctx: Context, kv):
         if ctx.shared is not None:
-            rows = ctx.shared
-            apart = Context(ctx.cos, ctx.sin, rows.positions, rows.segment_ids, rows.starts)
+            layout = ctx.shared
+            apart = Context(ctx.cos, ctx.sin, layout.positions, layout.segment_ids, layout.starts)
             if ctx.blocks is not None:
-                apart = apart._replace(blocks=rows.spread(ctx.blocks))
-            return rows.gather(self._attend(rows.spread(q), rows.spread(k), rows.spread(v), apart, None))
+                apart = apart._replace(blocks=layout.spread(ctx.blocks))
+            q, k, v = layout.spread(q), layout.spread(k), layout.spread(v)
+            return layout.gather(self._attend(q, k, v, apart, None))
         packed = ctx.starts is not None and ctx.starts.shape[1] > 1
         causal = kv is None and ctx.starts is not None and ctx.blocks is None
         if causal and supports_cudnn(q, packed, self.softcap):
@@ -314,8 +315,7 @@ class Deep(NamedTuple):
 
     def add(self, x: jax.Array) -> jax.Array:
         """x [B, T, D] with one layer's features [F, D] added."""
-        added = self.features[jnp.maximum(self.slots, 0)].astype(x.dtype)
-        return jnp.where(self.slots[..., None] >= 0, x + added, x)
+        return x + rows(self.features, self.slots).astype(x.dtype)
 
 
 def _append(cache: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
