@@ -1,11 +1,13 @@
-"""What the export tests share: an adapter with random weights, torch's logits, and how far two logits are apart."""
+"""What the export tests share: an adapter with random weights, torch's logits, how far two are apart, a .gguf file."""
 
 from functools import cache
 
 import jax
 import numpy as np
 import torch
+from gguf.constants import GGMLQuantizationType
 
+from jaxtune.export.gguf_format import GgufWriter, TensorEntry
 from jaxtune.fast import FastLanguageModel
 
 
@@ -53,3 +55,13 @@ def in_float32(model):
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def write(conversion, path):
+    """The conversion as a float32 file."""
+    kind = GGMLQuantizationType.F32
+    entries = [TensorEntry(name, shape, kind) for name, shape in conversion.shapes.items()]
+    with GgufWriter(path, conversion.metadata, entries) as writer:
+        for name in conversion.shapes:
+            writer.write(name, np.ascontiguousarray(conversion.read(name)))
+    return path

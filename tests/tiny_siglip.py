@@ -61,7 +61,8 @@ def make_config(family: str, **changes) -> transformers.PretrainedConfig:
     if family == "gemma3":
         rope = {"rope_type": "default", "rope_theta": 1e4}
         text = {
-            "num_hidden_layers": 8,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
             "sliding_window": 16,
             "query_pre_attn_scalar": 24,
             "rope_parameters": {"full_attention": rope, "sliding_attention": rope | {"rope_theta": 500.0}},

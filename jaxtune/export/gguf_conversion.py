@@ -120,20 +120,22 @@ def convert(
     factors = rope_factors(decoder.rope)
     if origin is not None:
         factors = kept_rope_factors(origin, decoder.rope, factors)
+    inside = f"{model.module.decoder_path}."
     places = {
-        gguf_name(hf, family.architecture): _Place(
+        gguf_name(hf.replace(inside, "model.", 1), family.architecture): _Place(
             hf,
             *place,
             rotary_heads(hf, decoder.num_heads, decoder.num_kv_heads) if family.interleaved else None,
             norm_shift(hf, family.architecture),
         )
         for hf, place in expected_names(model.module).items()
+        if hf.startswith((inside, "lm_head."))
     }
     shapes = _shapes(model, places, family, factors)
     metadata = _metadata(model, tokenizer or model.tokenizer, shapes, name, pre_tokenizer)
     return Conversion(
         family.architecture,
-        config.num_hidden_layers,
+        len(decoder.windows),
         decoder.num_heads,
         decoder.num_kv_heads,
         metadata,
@@ -177,7 +179,7 @@ def _shapes(
                 f"{name}: llama.cpp's {family.architecture} has no bias there and would leave it out"
             )
         shapes[name] = tensor_shape(model, place.slot, leaf)
-    rows = shapes["token_embd.weight"][0]
-    if rows != model.config.vocab_size:
-        raise ValueError(f"the embedding has {rows} rows and config.vocab_size is {model.config.vocab_size}")
+    rows, wanted = shapes["token_embd.weight"][0], model.config.get_text_config().vocab_size
+    if rows != wanted:
+        raise ValueError(f"the embedding has {rows} rows and config.vocab_size is {wanted}")
     return {name: shapes[name] for name in file_order(shapes)}

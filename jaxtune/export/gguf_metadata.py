@@ -83,7 +83,7 @@ def _check_windows(config: PretrainedConfig, decoder: DecoderConfig, family: Ggu
                 f"layer_types: in llama.cpp's {family.architecture} the last of every {period} layers sees all tokens "
                 "and the others a window; this model has another pattern"
             )
-    elif windows and min(windows) < config.max_position_embeddings:
+    elif windows and min(windows) < config.get_text_config().max_position_embeddings:
         raise ValueError(
             f"sliding_window={min(windows)}: llama.cpp's {family.architecture} has no sliding window and would attend "
             f"to everything. Set model.config.max_position_embeddings = {min(windows)} to export a model of that "
@@ -159,6 +159,8 @@ def model_metadata(
     keys["general.file_type"] = np.uint32(0)
     fields = models.family(config).config(config)
     extra = {"vocab_size": fields.vocab_size, "rope.dimension_count": fields.head_dim}
+    if hasattr(config, "vision_config"):
+        extra["n_deepstack_layers"] = len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
     keys |= {f"{family.architecture}.{key}": np.uint32(extra[key]) for key in family.extra_keys}
     if family.window_period is not None:
         keys |= {f"{family.architecture}.{key}": value for key, value in _softcaps_and_window(fields).items()}
@@ -171,19 +173,23 @@ def hyperparameters(config: PretrainedConfig) -> Metadata:
     decoder = models.family(config).config(config)
     if models.family(config).GGUF.architecture == "gemma2":
         return _gemma2_hyperparameters(config, decoder)
+    text = config.get_text_config()
+    sections = decoder.rope.scaling.get("mrope_section")
+    mrope = {} if sections is None else {"rope.dimension_sections": np.array([*sections, 0], np.int32)}
     keys: Metadata = {
-        "block_count": np.uint32(config.num_hidden_layers),
-        "context_length": np.uint32(config.max_position_embeddings),
+        "block_count": np.uint32(len(decoder.windows)),
+        "context_length": np.uint32(text.max_position_embeddings),
         "embedding_length": np.uint32(decoder.hidden_size),
         "feed_forward_length": np.uint32(decoder.intermediate_size),
         "attention.head_count": np.uint32(decoder.num_heads),
         "attention.head_count_kv": np.uint32(decoder.num_kv_heads),
+        **mrope,
         **rope_scaling(decoder.rope),
         "rope.freq_base": np.float32(decoder.rope.theta),
         **_local_rope(decoder),
         "attention.layer_norm_rms_epsilon": np.float32(decoder.rms_norm_eps),
     }
-    if config.to_dict().get("head_dim") is not None:
+    if text.to_dict().get("head_dim") is not None:
         keys |= dict.fromkeys(("attention.key_length", "attention.value_length"), np.uint32(decoder.head_dim))
     return keys
 

@@ -60,7 +60,7 @@ def ids_and_flags(
     flags = _flags(tokenizer, core)
     keys |= {f"tokenizer.ggml.add_{end}_token": truth.get(end, flag) for end, flag in flags.items()}
     keys |= _templates(tokenizer.chat_template)
-    always_told = family.architecture == "llama" and config.vocab_size == _GRANITE_ROWS
+    always_told = family.architecture == "llama" and config.get_text_config().vocab_size == _GRANITE_ROWS
     defaults = {"bos": None if always_told else default_bos, "eos": False}
     for end, value in truth.items():
         if end not in flags and value != defaults[end]:
@@ -79,7 +79,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> dict[s
     for role in _ROLES:
         told = getattr(config, f"{role}_token_id", None)
         told = told[0] if isinstance(told, list) and told and role == "eos" else told
-        if role not in ids and isinstance(told, int) and 0 <= told < config.vocab_size:
+        if role not in ids and isinstance(told, int) and 0 <= told < config.get_text_config().vocab_size:
             ids[role] = told
     if "eos" not in ids:
         raise ValueError("nothing says which token ends a text; set tokenizer.eos_token")

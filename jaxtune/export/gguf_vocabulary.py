@@ -61,7 +61,7 @@ def vocabulary(
             f"{type(tokenizer).__name__} is no fast tokenizer (tokenizer.json); GGUF needs its rules"
         )
     core = json.loads(backend.to_str())
-    rows = config.vocab_size
+    rows = config.get_text_config().vocab_size
     _check(tokenizer, core, rows)
     keys: Metadata = {}
     last: Metadata = {}

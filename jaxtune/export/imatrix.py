@@ -331,7 +331,7 @@ def _sums(graphdef, trainable, base, batch: dict[str, jax.Array]) -> list[list[d
         return x, seen
 
     sums = []
-    for segment in module.model.layers:
+    for segment in module.decoder.layers:
         graph, state = nnx.split(segment)
         x, seen = jax.lax.scan(partial(run, graph), x, state)
         sums.append(seen)

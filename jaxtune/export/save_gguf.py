@@ -29,6 +29,7 @@ from jaxtune.export.gguf_format import GgufWriter, TensorEntry
 from jaxtune.export.gguf_metadata import file_metadata
 from jaxtune.export.imatrix import ImportanceMatrix, load_or_collect
 from jaxtune.export.merged import Base
+from jaxtune.export.mmproj import check_mmproj, save_mmproj
 from jaxtune.export.quantise_pool import QuantisePool
 from jaxtune.export.type_mix import METHODS, bits_per_weight, file_type, find_method, tensor_kinds
 from jaxtune.export.verify import QUESTION, Verification, installed_llama_cpp
@@ -77,6 +78,9 @@ def save_gguf(
 ) -> dict[str, Any]:
     """Write a model with its adapter merged in as .gguf files, with an Ollama Modelfile.
 
+    Of a vision-language model those are the files of its language part; tower and projector are one file beside them,
+    for llama.cpp's --mmproj, in 16 bits.
+
     Args:
         model: with or without an adapter.
         directory: folder for `<name>.<METHOD>.gguf` and `Modelfile`; made if need be, other files stay.
@@ -112,23 +116,30 @@ def save_gguf(
     stem = _stem(name or model.name_or_path)
     targets = {method: folder / f"{stem}.{method.upper()}.gguf" for method in methods}
     modelfile = _modelfile_path(folder, methods[0], overwrite)
-    _check_targets([*targets.values(), modelfile], overwrite)
+    is_vlm = hasattr(model.config, "vision_config")
+    sixteen = _methods("not_quantized", model)[0]
+    projector = [folder / f"{stem}.{sixteen.upper()}-mmproj.gguf"] if is_vlm else []
+    if is_vlm:
+        check_mmproj(model)
+    _check_targets([*targets.values(), *projector, modelfile], overwrite)
     text = _modelfile_text(model, tokenizer, list(targets.values()), system)
     matrix = None if imatrix is None else load_or_collect(imatrix, model, tokenizer, progress=progress)
     files = [_File(method, path, _kinds(method, conversion, matrix)) for method, path in targets.items()]
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     _write(conversion, files, matrix, deterministic, processes, progress)
+    for path in projector:
+        save_mmproj(model, path, dtype="bf16" if sixteen == "bf16" else "f16", base=base, name=name)
     modelfile.write_text(text, "utf-8")
     if progress:
         _report(files, conversion, time.perf_counter() - started, modelfile)
     return {
         "save_directory": str(folder),
         "gguf_directory": str(folder),
-        "gguf_files": [str(file.path) for file in files],
+        "gguf_files": [str(path) for path in (*targets.values(), *projector)],
         "modelfile_location": str(modelfile),
         "want_full_precision": all(method in ("f32", "f16", "bf16") for method in methods),
-        "is_vlm": False,
+        "is_vlm": is_vlm,
         "fix_bos_token": False,
         "verifications": _verify(model, files, tokenizer, verify, progress) if verify else [],
     }

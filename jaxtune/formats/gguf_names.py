@@ -47,7 +47,7 @@ class GgufFamily:
     """How llama.cpp knows a model family.
 
     architecture: general.architecture, also the prefix of the family's keys.
-    extra_keys: keys that only some architectures have, of "vocab_size" and "rope.dimension_count".
+    extra_keys: keys that only some architectures have, of "vocab_size", "rope.dimension_count", "n_deepstack_layers".
     biases: block tensors that llama.cpp's graph adds a bias to; a bias elsewhere cannot be exported.
     own_head_dim: head_dim may differ from hidden_size / heads.
     rope_factors: the graph knows llama3's RoPE scaling, the tensor rope_freqs.

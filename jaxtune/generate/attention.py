@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune.kernels.attention import cudnn_attention, masked_attention, supports_cudnn
-from jaxtune.kernels.decode_attention import decode_attention, merge
+from jaxtune.kernels.decode_attention import Attended, decode_attention, merge
 
 KV = tuple[jax.Array, jax.Array]
 
@@ -44,6 +44,29 @@ def prompt_attention(
     )
 
 
+def _of_prompts(
+    q: jax.Array, prompt: KV, first: jax.Array, end: jax.Array, softcap: float | None
+) -> Attended:
+    """One token of each row, q [P, G, H, h], against columns of its group's cache: [P·G, K, H/K, ..]."""
+    groups, size, heads, h = q.shape
+    kv = prompt[0].shape[1]
+    per_kv = heads // kv
+    by_prompt = q.reshape(groups, size, kv, per_kv, h).swapaxes(1, 2).reshape(groups, kv, size * per_kv, h)
+
+    def to_rows(x: jax.Array) -> jax.Array:  # [P, K, G·H/K, ..] -> [P·G, K, H/K, ..]
+        x = x.reshape(groups, kv, size, per_kv, *x.shape[3:]).swapaxes(1, 2)
+        return x.reshape(groups * size, kv, per_kv, *x.shape[4:])
+
+    return jax.tree.map(to_rows, decode_attention(by_prompt, *prompt, first, end, softcap))
+
+
+def image_attention(q: jax.Array, prompt: KV, seen: jax.Array) -> jax.Array:
+    """One token of each row, q [P, G, H, h], against the first `seen` (int32 [P]) columns of its group's cache:
+    [P·G, H·h] in q's dtype, 0 where none is seen."""
+    out = _of_prompts(q, prompt, jnp.zeros_like(seen), seen, None).out
+    return out.reshape(q.shape[0] * q.shape[1], -1)
+
+
 def group_attention(
     q: jax.Array,
     prompt: KV,
@@ -69,18 +92,11 @@ def group_attention(
     groups, size, heads, h = q.shape
     kv = prompt[0].shape[1]
     per_kv = heads // kv
-    q = q.reshape(groups, size, kv, per_kv, h)
-    by_prompt = q.swapaxes(1, 2).reshape(groups, kv, size * per_kv, h)
-
-    def to_rows(x: jax.Array) -> jax.Array:  # [P, K, G·H/K, ..] -> [P·G, K, H/K, ..]
-        x = x.reshape(groups, kv, size, per_kv, *x.shape[3:]).swapaxes(1, 2)
-        return x.reshape(groups * size, kv, per_kv, *x.shape[4:])
-
     # distances are to the token itself: column c of a prompt is lengths + step - c back, of the rows' own step - c
     first = jnp.zeros_like(lengths) if window is None else jnp.maximum(lengths + step + 1 - window, 0)
     own_first = jnp.int32(0) if window is None else jnp.maximum(step + 1 - window, 0)
     every = jnp.ones(groups * size, jnp.int32)
-    shared = jax.tree.map(to_rows, decode_attention(by_prompt, *prompt, first, lengths, softcap))
+    shared = _of_prompts(q, prompt, first, lengths, softcap)
     alone = decode_attention(
         q.reshape(groups * size, kv, per_kv, h), *own, own_first * every, (step + 1) * every, softcap
     )

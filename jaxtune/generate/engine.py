@@ -68,6 +68,7 @@ class Engine:
         self._loaded: dict[tuple[Mode, bool], Weights] = {}
         self._made_of: list[weakref.ref] = []
         self._programs: set = set()
+        self._seen = 0  # columns of images in the caches of layers that attend to them
 
     def __enter__(self) -> Self:
         return self
@@ -202,7 +203,8 @@ class Engine:
                 raise ValueError("prompts are texts, and the model has no tokenizer; give token ids")
             prompts = [self.model.tokenizer(prompt)["input_ids"] for prompt in prompts]
         found = [[int(token) for token in prompt] for prompt in prompts]
-        vocabulary = self.model.module.config.vocab_size
+        config = self.model.module.config
+        vocabulary = config.vocab_size + config.extra_embeddings
         for i, prompt in enumerate(found):
             if not prompt:
                 raise ValueError(f"prompt {i} is empty; it needs one token at least")
@@ -224,8 +226,10 @@ class Engine:
                 first.append(i)
             rows.setdefault(key, []).extend(range(i * n, (i + 1) * n))
         job = job._replace(prompts=[job.prompts[i] for i in first])
+        self._seen = 0
         if images is not None:
-            job = job._replace(look=Sight(self.model, [images[i] for i in first]))
+            look = Sight(self.model, [images[i] for i in first])
+            self._seen, job = look.columns, job._replace(look=look)
         by_prompt = dict(enumerate(rows.values()))
         columns = plan.bucket(max(map(len, job.prompts)), plan.PROMPT_COLUMNS)
         own = plan.bucket(job.record.limit, plan.OWN_COLUMNS)
@@ -275,7 +279,7 @@ class Engine:
         c, dtype = self.model.module.config, self.model.dtype
         query = jax.ShapeDtypeStruct((1, 1, 1, c.head_dim), dtype)
         flash = supports_cudnn(query, packed=False, softcap=c.attention_softcap)
-        return plan.forecast(c, dtype, groups, size, columns, own, flash)
+        return plan.forecast(c, dtype, groups, size, columns, own, flash, self._seen)
 
     def _places(self, wanted: int, size: int, columns: int, own: int, taken: int = 0) -> int:
         """How many groups, up to `wanted`, may run together."""

@@ -101,9 +101,9 @@ def prefill_batch(groups: int, columns: int) -> int:
 
 
 def forecast(
-    config: DecoderConfig, dtype, groups: int, size: int, columns: int, own: int, flash: bool
+    config: DecoderConfig, dtype, groups: int, size: int, columns: int, own: int, flash: bool, seen: int
 ) -> Memory:
-    """What a wave of groups x size rows needs, with caches of these columns.
+    """What a wave of groups x size rows needs, with caches of these columns, `seen` of them of images.
 
     flash: whether prompts attend to themselves without a [S, S] matrix.
     """
@@ -117,4 +117,6 @@ def forecast(
     if not flash:
         prefill += 2 * 4 * prompts * c.num_heads * columns * columns
     growing = batch * own * token // (2 * layers)  # one array of the caches is there twice
-    return Memory(groups * columns * token, batch * own * token + growing, max(step, prefill))
+    of_images = seen * token * len(c.cross_layers) // layers
+    prefill += 2 * prompts * of_images
+    return Memory(groups * (columns * token + of_images), batch * own * token + growing, max(step, prefill))

@@ -39,16 +39,27 @@ class Sight:
         if family is None:
             raise ValueError(f"{model.config.model_type} takes no images")
         self._model, self._rows, self._family = model, rows, family
+        most = max((len(family.tokens(row)) for row in rows), default=0)
+        seen = most * model.module.config.cross_tokens
+        # of the caches of layers that attend to images, if there are any
+        self.columns = -(-seen // plan.PROMPT_COLUMNS) * plan.PROMPT_COLUMNS
 
-    def __call__(self, prompts: list[int], ids: np.ndarray, lengths: np.ndarray) -> tuple[Shown, np.ndarray]:
+    def __call__(
+        self, prompts: list[int], ids: np.ndarray, lengths: np.ndarray
+    ) -> tuple[Shown, np.ndarray, np.ndarray]:
         """Numbers of prompts (fewer than N where some places are empty), ids int32 [N, S] padded at the end and lengths
-        int32 [N] -> the prompts with their images, and int32 [N], the offsets of `steps.Prompts`."""
+        int32 [N] -> the prompts with their images, and int32 [N] each, offsets and seen of `steps.Prompts`."""
         mask = np.arange(ids.shape[1]) < lengths[:, None]
         rows = [self._rows[prompt] for prompt in prompts] + [{}] * (len(ids) - len(prompts))
         batch = images.batch_arrays(self._family, ids, mask, rows, _padded)
         rope = batch.get("rope_positions")
         offsets = np.zeros_like(lengths) if rope is None else rope.max((1, 2)) + 1 - lengths
-        batch = {"input_ids": jnp.asarray(ids), **batch}
+        batch = {"input_ids": jnp.asarray(ids), "segment_ids": jnp.asarray(mask, jnp.int32), **batch}
         model = self._model
         x, how = _placed(model.graphdef, model.trainable, model.base, batch)
-        return Shown(x, how["rope_positions"], how.get("blocks"), how.get("deep")), offsets
+        shown = Shown(x, how.get("rope_positions"), how.get("blocks"), how.get("deep"), how.get("cross"))
+        seen = np.zeros_like(lengths)
+        if shown.cross is not None:
+            last = shown.cross.seen[jnp.arange(len(ids)), lengths - 1]
+            seen = np.asarray(last.sum((1, 2)), np.int32)
+        return shown, offsets, seen

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtune.generate.attention import KV, group_attention, prompt_attention
+from jaxtune.generate.attention import KV, group_attention, image_attention, prompt_attention
 from jaxtune.generate.sampling import Choice, Sampling, choose, row_keys
 from jaxtune.generate.weights import Layer, Weights
 from jaxtune.kernels.cross_entropy import softcapped
@@ -34,6 +34,7 @@ class Spec:
 class Prompts(NamedTuple):
     """One prompt for each group: of each layer k, v [P, K, S, h]; lengths int32 [P], tokens of each.
 
+    A layer that attends to images has those of their patches, seen int32 [P] of them, the first ones.
     offsets: int32 [P], how much further on than its number the rotary position of a token after the prompt is: 0, but
     behind images whose tokens share positions.
     """
@@ -41,17 +42,19 @@ class Prompts(NamedTuple):
     layers: tuple[KV, ...]
     lengths: jax.Array
     offsets: jax.Array
+    seen: jax.Array
 
 
 class Shown(NamedTuple):
     """Prompts with images: x [N, S, D], embeddings with image features in place; rope_positions int32 [N, S, 3], None
     where a token's rotary position is its number; blocks int32 [N, S], see `models.decoder.Context`, or None; deep,
-    features for the first layers, or None."""
+    features for the first layers, or None; cross: see `models.decoder.Context`."""
 
     x: jax.Array
     rope_positions: jax.Array | None
     blocks: jax.Array | None
     deep: Deep | None
+    cross: Any
 
 
 class State(NamedTuple):
@@ -145,10 +148,63 @@ def _decode_layer(
     return _after_attention(layer, x, attended, spec), own
 
 
-def _shared(layer: Callable, spec: Spec) -> Callable:
+def _after_cross(
+    layer: Layer, x: jax.Array, attended: jax.Array, spec: Spec, absent: jax.Array, apart: jax.Array
+) -> jax.Array:
+    """`_after_attention` of a layer that attends to images: gated; absent, apart: bool [N, 1] as in models.mllama."""
+    y = jnp.tanh(layer.attended_gate) * layer.out(attended)
+    x = x + jnp.where(absent, 0, y)
+    gate, up = jnp.split(layer.gate_up(_norm(x, layer.mlp_norm, spec)), 2, -1)
+    y = jnp.tanh(layer.mlp_gate) * layer.down(ACTIVATIONS[spec.config.hidden_act](gate) * up)
+    return x + jnp.where(apart, 0, y)
+
+
+def _cross_queries(layer: Layer, x: jax.Array, spec: Spec) -> jax.Array:
+    """x [N, D] -> q [N, H, h]."""
+    q = layer.qkv(_norm(x, layer.input_norm, spec)).reshape(len(x), -1, spec.config.head_dim)
+    return _norm(q, layer.q_norm, spec)
+
+
+def _prefill_cross(spec: Spec, layer: Layer, x, cross, last, columns: int) -> tuple[jax.Array, KV]:
+    """x [N, S, D] of prompts -> the layer's output, and keys and values [N, columns, K, h], first those that tokens
+    after a prompt see, which its last one does (int32 [N])."""
+    batch, kv, h = len(x), spec.config.num_kv_heads, spec.config.head_dim
+    if cross is None:
+        nothing = jnp.zeros((batch, columns, kv, h), x.dtype)
+        return x, (nothing, nothing)
+    assert layer.kv is not None
+    flat = x.reshape(-1, x.shape[-1])
+    q = _cross_queries(layer, flat, spec)
+    states = layer.kv(cross.states.reshape(-1, x.shape[-1]).astype(x.dtype))
+    k, v = (part.reshape(-1, kv, h) for part in jnp.split(states, 2, -1))
+    k = _norm(k, layer.k_norm, spec)
+    mask = cross.seen.reshape(1, 1, len(flat), -1)
+    attended = jax.nn.dot_product_attention(q[None], k[None], v[None], mask=mask, implementation="xla")
+    out = _after_cross(
+        layer,
+        flat,
+        attended.reshape(len(flat), -1),
+        spec,
+        cross.absent.reshape(-1, 1),
+        cross.apart.reshape(-1, 1),
+    )
+    order = jnp.argsort(~cross.seen[jnp.arange(batch), last].reshape(batch, -1), axis=1, stable=True)
+    order = jnp.pad(order, ((0, 0), (0, max(0, columns - order.shape[1]))))[:, :columns]
+    return out.reshape(x.shape), (k[order], v[order])
+
+
+def _decode_cross(spec: Spec, layer: Layer, x, prompt: KV, seen) -> jax.Array:
+    """x [P·G, D] of the newest tokens -> the layer's output."""
+    q = _cross_queries(layer, x, spec)
+    attended = image_attention(q.reshape(len(seen), -1, *q.shape[1:]), prompt, seen)
+    absent = (seen == 0).repeat(len(x) // len(seen))[:, None]
+    return _after_cross(layer, x, attended, spec, absent, absent)
+
+
+def _shared(layer: Callable, spec: Spec, static: str | None = None) -> Callable:
     """A layer's function that is traced and lowered once for all layers of a kind (XLA inlines it): without that each
     of their kernels would be built for itself. A new one for each program, since jit keeps what it has traced."""
-    return jax.jit(partial(layer, spec), static_argnames="window")
+    return jax.jit(partial(layer, spec), static_argnames=static)
 
 
 class Program:
@@ -195,7 +251,9 @@ def prefill(
     if shown is not None and shown.rope_positions is not None:
         positions = shown.rope_positions
     ropes, x = _tables(spec, positions), _embedded(weights, ids, spec) if shown is None else shown.x
-    run, made, blocks = _shared(_prefill_layer, spec), [], None if shown is None else shown.blocks
+    run, run_cross = _shared(_prefill_layer, spec, "window"), _shared(_prefill_cross, spec, "columns")
+    blocks, cross = (None, None) if shown is None else (shown.blocks, shown.cross)
+    made = []
     with keeping_nothing():
         for segment in weights.segments:  # stacked layers in a loop: compiling their kernels takes long
             windows, repeats = spec.config.windows[len(made) :], len(segment[0].input_norm)
@@ -204,10 +262,15 @@ def prefill(
             if shown is not None and shown.deep is not None:
                 deep = shown.deep.of(Segment(len(made), len(segment), repeats))
 
-            def period(x, layers, windows=windows, deep=deep):
+            columns = [k.shape[2] for k, _ in store[len(made) :]]
+
+            def period(x, layers, windows=windows, deep=deep, columns=columns):
                 (layers, features), new = layers, []
                 for i, (layer, window) in enumerate(zip(layers, windows, strict=False)):
-                    x, kv = run(layer, x, *ropes[window is not None], blocks, window=window)
+                    if layer.kv is not None:
+                        x, kv = run_cross(layer, x, cross, lengths - 1, columns=columns[i])
+                    else:
+                        x, kv = run(layer, x, *ropes[window is not None], blocks, window=window)
                     x = x if deep is None else Deep(features[i], deep.slots).add(x)
                     new.append(kv)
                 return x, new
@@ -280,7 +343,7 @@ def decode(
     f32 = partial(jnp.zeros, (steps, rows), jnp.float32)
     kept = f32() if spec.sampling.cuts() else None
     report = Report(jnp.zeros((steps, rows), jnp.int32), f32(), kept)
-    run = _shared(_decode_layer, spec)
+    run, run_cross = _shared(_decode_layer, spec, "window"), _shared(_decode_cross, spec)
 
     def step(i: jax.Array, carry: tuple[State, Report]) -> tuple[State, Report]:
         state, report = carry
@@ -291,7 +354,10 @@ def decode(
             weights.layers(), prompts.layers, state.layers, spec.config.windows, strict=True
         ):
             cos, sin = ropes[window is not None]
-            x, own = run(layer, x, prompt, own, cos, sin, prompts.lengths, state.step, window=window)
+            if layer.kv is not None:
+                x = run_cross(layer, x, prompt, prompts.seen)
+            else:
+                x, own = run(layer, x, prompt, own, cos, sin, prompts.lengths, state.step, window=window)
             layers.append(own)
         choice, seen = _next(weights, x, state.seen, keys, state.step + 1, spec)
         report = Report(

@@ -1,6 +1,5 @@
 """One wave: rows that begin together, from their prompts to the last one's end."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +9,7 @@ from tqdm.auto import tqdm
 
 from jaxtune.generate import plan, steps
 from jaxtune.generate.results import Record
+from jaxtune.generate.sight import Sight
 from jaxtune.generate.weights import Weights, step_bytes
 from jaxtune.kernels.decode_attention import supported
 
@@ -21,7 +21,7 @@ class Job(NamedTuple):
 
     prompts: different ones. streams: int32 [N, 2], the (prompt, sample) that each row's noise is drawn for. segment:
     decode steps a dispatch. look: numbers of prompts, their ids int32 [N, S] and lengths -> those prompts with their
-    images and the offsets of `steps.Prompts`; None where no prompt has images.
+    images and offsets and seen of `steps.Prompts`; None where no prompt has images.
     """
 
     prompts: list[list[int]]
@@ -30,7 +30,7 @@ class Job(NamedTuple):
     spec: steps.Spec
     record: Record
     segment: int
-    look: Callable[[list[int], np.ndarray, np.ndarray], tuple[steps.Shown, np.ndarray]] | None = None
+    look: Sight | None = None
 
 
 class Pending(NamedTuple):
@@ -83,12 +83,13 @@ class Wave:
         job = self._job
         seated = self._seats.prompts.tolist()
         different = list(dict.fromkeys(prompt for prompt in seated if prompt >= 0))
-        ids, (layers, lengths, offsets), hidden = self._prefill(different)
+        ids, (layers, lengths, offsets, seen), hidden = self._prefill(different)
         if different + [-1] * (len(lengths) - len(different)) != seated:  # a prompt is in several groups
             group = np.array([different.index(prompt) if prompt >= 0 else 0 for prompt in seated])
             ids, lengths, hidden, offsets = ids[group], lengths[group], hidden[group], offsets[group]
+            seen = seen[group]
             layers = steps.taken(list(layers), group)
-        self._prompts = steps.Prompts(layers, lengths, offsets)
+        self._prompts = steps.Prompts(layers, lengths, offsets, seen)
         self._uses("begin", *self._seats.rows.shape)
         self._state, report = steps.begin(
             self._weights, hidden, ids, lengths, self._streams(), job.seed, spec=job.spec
@@ -99,12 +100,12 @@ class Wave:
         """Prompts by number -> ids int32 [P, S], steps.Prompts, last hidden states [P, D]."""
         job, count = self._job, plan.bucket(len(prompts))
         ids, lengths = np.zeros((count, self._columns), np.int32), np.ones(count, np.int32)
-        offsets = np.zeros(count, np.int32)
+        offsets, seen = np.zeros(count, np.int32), np.zeros(count, np.int32)
         for place, prompt in enumerate(prompts):
             tokens = job.prompts[prompt]
             ids[place, : len(tokens)], lengths[place] = tokens, len(tokens)
         layers, batch, hidden = (
-            self._caches(count, self._columns),
+            self._caches(count, self._columns, 1 if job.look is None else max(1, job.look.columns)),
             plan.prefill_batch(count, self._columns),
             [],
         )
@@ -112,12 +113,12 @@ class Wave:
         for at in range(0, count, batch):
             some, shown = slice(at, at + batch), None
             if job.look is not None:
-                shown, offsets[some] = job.look(prompts[some], ids[some], lengths[some])
+                shown, offsets[some], seen[some] = job.look(prompts[some], ids[some], lengths[some])
             layers, last = steps.prefill(
                 self._weights, layers, ids[some], lengths[some], np.int32(at), shown, spec=job.spec
             )
             hidden.append(last)
-        made = steps.Prompts(layers, jnp.asarray(lengths), jnp.asarray(offsets))
+        made = steps.Prompts(layers, *map(jnp.asarray, (lengths, offsets, seen)))
         return jnp.asarray(ids), made, jnp.concatenate(hidden)
 
     def _segment(self) -> Pending:
@@ -172,13 +173,15 @@ class Wave:
             state.step,
             None if state.seen is None else state.seen[by_row],
         )
-        lengths, offsets = self._prompts.lengths[by_group], self._prompts.offsets[by_group]
-        self._prompts = steps.Prompts(steps.taken(prompts, by_group), lengths, offsets)
+        others = (x[by_group] for x in self._prompts[1:])
+        self._prompts = steps.Prompts(steps.taken(prompts, by_group), *others)
 
-    def _caches(self, batch: int, columns: int) -> tuple:
+    def _caches(self, batch: int, columns: int, of_images: int | None = None) -> tuple:
+        """of_images: columns of layers that attend to images, where they are others."""
         c, dtype = self._job.spec.config, self._job.spec.dtype
-        shape = (batch, c.num_kv_heads, columns, c.head_dim)
-        return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in c.windows)
+        own = {} if of_images is None else dict.fromkeys(c.cross_layers, of_images)
+        shapes = [(batch, c.num_kv_heads, own.get(i, columns), c.head_dim) for i in range(len(c.windows))]
+        return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for shape in shapes)
 
     def _streams(self) -> np.ndarray:
         """int32 [P, G, 2] of the seated rows."""

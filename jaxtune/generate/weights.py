@@ -36,6 +36,18 @@ SANDWICH_NORMS = NORMS | {
     "mlp_norm": "pre_feedforward_layernorm",
     "mlp_out_norm": "post_feedforward_layernorm",
 }
+# Those of a layer that attends to images (models.mllama).
+CROSS_PROJECTIONS = PROJECTIONS | {
+    "qkv": ("cross_attn.q_proj",),
+    "kv": ("cross_attn.k_proj", "cross_attn.v_proj"),
+    "out": ("cross_attn.o_proj",),
+}
+CROSS_NORMS = NORMS | {
+    "q_norm": "cross_attn.q_norm",
+    "k_norm": "cross_attn.k_norm",
+    "attended_gate": "cross_attn_attn_gate",
+    "mlp_gate": "cross_attn_mlp_gate",
+}
 
 
 class Projection(NamedTuple):
@@ -62,7 +74,10 @@ class Projection(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """The weights of one decoder layer; those of several have a leading axis. Norms are [D], or [h] of q and k."""
+    """The weights of one decoder layer; those of several have a leading axis. Norms are [D], or [h] of q and k.
+
+    A layer that attends to images has q alone in qkv, kv for their keys and values, and gates [1].
+    """
 
     input_norm: jax.Array
     mlp_norm: jax.Array
@@ -74,6 +89,14 @@ class Layer(NamedTuple):
     k_norm: jax.Array | None = None
     attended_norm: jax.Array | None = None
     mlp_out_norm: jax.Array | None = None
+    kv: Projection | None = None
+    attended_gate: jax.Array | None = None
+    mlp_gate: jax.Array | None = None
+
+    def each(self, change: Callable[[Projection], Projection]) -> "Layer":
+        """The layer with its projections changed."""
+        found = {name: part for name, part in self._asdict().items() if isinstance(part, Projection)}
+        return self._replace(**{name: change(part) for name, part in found.items()})
 
 
 class Weights(NamedTuple):
@@ -158,12 +181,14 @@ def _weights(model: Any, prepare: Callable, split: Callable) -> Weights:
 
 
 def _stacked_layer(module: CausalLM, leaves: Leaves, prefix: str) -> Layer:
-    names = SANDWICH_NORMS if module.config.sandwich_norms else NORMS
+    names, groups = SANDWICH_NORMS if module.config.sandwich_norms else NORMS, PROJECTIONS
+    if f"{prefix}.cross_attn_attn_gate.weight" in leaves:
+        names, groups = CROSS_NORMS, CROSS_PROJECTIONS
     paths = {field: f"{prefix}.{name}.weight" for field, name in names.items()}
     norms = {field: leaves[path].astype(module.dtype) for field, path in paths.items() if path in leaves}
     projections = {
         field: _stacked_projection(module, leaves, [f"{prefix}.{name}" for name in names])
-        for field, names in PROJECTIONS.items()
+        for field, names in groups.items()
     }
     return Layer(**norms, **projections)
 
@@ -228,9 +253,7 @@ def _cast(layers: tuple[Layer, ...], dtype, read_codes: bool) -> tuple[Layer, ..
         cast = partial(jax.tree.map, lambda leaf: leaf.astype(dtype))
         return Projection(tuple(map(weight, p.weights)), cast(p.adapters), cast(p.scale), p.bias)
 
-    return tuple(
-        layer._replace(**{name: projection(getattr(layer, name)) for name in PROJECTIONS}) for layer in layers
-    )
+    return tuple(layer.each(projection) for layer in layers)
 
 
 @partial(jax.jit, static_argnames="dtype")
@@ -248,7 +271,7 @@ def _merge_layer(layer: Layer, at: jax.Array, *, dtype) -> Layer:
         matrix = jnp.concatenate(parts) if p.scale is None else jnp.concatenate(parts) * p.scale[:, None]
         return Projection((matrix.astype(dtype),), (None,), None, p.bias)
 
-    layer = layer._replace(**{name: merge(getattr(layer, name)) for name in PROJECTIONS})
+    layer = layer.each(merge)
     return jax.tree.map(lambda leaf: leaf[None], layer)
 
 

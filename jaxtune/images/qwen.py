@@ -196,7 +196,8 @@ class Qwen2_5VLImages(QwenImages):
     def image_arrays(self, rows: Sequence[Processed], sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
         """Those of `QwenImages`, patches in the order of windows; windows int32 [windows, S], the patches of each
         window, -1 where it has fewer than S = (window side in patches)²; places int32 [P], where in that (flattened)
-        each patch stands; restore int32 [P/m²], for each token in the order of the text its number in that of windows.
+        each patch stands, padding beyond its end; restore int32 [P/m²], for each token in the order of the text its
+        number in that of windows.
         """
         arrays = super().image_arrays(rows, sizes)
         unit, patches = self.merge**2, sizes["patches"]
@@ -218,7 +219,7 @@ class Qwen2_5VLImages(QwenImages):
         windows = np.full(sizes["windows"] * width, -1, np.int32)
         windows[places] = np.arange(len(places))
         arrays["windows"] = windows.reshape(-1, width)
-        arrays["places"] = np.zeros(patches, np.int32)
+        arrays["places"] = windows.size + np.arange(patches, dtype=np.int32)
         arrays["places"][: len(places)] = places
         arrays["restore"] = np.argsort(order).astype(np.int32)
         return arrays

@@ -184,6 +184,16 @@ def image_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return keep(jax.nn.dot_product_attention(q, k, v, implementation="xla"), "attention")
 
 
+def rows(x: jax.Array, numbers: jax.Array) -> jax.Array:
+    """x[numbers] of x [N, ...], 0 for -1; no other number twice, so that gradients go back without adding up.
+
+    What is not there gets numbers of its own beyond the end: the zeros of all of them would queue up for one row.
+    """
+    beyond = len(x) + jnp.arange(numbers.size, dtype=numbers.dtype).reshape(numbers.shape)
+    places = jnp.where(numbers >= 0, numbers, beyond)
+    return x.at[places].get(mode="fill", fill_value=0, unique_indices=True)
+
+
 def segment_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, starts: jax.Array
 ) -> jax.Array:
@@ -210,12 +220,13 @@ def window_attention(
     Args:
       q, k, v: [1, P, H, h].
       windows: int32 [W, S], the tokens of each window, -1 where it has fewer than S.
-      places: int32 [P], where each token stands in the flattened windows; any where it stands in none.
+      places: int32 [P], where each token stands in the flattened windows; one that stands in none has a number beyond.
 
     Returns:
-      [1, P, H, h] in q's dtype.
+      [1, P, H, h] in q's dtype, 0 for a token in no window.
     """
-    apart = (x[0][jnp.maximum(windows, 0)] for x in (q, k, v))  # [W, S, H, h]
+    apart = (rows(x[0], windows) for x in (q, k, v))  # [W, S, H, h]
     mask = (windows >= 0)[:, None, None, :]
     out = jax.nn.dot_product_attention(*apart, mask=mask, implementation="xla")
-    return keep(out.reshape(-1, *q.shape[2:])[places][None], "attention")
+    flat = out.reshape(-1, *q.shape[2:])
+    return keep(rows(flat, jnp.where(places < len(flat), places, -1))[None], "attention")

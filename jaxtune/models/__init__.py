@@ -20,6 +20,7 @@ from jaxtune.models import (
     idefics3,
     llama,
     mistral,
+    mllama,
     qwen2,
     qwen2_5_vl,
     qwen3,
@@ -42,6 +43,7 @@ FAMILIES: dict[str, ModuleType] = {
     "gemma3": gemma3_vision,
     "idefics3": idefics3,
     "smolvlm": idefics3,
+    "mllama": mllama,
 }
 
 # Parts of a module's name that keep it in 16 bits where others are quantised, as Unsloth has them: the head, and what

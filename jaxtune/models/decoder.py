@@ -4,7 +4,7 @@ Attribute paths are the checkpoint's names, except that `layers` holds segments 
 smallest repeating pattern of layer kinds, each scanned, so that compile time does not grow with depth.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxtune.kernels.attention import cudnn_attention, masked_attention, supports_cudnn
+from jaxtune.kernels.attention import cudnn_attention, masked_attention, rows, supports_cudnn
 from jaxtune.kernels.cross_entropy import softcapped
 from jaxtune.kernels.keep import keep
 from jaxtune.models import rope
@@ -38,7 +38,8 @@ class DecoderConfig:
     one. query_scale: q is multiplied by it, beside the usual 1/√h. attention_softcap, logit_softcap: of attention
     scores and of the head's logits. embedding_scale: of the embedded tokens. plus_one_norms: norms multiply by
     1 + weight. sandwich_norms: attention and MLP have a norm behind them too. whole_image_tokens: of an image, where
-    they all see each other, not just those before them.
+    they all see each other, not just those before them. extra_embeddings: rows behind those of the vocabulary.
+    cross_layers, cross_tokens: layers that attend to images instead of the text, and how many tokens an image is there.
     """
 
     vocab_size: int
@@ -64,6 +65,9 @@ class DecoderConfig:
     plus_one_norms: bool = False
     sandwich_norms: bool = False
     whole_image_tokens: int | None = None
+    extra_embeddings: int = 0
+    cross_layers: tuple[int, ...] = ()
+    cross_tokens: int = 0
 
     def __post_init__(self):
         if self.hidden_act not in ACTIVATIONS:
@@ -151,6 +155,7 @@ class Context(NamedTuple):
     starts: int32 [B, M], the first token of each document of a row (kernels.attention.packed_layout), M = 1 where a
     row is one document; None where that is not known, and masks say who sees whom. shared: where a row holds one prompt
     and several completions. blocks: int32 [B, T], the block of a token whose tokens all see each other, 0 for none.
+    cross: what layers attend to that do not attend to the text (models.mllama).
     """
 
     cos: jax.Array
@@ -165,6 +170,7 @@ class Context(NamedTuple):
     shared: SharedPrefix | None = None
     local: tuple[jax.Array, jax.Array] | None = None
     blocks: jax.Array | None = None
+    cross: Any = None
 
     def rope_tables(self, window: int | None) -> tuple[jax.Array, jax.Array]:
         """cos and sin of a layer."""
@@ -197,11 +203,12 @@ class Attention(nnx.Module):
 
     def _attend(self, q, k, v, ctx: Context, kv):
         if ctx.shared is not None:
-            rows = ctx.shared
-            apart = Context(ctx.cos, ctx.sin, rows.positions, rows.segment_ids, rows.starts)
+            layout = ctx.shared
+            apart = Context(ctx.cos, ctx.sin, layout.positions, layout.segment_ids, layout.starts)
             if ctx.blocks is not None:
-                apart = apart._replace(blocks=rows.spread(ctx.blocks))
-            return rows.gather(self._attend(rows.spread(q), rows.spread(k), rows.spread(v), apart, None))
+                apart = apart._replace(blocks=layout.spread(ctx.blocks))
+            q, k, v = layout.spread(q), layout.spread(k), layout.spread(v)
+            return layout.gather(self._attend(q, k, v, apart, None))
         packed = ctx.starts is not None and ctx.starts.shape[1] > 1
         causal = kv is None and ctx.starts is not None and ctx.blocks is None
         if causal and supports_cudnn(q, packed, self.softcap):
@@ -308,8 +315,7 @@ class Deep(NamedTuple):
 
     def add(self, x: jax.Array) -> jax.Array:
         """x [B, T, D] with one layer's features [F, D] added."""
-        added = self.features[jnp.maximum(self.slots, 0)].astype(x.dtype)
-        return jnp.where(self.slots[..., None] >= 0, x + added, x)
+        return x + rows(self.features, self.slots).astype(x.dtype)
 
 
 def _append(cache: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
@@ -347,12 +353,20 @@ def run_segment(
 
 
 class Decoder(nnx.Module):
-    def __init__(self, config: DecoderConfig, plan: Sequence[Segment], dtype):
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
-        layer = SandwichLayer if config.sandwich_norms else DecoderLayer
-        self.layers = nnx.List(
-            nnx.List(layer(config, config.windows[s.first + j], dtype) for j in range(s.period)) for s in plan
-        )
+    """make: number of a layer -> the layer, where they are not all of the usual kind."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        plan: Sequence[Segment],
+        dtype,
+        make: Callable[[int], nnx.Module] | None = None,
+    ):
+        rows = config.vocab_size + config.extra_embeddings
+        self.embed_tokens = Embedding(rows, config.hidden_size, dtype=dtype)
+        kind = SandwichLayer if config.sandwich_norms else DecoderLayer
+        make = make or (lambda layer: kind(config, config.windows[layer], dtype))
+        self.layers = nnx.List(nnx.List(make(s.first + j) for j in range(s.period)) for s in plan)
         self.norm = config.norm(config.hidden_size, dtype)
 
 
@@ -426,6 +440,7 @@ class CausalLM(nnx.Module):
         rope_positions: jax.Array | None = None,
         blocks: jax.Array | None = None,
         deep: Deep | None = None,
+        cross: Any = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states [B, T, D] of embedded tokens x [B, T, D].
 
@@ -437,11 +452,11 @@ class CausalLM(nnx.Module):
           shared: the layout where rows hold one prompt and several completions; segment_ids and starts are then its.
           rope_positions: int32 [B, T, 3], time, height and width of each token, where they are not its position.
           blocks: int32 [B, T], see Context; not with a cache.
-          deep: features of images for the first layers.
+          deep: features of images for the first layers. cross: see Context.
           cache: when given, T new columns are written at `cache.index` and attention spans the cache.
         """
         ctx = self.context(positions, segment_ids, rope_positions)
-        ctx = ctx._replace(starts=starts, key=key, shared=shared, blocks=blocks)
+        ctx = ctx._replace(starts=starts, key=key, shared=shared, blocks=blocks, cross=cross)
         if cache is not None:
             ctx = ctx._replace(kv_positions=cache.positions, kv_segments=cache.segment_ids, index=cache.index)
         kept = []

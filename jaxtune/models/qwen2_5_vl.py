@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxtune.kernels.attention import segment_attention, window_attention
+from jaxtune.formats.gguf_names import GgufFamily
+from jaxtune.kernels.attention import rows, segment_attention, window_attention
 from jaxtune.kernels.keep import keep
 from jaxtune.models import qwen2
 from jaxtune.models.decoder import (
@@ -40,6 +41,8 @@ PARTS = {
         rope_parameters""".split()
     ),
 }
+# The decoder; its tower goes into a file of its own (export.mmproj).
+GGUF = GgufFamily("qwen2vl", biases=qwen2.GGUF.biases, own_head_dim=False)
 # Names in published checkpoints, (pattern, name here); transformers' modules have the names on the right.
 RENAMES = (
     (r"^visual\.", "model.visual."),
@@ -197,7 +200,7 @@ class Tower(nnx.Module):
             inner = None if key is None else jax.random.fold_in(key, i)
             x, _ = run_segment(segment, x, Sight(cos, sin, images, inner), None, remat)
         merged = self.merger(x[0], None if key is None else jax.random.fold_in(key, len(self.blocks)))
-        return merged[images["restore"]], None
+        return rows(merged, images["restore"]), None
 
 
 def patch_tables(config: TowerConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

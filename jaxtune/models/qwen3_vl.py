@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxtune.formats.gguf_names import GgufFamily
 from jaxtune.kernels.keep import keep
 from jaxtune.models import qwen2_5_vl
 from jaxtune.models.decoder import (
@@ -35,6 +36,7 @@ from jaxtune.models.remat import Remat
 from jaxtune.models.vision_lm import Dense, VisionLM
 
 READ = qwen2_5_vl.READ
+GGUF = GgufFamily("qwen3vl", ("n_deepstack_layers",))  # the decoder; its tower: export.mmproj
 PARTS = {
     "text_config": QWEN3_READ,
     "vision_config": qwen2_5_vl.PARTS["vision_config"]

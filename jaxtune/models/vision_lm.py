@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from jaxtune.kernels.attention import rows
 from jaxtune.models.decoder import CausalLM, Decoder, DecoderConfig, Deep, Segment
 from jaxtune.models.layers import Linear
 from jaxtune.models.remat import Remat
@@ -80,4 +81,4 @@ class VisionLM(CausalLM):
             features, deep = self.model.features(batch["images"], key=key, remat=remat)
         if deep is not None:
             how["deep"] = Deep(deep, slots)
-        return jnp.where(slots[..., None] >= 0, features[jnp.maximum(slots, 0)].astype(x.dtype), x), how
+        return jnp.where(slots[..., None] >= 0, rows(features, slots).astype(x.dtype), x), how

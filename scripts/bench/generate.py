@@ -259,7 +259,7 @@ def compiled_step(bench: step.Bench, kind: str, rows: int, args: argparse.Namesp
         weights = jax.tree.map(lambda x: leaf(*x.shape, dtype=x.dtype), weights)
         state = steps.State(caches(rows, plan.bucket(args.new, plan.OWN_COLUMNS)), leaf(rows), leaf(), None)
         prompts = steps.Prompts(
-            caches(groups, plan.bucket(args.prompt, plan.PROMPT_COLUMNS)), leaf(groups), leaf(groups)
+            caches(groups, plan.bucket(args.prompt, plan.PROMPT_COLUMNS)), *[leaf(groups)] * 3
         )
         streams, seed = leaf(groups, args.group, 2), leaf(dtype=jnp.uint32)
         traced = steps.decode.of(weights).trace(weights, prompts, state, streams, seed, spec=spec, steps=16)

@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 import tiny_models
 import transformers
-from export_judges import load, logits_of, random_adapter, relative_error
-from gguf.constants import GGMLQuantizationType
+from export_judges import load, logits_of, random_adapter, relative_error, write
 from tolerances import LLAMA_CPP_GELU, LLAMA_CPP_LOGITS, MERGED
 
 from jaxtune.export.gguf_conversion import convert
-from jaxtune.export.gguf_format import GgufWriter, TensorEntry
 from jaxtune.export.gguf_identity import identity, size_label
 from jaxtune.export.gguf_metadata import file_metadata
 from jaxtune.export.merged import merged_tensor
@@ -28,16 +26,6 @@ from jaxtune.models.names import expected_names
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "gguf_conversion.json").read_text("utf-8"))
 IDS = np.random.default_rng(0).integers(0, 259, 200)  # longer than the context that the scalings start from
 YARN = {"rope_theta": 10000.0, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-
-
-def write(conversion, path):
-    """The conversion as a float32 file."""
-    kind = GGMLQuantizationType.F32
-    entries = [TensorEntry(name, shape, kind) for name, shape in conversion.shapes.items()]
-    with GgufWriter(path, conversion.metadata, entries) as writer:
-        for name in conversion.shapes:
-            writer.write(name, np.ascontiguousarray(conversion.read(name)))
-    return path
 
 
 def load_16bit(path, **options):

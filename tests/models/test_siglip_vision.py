@@ -23,6 +23,7 @@ from jaxtune.models.remat import Remat
 from jaxtune.step import make_train_step
 
 LOAD = {"dtype": "float32", "max_seq_length": None}
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module", params=["gemma3", "smolvlm"])

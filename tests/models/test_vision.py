@@ -295,12 +295,6 @@ def test_a_merged_model_is_loaded_by_transformers(both, adapted, tmp_path):
         np.testing.assert_array_equal(value, inputs[name])
 
 
-def test_gguf_is_refused(both, tmp_path):
-    model, *_ = both
-    with pytest.raises(ValueError, match=f"{model.config.model_type} cannot be saved as GGUF yet"):
-        model.save_pretrained_gguf(tmp_path / "out")
-
-
 def test_greedy_generation(both):
     """32 tokens of two rows, one with three images, left-padded."""
     model, _, judge, inputs, _ = both
@@ -365,3 +359,32 @@ def test_a_model_merged_in_4_bits_is_loaded_again(both, adapted, tmp_path):
     fresh, _ = FastVisionModel.from_pretrained(both[4], dtype="float32", max_seq_length=None)
     assert quantised(again) == quantised(fresh)
     assert again.base.keys() == fresh.base.keys()
+
+
+def test_a_published_config_is_flat_and_may_tie_the_head(tmp_path):
+    """config.json as on the hub: the decoder's fields at the top, M-RoPE under its older name."""
+    config = tiny_vision.make_config("qwen2_5_vl", tie_word_embeddings=True)
+    folder = tiny_vision.save(tiny_vision.make_model(config), tmp_path / "model")
+    fields = json.loads((folder / "config.json").read_text())
+    text = fields.pop("text_config")
+    rope = text.pop("rope_parameters")
+    del text["model_type"], text["layer_types"]
+    older = {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+    }
+    fields["vision_config"] = {k: v for k, v in fields["vision_config"].items() if k != "rope_parameters"}
+    (folder / "config.json").write_text(json.dumps(text | fields | older))
+    model, processor = FastVisionModel.from_pretrained(
+        folder, load_in_4bit=False, dtype="float32", max_seq_length=None
+    )
+    assert model.module.lm_head is None
+    judge = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    inputs = tiny_vision.rows(processor)
+    with torch.no_grad():
+        want = judge(**as_torch(inputs)).logits
+    assert largest_error(model.logits(**inputs), want, inputs["attention_mask"]) <= LOGITS
+    model.save_pretrained_merged(tmp_path / "merged", dtype="float32", progress=False)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**as_torch(inputs)).logits, want)
