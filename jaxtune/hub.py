@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Kind = Literal["safetensors", "bnb-4bit", "gguf"]
+# Rows of embeddings behind those of the vocabulary, for tokens that are never predicted.
+_ROWS_BEHIND = {"mllama": 8}
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Weights once, not again as .bin, .gguf, consolidated.safetensors or original/*.pth.
 _DOWNLOAD = ("*.json", "*.txt", "*.jinja", "*.model", "model*.safetensors", ADAPTER_WEIGHTS)
@@ -327,7 +329,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _warn_of_tokens_without_rows(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-    rows = config.get_text_config().vocab_size
+    rows = config.get_text_config().vocab_size + _ROWS_BEHIND.get(config.model_type, 0)
     beyond = [token for token, i in tokenizer.get_vocab().items() if i >= rows]
     if beyond:
         logger.warning(

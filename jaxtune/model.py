@@ -115,7 +115,7 @@ class Model:
             positions = jnp.maximum(jnp.cumsum(segment_ids, 1) - 1, 0)
         batch = {"input_ids": ids, "positions": positions, "segment_ids": segment_ids}
         family = images.family(self.config)
-        known = {"mm_token_type_ids"} | set(() if family is None else family.processor_keys)
+        known = set(images.TOKEN_KINDS) | set(() if family is None else family.processor_keys)
         if unknown := processed.keys() - known:
             raise TypeError(f"{self.config.model_type} does not know {', '.join(sorted(unknown))}")
         if family is not None:
@@ -227,9 +227,9 @@ class Model:
     def _taken_out(self, given: dict[str, Any]) -> dict[str, Any]:
         """What the processor gave of images, removed from the other arguments."""
         family = images.family(self.config)
-        names = () if family is None else ("mm_token_type_ids", *family.processor_keys)
+        names = () if family is None else (*images.TOKEN_KINDS, *family.processor_keys)
         found = {name: given.pop(name) for name in names if name in given}
-        return {name: value for name, value in found.items() if name != "mm_token_type_ids"}
+        return {name: value for name, value in found.items() if name not in images.TOKEN_KINDS}
 
     def _warn_of_length(self, length: int) -> None:
         if length > self.max_seq_length:

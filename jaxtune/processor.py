@@ -65,6 +65,10 @@ def _class(model_type: str) -> Any:
                 raise ValueError("videos are not supported; give images")
             return super().__call__(*args, **kwargs)
 
+        def apply_chat_template(self, *args, **kwargs) -> Any:
+            # not SmolVLM's own, which asks its processor of videos
+            return transformers.ProcessorMixin.apply_chat_template(self, *args, **kwargs)
+
         def save_pretrained(self, save_directory: str | Path, **_) -> None:
             _save(self, Path(save_directory))
 

@@ -13,14 +13,20 @@ KV = tuple[jax.Array, jax.Array]
 
 
 def prompt_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, window: int | None, softcap: float | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    window: int | None,
+    softcap: float | None,
+    blocks: jax.Array | None,
 ) -> jax.Array:
     """Causal attention of prompts with themselves; what pads their end is seen by no token of theirs.
 
     Args:
       q: [P, S, H, h]. k, v: [P, S, K, h]. window: tokens seen, None for all. softcap: of scores, None for none.
+      blocks: int32 [P, S], see `masked_attention`.
     """
-    if supports_cudnn(q, packed=False, softcap=softcap):
+    if blocks is None and supports_cudnn(q, packed=False, softcap=softcap):
         return cudnn_attention(q, k, v, None, window)
     positions = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
     one = jnp.zeros_like(positions)
@@ -34,6 +40,7 @@ def prompt_attention(
         kv_segments=one,
         window=window,
         softcap=softcap,
+        blocks=blocks,
     )
 
 

@@ -51,4 +51,4 @@ class Sight:
         batch = {"input_ids": jnp.asarray(ids), **batch}
         model = self._model
         x, how = _placed(model.graphdef, model.trainable, model.base, batch)
-        return Shown(x, how["rope_positions"], how.get("deep")), offsets
+        return Shown(x, how["rope_positions"], how.get("blocks"), how.get("deep")), offsets

@@ -45,10 +45,12 @@ class Prompts(NamedTuple):
 
 class Shown(NamedTuple):
     """Prompts with images: x [N, S, D], embeddings with image features in place; rope_positions int32 [N, S, 3], None
-    where a token's rotary position is its number; deep, features for the first layers, or None."""
+    where a token's rotary position is its number; blocks int32 [N, S], see `models.decoder.Context`, or None; deep,
+    features for the first layers, or None."""
 
     x: jax.Array
     rope_positions: jax.Array | None
+    blocks: jax.Array | None
     deep: Deep | None
 
 
@@ -124,12 +126,12 @@ def _written(caches: KV, new: KV, at: tuple) -> KV:
     return k, v
 
 
-def _prefill_layer(spec: Spec, layer: Layer, x, cos, sin, window: int | None) -> tuple[jax.Array, KV]:
+def _prefill_layer(spec: Spec, layer: Layer, x, cos, sin, blocks, window: int | None) -> tuple[jax.Array, KV]:
     """x [N, S, D] of prompts -> the layer's output, and their keys and values [N, S, K, h]."""
     q, k, v = _queries(layer, x, spec, cos, sin)
     flat = x.reshape(-1, x.shape[-1])
-    attended = prompt_attention(q, k, v, window, spec.config.attention_softcap).reshape(len(flat), -1)
-    return _after_attention(layer, flat, attended, spec).reshape(x.shape), (k, v)
+    attended = prompt_attention(q, k, v, window, spec.config.attention_softcap, blocks)
+    return _after_attention(layer, flat, attended.reshape(len(flat), -1), spec).reshape(x.shape), (k, v)
 
 
 def _decode_layer(
@@ -193,7 +195,7 @@ def prefill(
     if shown is not None and shown.rope_positions is not None:
         positions = shown.rope_positions
     ropes, x = _tables(spec, positions), _embedded(weights, ids, spec) if shown is None else shown.x
-    run, made = _shared(_prefill_layer, spec), []
+    run, made, blocks = _shared(_prefill_layer, spec), [], None if shown is None else shown.blocks
     with keeping_nothing():
         for segment in weights.segments:  # stacked layers in a loop: compiling their kernels takes long
             windows, repeats = spec.config.windows[len(made) :], len(segment[0].input_norm)
@@ -205,7 +207,7 @@ def prefill(
             def period(x, layers, windows=windows, deep=deep):
                 (layers, features), new = layers, []
                 for i, (layer, window) in enumerate(zip(layers, windows, strict=False)):
-                    x, kv = run(layer, x, *ropes[window is not None], window=window)
+                    x, kv = run(layer, x, *ropes[window is not None], blocks, window=window)
                     x = x if deep is None else Deep(features[i], deep.slots).add(x)
                     new.append(kv)
                 return x, new

@@ -54,11 +54,11 @@ class SquareImages:
 
     def tokens(self, row: Processed) -> list[int]:
         """The same for each image."""
-        return [self.each] * len(row["pixel_values"])
+        return [self.each] * len(row.get("pixel_values", ()))
 
     def sizes(self, rows: Sequence[Processed]) -> dict[str, int]:
         """images: at least 1."""
-        return {"images": max(sum(len(row["pixel_values"]) for row in rows), 1)}
+        return {"images": max(sum(len(self.tokens(row)) for row in rows), 1)}
 
     def image_arrays(self, rows: Sequence[Processed], sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
         """pixels float32 [images, channels, side, side]; padding is 0."""
@@ -68,7 +68,7 @@ class SquareImages:
         pixels = np.zeros((sizes["images"], *self.shape), np.float32)
         at = 0
         for row in rows:
-            values = row["pixel_values"]
+            values = row.get("pixel_values", ())
             pixels[at : at + len(values)] = values
             at += len(values)
         return {"pixels": pixels}

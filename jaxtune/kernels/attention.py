@@ -20,10 +20,15 @@ def attention_mask(
     q_segments: jax.Array,
     kv_segments: jax.Array,
     window: int | None,
+    blocks: jax.Array | None = None,
 ) -> jax.Array:
-    """bool [B, 1, T, S] from int32 positions and segment ids [B, T] (queries) and [B, S] (keys)."""
+    """bool [B, 1, T, S] from int32 positions and segment ids [B, T] (queries) and [B, S] (keys); see
+    `masked_attention`."""
     distance = q_positions[:, :, None] - kv_positions[:, None, :]
-    allowed = (q_segments[:, :, None] == kv_segments[:, None, :]) & (distance >= 0)
+    allowed = distance >= 0
+    if blocks is not None:
+        allowed |= (blocks[:, :, None] == blocks[:, None, :]) & (blocks[:, :, None] > 0)
+    allowed &= q_segments[:, :, None] == kv_segments[:, None, :]
     if window is not None:
         allowed &= distance < window
     return allowed[:, None]
@@ -40,6 +45,7 @@ def masked_attention(
     kv_segments: jax.Array,
     window: int | None,
     softcap: float | None = None,
+    blocks: jax.Array | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention with grouped key/value heads; softmax in float32. The reference.
 
@@ -49,11 +55,12 @@ def masked_attention(
       q_segments, kv_segments: int32 [B, T], [B, S]; only equal ids see each other.
       window: keys further back than this many tokens are hidden; None sees all.
       softcap: scores become softcap·tanh(scores/softcap).
+      blocks: int32 [B, T] of a row with itself; tokens of one block, but of block 0, see those behind them too.
 
     Returns:
       [B, T, H, h] in q's dtype.
     """
-    mask = attention_mask(q_positions, kv_positions, q_segments, kv_segments, window)
+    mask = attention_mask(q_positions, kv_positions, q_segments, kv_segments, window, blocks)
     if softcap is None:
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
     return _capped_attention(q, k, v, mask, softcap)

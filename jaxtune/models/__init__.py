@@ -13,7 +13,19 @@ from types import ModuleType
 
 import jax.numpy as jnp
 
-from jaxtune.models import gemma2, gemma3, llama, mistral, qwen2, qwen2_5_vl, qwen3, qwen3_vl
+from jaxtune.models import (
+    gemma2,
+    gemma3,
+    gemma3_vision,
+    idefics3,
+    llama,
+    mistral,
+    mllama,
+    qwen2,
+    qwen2_5_vl,
+    qwen3,
+    qwen3_vl,
+)
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.layers import Linear
 from jaxtune.models.names import linear_slots, module_at
@@ -28,6 +40,10 @@ FAMILIES: dict[str, ModuleType] = {
     "gemma3_text": gemma3,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
+    "gemma3": gemma3_vision,
+    "idefics3": idefics3,
+    "smolvlm": idefics3,
+    "mllama": mllama,
 }
 
 # Parts of a module's name that keep it in 16 bits where others are quantised, as Unsloth has them: the head, and what

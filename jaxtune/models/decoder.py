@@ -4,7 +4,7 @@ Attribute paths are the checkpoint's names, except that `layers` holds segments 
 smallest repeating pattern of layer kinds, each scanned, so that compile time does not grow with depth.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -37,7 +37,8 @@ class DecoderConfig:
     windows: one entry a layer, tokens seen, None for all. local_rope: of the layers with a window, where it is another
     one. query_scale: q is multiplied by it, beside the usual 1/√h. attention_softcap, logit_softcap: of attention
     scores and of the head's logits. embedding_scale: of the embedded tokens. plus_one_norms: norms multiply by
-    1 + weight. sandwich_norms: attention and MLP have a norm behind them too.
+    1 + weight. sandwich_norms: attention and MLP have a norm behind them too. whole_image_tokens: of an image, where
+    they all see each other, not just those before them. extra_embeddings: rows behind those of the vocabulary.
     """
 
     vocab_size: int
@@ -62,6 +63,8 @@ class DecoderConfig:
     embedding_scale: float | None = None
     plus_one_norms: bool = False
     sandwich_norms: bool = False
+    whole_image_tokens: int | None = None
+    extra_embeddings: int = 0
 
     def __post_init__(self):
         if self.hidden_act not in ACTIVATIONS:
@@ -148,7 +151,8 @@ class Context(NamedTuple):
     local: cos and sin of the layers with a window, where they have their own.
     starts: int32 [B, M], the first token of each document of a row (kernels.attention.packed_layout), M = 1 where a
     row is one document; None where that is not known, and masks say who sees whom. shared: where a row holds one prompt
-    and several completions.
+    and several completions. blocks: int32 [B, T], the block of a token whose tokens all see each other, 0 for none.
+    cross: what layers attend to that do not attend to the text (models.mllama).
     """
 
     cos: jax.Array
@@ -162,6 +166,8 @@ class Context(NamedTuple):
     index: jax.Array | None = None
     shared: SharedPrefix | None = None
     local: tuple[jax.Array, jax.Array] | None = None
+    blocks: jax.Array | None = None
+    cross: Any = None
 
     def rope_tables(self, window: int | None) -> tuple[jax.Array, jax.Array]:
         """cos and sin of a layer."""
@@ -196,10 +202,13 @@ class Attention(nnx.Module):
         if ctx.shared is not None:
             layout = ctx.shared
             apart = Context(ctx.cos, ctx.sin, layout.positions, layout.segment_ids, layout.starts)
+            if ctx.blocks is not None:
+                apart = apart._replace(blocks=layout.spread(ctx.blocks))
             q, k, v = layout.spread(q), layout.spread(k), layout.spread(v)
             return layout.gather(self._attend(q, k, v, apart, None))
         packed = ctx.starts is not None and ctx.starts.shape[1] > 1
-        if kv is None and ctx.starts is not None and supports_cudnn(q, packed, self.softcap):
+        causal = kv is None and ctx.starts is not None and ctx.blocks is None
+        if causal and supports_cudnn(q, packed, self.softcap):
             starts = ctx.starts if packed else None
             return cudnn_attention(q, k, v, starts, self.window)
         kv_positions, kv_segments = ctx.positions, ctx.segment_ids
@@ -217,6 +226,7 @@ class Attention(nnx.Module):
             kv_segments=kv_segments,
             window=self.window,
             softcap=self.softcap,
+            blocks=ctx.blocks,
         )
         return keep(out, "attention")
 
@@ -340,12 +350,20 @@ def run_segment(
 
 
 class Decoder(nnx.Module):
-    def __init__(self, config: DecoderConfig, plan: Sequence[Segment], dtype):
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
-        layer = SandwichLayer if config.sandwich_norms else DecoderLayer
-        self.layers = nnx.List(
-            nnx.List(layer(config, config.windows[s.first + j], dtype) for j in range(s.period)) for s in plan
-        )
+    """make: number of a layer -> the layer, where they are not all of the usual kind."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        plan: Sequence[Segment],
+        dtype,
+        make: Callable[[int], nnx.Module] | None = None,
+    ):
+        rows = config.vocab_size + config.extra_embeddings
+        self.embed_tokens = Embedding(rows, config.hidden_size, dtype=dtype)
+        kind = SandwichLayer if config.sandwich_norms else DecoderLayer
+        make = make or (lambda layer: kind(config, config.windows[layer], dtype))
+        self.layers = nnx.List(nnx.List(make(s.first + j) for j in range(s.period)) for s in plan)
         self.norm = config.norm(config.hidden_size, dtype)
 
 
@@ -417,7 +435,9 @@ class CausalLM(nnx.Module):
         cache: Cache | None = None,
         shared: SharedPrefix | None = None,
         rope_positions: jax.Array | None = None,
+        blocks: jax.Array | None = None,
         deep: Deep | None = None,
+        cross: Any = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states [B, T, D] of embedded tokens x [B, T, D].
 
@@ -428,11 +448,12 @@ class CausalLM(nnx.Module):
           remat: what to keep for the backward pass; None where there is none.
           shared: the layout where rows hold one prompt and several completions; segment_ids and starts are then its.
           rope_positions: int32 [B, T, 3], time, height and width of each token, where they are not its position.
-          deep: features of images for the first layers.
+          blocks: int32 [B, T], see Context; not with a cache.
+          deep: features of images for the first layers. cross: see Context.
           cache: when given, T new columns are written at `cache.index` and attention spans the cache.
         """
         ctx = self.context(positions, segment_ids, rope_positions)
-        ctx = ctx._replace(starts=starts, key=key, shared=shared)
+        ctx = ctx._replace(starts=starts, key=key, shared=shared, blocks=blocks, cross=cross)
         if cache is not None:
             ctx = ctx._replace(kv_positions=cache.positions, kv_segments=cache.segment_ids, index=cache.index)
         kept = []

@@ -4,7 +4,7 @@ Images are squares of one size with learned positions, and every patch sees all 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -74,13 +74,28 @@ class Sight(NamedTuple):
     key: jax.Array | None
 
 
+class PatchConfig(Protocol):
+    """What `PatchEmbedding` and `MLP` need of a tower's config."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_channels(self) -> int: ...
+    @property
+    def patch_size(self) -> int: ...
+    @property
+    def hidden_act(self) -> str: ...
+
+
 class PatchEmbedding(nnx.Module):
     """A convolution whose kernel is one patch, as a matrix product."""
 
-    def __init__(self, config: TowerConfig, dtype):
+    def __init__(self, config: PatchConfig, dtype, *, bias: bool = True):
         p = config.patch_size
         self.weight = Frozen(Shape((config.hidden_size, config.num_channels, p, p), dtype))
-        self.bias = Frozen(Shape((config.hidden_size,), dtype))
+        self.bias = Frozen(Shape((config.hidden_size,), dtype)) if bias else None
         self.patch_size = p
 
     def __call__(self, pixels: jax.Array, dtype) -> jax.Array:
@@ -90,7 +105,8 @@ class PatchEmbedding(nnx.Module):
         apart = pixels.astype(dtype).reshape(n, channels, height // p, p, width // p, p)
         rows = apart.transpose(0, 2, 4, 1, 3, 5).reshape(n, -1, channels * p * p)
         weight = self.weight[...].astype(dtype)
-        return rows @ weight.reshape(len(weight), -1).T + self.bias[...].astype(dtype)
+        y = rows @ weight.reshape(len(weight), -1).T
+        return y if self.bias is None else y + self.bias[...].astype(dtype)
 
 
 class Embeddings(nnx.Module):
@@ -119,7 +135,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    def __init__(self, config: TowerConfig, dtype):
+    def __init__(self, config: PatchConfig, dtype):
         self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=True, dtype=dtype)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True, dtype=dtype)
         self.activation = config.hidden_act

@@ -74,7 +74,9 @@ class VisionLM(CausalLM):
         how: dict[str, Any] = {"rope_positions": batch.get("rope_positions")}
         if "images" not in batch:
             return x, how
-        slots = batch["image_slots"]
+        slots, each = batch["image_slots"], self.config.whole_image_tokens
+        if each is not None:
+            how["blocks"] = jnp.where(slots >= 0, slots // each + 1, 0)
         with jax.named_scope("tower"):
             features, deep = self.model.features(batch["images"], key=key, remat=remat)
         if deep is not None:

@@ -5,7 +5,6 @@ import pytest
 from transformers import Gemma3Config, Idefics3Config
 
 from jaxtune import images
-from jaxtune.images import batch_arrays
 
 VISION = {"image_size": 8, "patch_size": 2}
 IMAGE = 7
@@ -27,6 +26,10 @@ def ids(*counts: int) -> np.ndarray:
         row = [1, *([5] + [IMAGE] * 4 + [6]) * count, 2]
         rows.append([0] * (24 - len(row)) + row)
     return np.array(rows)
+
+
+def batch_arrays(family, rows, mask, processed, *sizes):
+    return images.batch_arrays(family, rows, mask, family.rows(processed, rows), *sizes)
 
 
 def pixels(count: int) -> np.ndarray:
