@@ -13,11 +13,13 @@ from jaxtune import hub, lora, models
 from jaxtune.arguments import sort_out
 from jaxtune.compile_cache import enable_compile_cache
 from jaxtune.config import LORA_TARGETS
+from jaxtune.devices import Choice, make_layout
 from jaxtune.kernels import target
 from jaxtune.kernels.fp8 import NEEDS as FP8_NEEDS
 from jaxtune.load import load_weights
 from jaxtune.lora import LoraConfig
 from jaxtune.model import Model
+from jaxtune.models.names import leaf_shapes
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 # Arguments of Unsloth that have no meaning here, with the values that ask for nothing.
@@ -129,6 +131,9 @@ class FastLanguageModel:
         cache_dir: str | None = None,
         gguf_file: str | None = None,
         compute_dtype: str | None = None,
+        devices: int | None = None,
+        data: Choice = "auto",
+        fsdp: Choice = "auto",
         **kwargs,
     ) -> tuple[Model, Any]:
         """Loads a checkpoint, its linear layers into NF4 unless told otherwise.
@@ -144,6 +149,7 @@ class FastLanguageModel:
           load_in_4bit, load_in_16bit, full_finetuning: NF4 (the default), 16-bit LoRA, or every weight trained.
           rope_scaling: replaces the config's.
           use_gradient_checkpointing: False keeps every activation; else SFTConfig.remat says what is kept.
+          devices, data, fsdp: how many devices train, and how the frozen weights lie on them; see devices.make_layout.
           kwargs: Unsloth's others; those without meaning here warn, those that would change the result raise.
 
         Returns:
@@ -187,7 +193,13 @@ class FastLanguageModel:
             )
 
         module = recipe()
-        leaves = load_weights(checkpoint, module)
+        base_bytes = sum(shape.size * shape.dtype.itemsize for shape in leaf_shapes(module).values())
+        layout = make_layout(base_bytes, devices, data, fsdp)
+        if full_finetuning and layout.fsdp > 1:
+            raise ValueError(
+                f"fsdp={layout.fsdp} splits frozen weights; full_finetuning has none, set fsdp=1"
+            )
+        leaves = load_weights(checkpoint, module, layout=layout)
         tokenizer = checkpoint.tokenizer()
         model = Model(
             module,
@@ -197,6 +209,7 @@ class FastLanguageModel:
             tokenizer=tokenizer,
             max_seq_length=max_seq_length,
             recipe=recipe,
+            layout=layout,
         )
         model.gradient_checkpointing = bool(use_gradient_checkpointing)
         if full_finetuning:
@@ -274,9 +287,10 @@ def _with_adapter(model: Model, config: LoraConfig) -> Model:
     config = lora.named(module, config)
     names = lora.attach(module, config)
     trainable, base = lora.initialise(module, model.base, config, names)
+    put = model.layout.put_leaves
     adapted = Model(
-        module, trainable, base, checkpoint=model.checkpoint, tokenizer=model.tokenizer,
-        max_seq_length=model.max_seq_length, recipe=model._recipe,
+        module, put(module, trainable), put(module, base), checkpoint=model.checkpoint, tokenizer=model.tokenizer,
+        max_seq_length=model.max_seq_length, recipe=model._recipe, layout=model.layout,
     )  # fmt: skip
     adapted.lora, adapted.gradient_checkpointing = config, model.gradient_checkpointing
     return adapted

@@ -4,6 +4,7 @@ Everything that computes takes `model.graphdef`, `model.trainable` and `model.ba
 together with the config, the tokenizer and the checkpoint they came from.
 """
 
+import copy
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from jaxtune.arguments import sort_out
+from jaxtune.devices import ONE_DEVICE, Layout, device_bytes
 from jaxtune.export import upload
 from jaxtune.export.adapter import save_adapter
 from jaxtune.export.merged import save_merged
@@ -40,7 +42,7 @@ class Model:
 
     Attributes:
       config: transformers' config. tokenizer, checkpoint (`hub.Checkpoint`), name_or_path: where it came from.
-      graphdef, trainable, base: the split model; flat dicts path -> array.
+      graphdef, trainable, base: the split model; flat dicts path -> array, that lie as `layout` says.
       lora: LoraConfig, or None. dtype: of activations and unquantised frozen weights. max_seq_length: tokens.
       compute_dtype: "fp8" where products with NF4 weights are taken in it, else None.
       slots: checkpoint module name -> Slot(path, index).
@@ -48,9 +50,10 @@ class Model:
     """
 
     def __init__(
-        self, module, trainable: Leaves, base: Leaves, *, checkpoint, tokenizer, max_seq_length: int, recipe
-    ):
-        self.module, self.trainable, self.base = module, trainable, base
+        self, module, trainable: Leaves, base: Leaves, *, checkpoint, tokenizer, max_seq_length: int, recipe,
+        layout: Layout = ONE_DEVICE,
+    ):  # fmt: skip
+        self.module, self.trainable, self.base, self.layout = module, trainable, base, layout
         self.checkpoint, self.tokenizer = checkpoint, tokenizer
         self.config, self.name_or_path = checkpoint.config, checkpoint.name_or_path
         self.max_seq_length, self.dtype = max_seq_length, module.dtype
@@ -90,8 +93,8 @@ class Model:
         )
 
     def memory_bytes(self) -> int:
-        """Bytes of all leaves."""
-        return sum(leaf.nbytes for leaf in (*self.base.values(), *self.trainable.values()))
+        """Bytes of all leaves on one device."""
+        return sum(map(device_bytes, (*self.base.values(), *self.trainable.values())))
 
     def logits(self, input_ids, attention_mask=None, positions=None, segment_ids=None) -> jax.Array:
         """float32 [B, T, V] of int [B, T] ids; attention_mask marks the tokens (either side may be padded)."""
@@ -104,7 +107,19 @@ class Model:
             )
         if positions is None:
             positions = jnp.maximum(jnp.cumsum(segment_ids, 1) - 1, 0)
-        return _logits(self.graphdef, self.trainable, self.base, ids, positions, segment_ids)
+        one = self.on_one_device()
+        return _logits(self.graphdef, one.trainable, one.base, ids, positions, segment_ids)
+
+    def on_one_device(self) -> "Model":
+        """A handle on copies of the leaves on this process's first device (themselves, where a layout has one device),
+        for what does not run on several. Frozen weights that are split are gathered: they have to fit.
+        """
+        if self.layout.mesh is None:
+            return self
+        one = copy.copy(self)
+        one.layout = ONE_DEVICE
+        one.trainable, one.base = map(self.layout.on_one_device, (self.trainable, self.base))
+        return one
 
     def for_inference(self) -> "Model":
         """Keeps what `generate` makes of the weights, if it makes a copy of them, for the next call."""

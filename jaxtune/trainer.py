@@ -15,6 +15,7 @@ import datasets
 import jax
 import optax
 
+from jaxtune import cluster
 from jaxtune.config import SFTConfig
 from jaxtune.data import Batches, content_digest, pack, prepare_dataset
 from jaxtune.metrics import Record
@@ -113,20 +114,31 @@ class SFTTrainer(Trainer[SFTConfig]):
             max_grad_norm=self.args.max_grad_norm,
             neftune_alpha=self.args.neftune_noise_alpha,
             remat=remat,
+            layout=self.model.layout,
         )
 
     def _data_summary(self) -> dict[str, Any]:
-        return {"rows of data": len(self.train_dataset), "data (digest)": content_digest(self.train_dataset)}
+        return {
+            "rows of a step (total_batch_size)": self.args.batch_shape(self.model.layout.size)[2],
+            "rows of data": len(self.train_dataset),
+            "data (digest)": content_digest(self.train_dataset),
+        }
 
     def _batches(self, dataset: Dataset, *, train: bool) -> Batches:
         args = self.args
         packed = args.packing if train or args.eval_packing is None else args.eval_packing
         if packed:
             dataset = pack(dataset, args.max_length or self.model.max_seq_length, args.packing_strategy)
+        devices = self.model.layout.size
+        steps, height, rows = args.batch_shape(devices)
+        if not train:
+            steps, height, rows = 1, args.per_device_eval_batch_size * devices, None
         return Batches(
             dataset,
-            batch_size=args.per_device_train_batch_size if train else args.per_device_eval_batch_size,
-            accumulation=args.gradient_accumulation_steps if train else 1,
+            batch_size=height,
+            accumulation=steps,
+            rows_per_step=rows,
+            part=cluster.part(),
             max_length=args.max_length,
             packed=packed,
             seed=args.seed if args.data_seed is None else args.data_seed,
@@ -149,7 +161,9 @@ class SFTTrainer(Trainer[SFTConfig]):
         kind = "packed row" if self.args.packing else "row"
         return [
             f"  {kind} {index}: {self.processing_class.decode(row[mask][:24])!r}"
-            for index, row, mask in zip(run.batches.rows(n), ids, used, strict=False)  # then come empty rows
+            for index, row, mask in zip(
+                run.batches.own_rows(n), ids, used, strict=False
+            )  # then come empty rows
         ]
 
     # -- evaluation ------------------------------------------------------------------------------------------
@@ -174,7 +188,7 @@ class SFTTrainer(Trainer[SFTConfig]):
             return {name: value for result in results for name, value in result.items()}
         began = time.perf_counter()
         parts = [
-            self._eval_step(self.model.trainable, self.model.base, batch)
+            self._eval_step(self.model.trainable, self.model.base, self.model.layout.put_rows(batch, 0))
             for batch in self._eval_batches(data).eval_batches()
         ]
         totals = {name: math.fsum(float(part[name]) for part in jax.device_get(parts)) for name in parts[0]}
@@ -200,7 +214,7 @@ class SFTTrainer(Trainer[SFTConfig]):
 
     @cached_property
     def _eval_step(self) -> Callable[..., dict[str, jax.Array]]:
-        return make_eval_step(self.model)
+        return make_eval_step(self.model, layout=self.model.layout)
 
 
 def _refuse(**arguments: Any) -> None:

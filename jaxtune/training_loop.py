@@ -118,7 +118,7 @@ class Trainer[Config: TrainingConfig](abc.ABC):
         return True
 
     def _batch(self, run: Run, n: int) -> dict[str, Any]:
-        return run.batches.step(n)
+        return self.model.layout.put_rows(run.batches.step(n), 1)
 
     @abc.abstractmethod
     def _window_record(self, window: Mapping[str, list[float]]) -> Record:
@@ -220,12 +220,17 @@ class Trainer[Config: TrainingConfig](abc.ABC):
         warmup = args.num_warmup_steps(num_steps)
         schedule = make_schedule(args.lr_scheduler_type, args.learning_rate, num_steps, warmup)
         optimizer = make_optimizer(args, num_steps, model.trainable)
-        self.opt_state = jax.jit(optimizer.init)(model.trainable)  # one program, not one a shape
+        model.trainable = model.layout.put_leaves(model.module, model.trainable)
+        initial = jax.jit(
+            optimizer.init, out_shardings=model.layout.sharding()
+        )  # one program, not one a shape
+        self.opt_state = initial(model.trainable)
         self._train_step = PlannedStep(
             lambda remat: self._make_step(optimizer, remat),
             model,
             args.remat if args.gradient_checkpointing and model.gradient_checkpointing else "none",
             args.memory_budget_gb,
+            layout=model.layout,
         )
         fingerprint = checkpoint.fingerprint(args, num_steps, model, self._data_summary())
         self.state = TrainerState(max_steps=num_steps)
@@ -305,7 +310,7 @@ class Trainer[Config: TrainingConfig](abc.ABC):
 
     def _finish(self, run: Run, first: int, seconds: float) -> None:
         steps = self.state.global_step - first
-        rows = steps * self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        rows = steps * self.args.batch_shape(self.model.layout.size)[2]
         record = {
             "train_runtime": seconds,
             "train_samples_per_second": rows / seconds,

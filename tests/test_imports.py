@@ -18,6 +18,7 @@ STAGES = [
     {"quant"},
     {"kernels"},
     {"models"},
+    {"cluster", "devices"},
     {"load"},
     {"lora"},
     {"data"},

@@ -276,7 +276,7 @@ class Engine:
         key = mode, codes and mode == "lora"
         if key not in self._loaded:
             make = merged if mode == "merged" else partial(stored, read_codes=codes)
-            self._loaded[key] = make(self.model)
+            self._loaded[key] = make(self.model.on_one_device())
             self._made_of = [weakref.ref(leaf) for leaf in trained]
         return self._loaded[key]
 

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtune.kernels.attention import cudnn_attention, masked_attention, supports_cudnn
 from jaxtune.kernels.keep import keep
 from jaxtune.models import rope
-from jaxtune.models.layers import Embedding, Linear, RMSNorm, apply_gated, apply_together
+from jaxtune.models.layers import Embedding, Linear, RMSNorm, apply_gated, apply_together, fold
 from jaxtune.models.remat import Remat
 from jaxtune.models.rope import Rope, rotate, tables
 from jaxtune.models.shared_prefix import SharedPrefix
@@ -119,7 +119,7 @@ class Cache(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What every layer needs beside x: rope tables, who sees whom, the dropout key, the cache's columns.
+    """What every layer needs beside x: rope tables, who sees whom, each row's dropout key, the cache's columns.
 
     starts: int32 [B, M], the first token of each document of a row (kernels.attention.packed_layout), M = 1 where a
     row is one document; None where that is not known, and masks say who sees whom. shared: where a row holds one prompt
@@ -229,20 +229,19 @@ def run_segment(layers: nnx.List, x: jax.Array, ctx: Context, caches, remat: Rem
     """
     graph, state = nnx.split(layers)
     repeats = jax.tree.leaves(state)[0].shape[0]
-    keys = None if ctx.key is None else jax.random.split(ctx.key, repeats)
 
     def body(x, inputs):
-        state, key, caches = inputs
-        new = []
-        for i, layer in enumerate(nnx.merge(graph, state)):
-            inner = None if key is None else jax.random.fold_in(key, i)
+        state, repeat, caches = inputs
+        new, period = [], nnx.merge(graph, state)
+        for i, layer in enumerate(period):
+            inner = None if ctx.key is None else fold(ctx.key, repeat * len(period) + i)
             x, kv = layer(x, ctx._replace(key=inner), None if caches is None else caches[i])
             new.append(kv)
         return x, (None if caches is None else new)
 
     if remat is not None:
         body = jax.checkpoint(body, prevent_cse=False, policy=remat.policy())
-    return jax.lax.scan(body, x, (state, keys, caches))
+    return jax.lax.scan(body, x, (state, jnp.arange(repeats), caches))
 
 
 class Decoder(nnx.Module):
@@ -278,7 +277,7 @@ class CausalLM(nnx.Module):
     def head(self) -> jax.Array:
         """The output matrix [V, D] in the compute dtype."""
         holder = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        weight = holder.weight[...]
+        weight = holder.matrix()
         return (weight if isinstance(holder.weight, nnx.Param) else jax.lax.stop_gradient(weight)).astype(
             self.dtype
         )
@@ -304,7 +303,7 @@ class CausalLM(nnx.Module):
         Args:
           positions, segment_ids: int32 [B, T].
           starts: int32 [B, M], see Context.
-          key: dropout key; None at evaluation.
+          key: of dropout, one a row [B]; None at evaluation.
           remat: what to keep for the backward pass; None where there is none.
           shared: the layout where rows hold one prompt and several completions; segment_ids and starts are then its.
           cache: when given, T new columns are written at `cache.index` and attention spans the cache.
@@ -315,7 +314,7 @@ class CausalLM(nnx.Module):
             ctx = ctx._replace(kv_positions=cache.positions, kv_segments=cache.segment_ids, index=cache.index)
         kept = []
         for i, segment in enumerate(self.model.layers):
-            inner = ctx if key is None else ctx._replace(key=jax.random.fold_in(key, i))
+            inner = ctx if key is None else ctx._replace(key=fold(key, i))
             x, new = run_segment(segment, x, inner, None if cache is None else cache.layers[i], remat)
             if cache is not None:  # one write for all layers: the scan only reads the cache
                 kept.append(jax.tree.map(partial(_append, index=cache.index), cache.layers[i], new))
