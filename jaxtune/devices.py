@@ -13,6 +13,7 @@ neighbours, so a batch's part of each process is a slice.
 """
 
 import math
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from jaxtune.models.names import Leaves, leaf_shapes
 
 DATA, FSDP = AXES = ("data", "fsdp")
 WHOLE, ROWS, STEP_ROWS = PartitionSpec(), PartitionSpec(AXES), PartitionSpec(None, AXES)
+_ONE_AT_A_TIME = threading.Lock()
 BASE_SHARE = 0.6  # of a device's memory that frozen weights may take before "auto" splits them
 
 
@@ -116,11 +118,17 @@ class Layout:
             for name, x in batch.items()
         }
 
-    def on_one_device(self, leaves: Leaves) -> Leaves:
-        """Copies of leaves on this process's first device; on several hosts all have to ask."""
+    @property
+    def own_devices(self) -> list[jax.Device]:
+        """This process's."""
+        return jax.local_devices()[:1] if self.mesh is None else list(self.mesh.local_devices)
+
+    def on_one_device(self, leaves: Leaves, number: int = 0) -> Leaves:
+        """Copies of leaves on one of `own_devices`; on several hosts all have to ask."""
         if self.mesh is None:
             return leaves
-        return {path: self.put(leaf).addressable_shards[0].data for path, leaf in leaves.items()}
+        with _ONE_AT_A_TIME:  # devices must come to gathers in one order, whichever threads ask
+            return {path: self.put(leaf).addressable_shards[number].data for path, leaf in leaves.items()}
 
 
 ONE_DEVICE = Layout()

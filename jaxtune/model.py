@@ -110,15 +110,17 @@ class Model:
         one = self.on_one_device()
         return _logits(self.graphdef, one.trainable, one.base, ids, positions, segment_ids)
 
-    def on_one_device(self) -> "Model":
-        """A handle on copies of the leaves on this process's first device (themselves, where a layout has one device),
-        for what does not run on several. Frozen weights that are split are gathered: they have to fit.
+    def on_one_device(self, number: int = 0) -> "Model":
+        """A handle on copies of the leaves on one of this process's devices (themselves, where a layout has one
+        device), for what does not run on several. Frozen weights that are split are gathered: they have to fit.
         """
         if self.layout.mesh is None:
             return self
         one = copy.copy(self)
         one.layout = ONE_DEVICE
-        one.trainable, one.base = map(self.layout.on_one_device, (self.trainable, self.base))
+        one.trainable, one.base = (
+            self.layout.on_one_device(leaves, number) for leaves in (self.trainable, self.base)
+        )
         return one
 
     def for_inference(self) -> "Model":

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxtune import checkpoint
+from jaxtune import checkpoint, cluster
 from jaxtune.budget import PlannedStep
 from jaxtune.config import Event, TrainingConfig
 from jaxtune.metrics import History, Progress, Record, Speed, TrainerState, peak_memory_gib, plot_curves
@@ -127,6 +127,9 @@ class Trainer[Config: TrainingConfig](abc.ABC):
     def _figures(self, values: Mapping[str, Any]) -> dict[str, float]:
         """What the progress bar shows of a step."""
         return {"loss": values["loss"]}
+
+    def _rows_per_step(self) -> int:
+        return self.args.batch_shape(self.model.layout.size)[2]
 
     def _count_tokens(self, values: Mapping[str, Any]) -> None:
         self.state.num_input_tokens_seen += int(values["num_tokens"])
@@ -310,7 +313,7 @@ class Trainer[Config: TrainingConfig](abc.ABC):
 
     def _finish(self, run: Run, first: int, seconds: float) -> None:
         steps = self.state.global_step - first
-        rows = steps * self.args.batch_shape(self.model.layout.size)[2]
+        rows = steps * self._rows_per_step()
         record = {
             "train_runtime": seconds,
             "train_samples_per_second": rows / seconds,
@@ -376,7 +379,9 @@ class Trainer[Config: TrainingConfig](abc.ABC):
         self._write_state(folder)
 
 
-def checked_model(model: Any, trainer: str) -> Model:
+def checked_model(model: Any, trainer: str, *, several_hosts: bool = True) -> Model:
+    if cluster.part()[1] > 1 and not several_hosts:
+        raise ValueError(f"{trainer} runs on the devices of one host; this run has several processes")
     if isinstance(model, Model):
         if not model.trainable:
             raise ValueError(
