@@ -1,13 +1,12 @@
 """Runs on several simulated devices, for test_devices; a program of its own, because JAX counts its devices once.
 
-python tests/devices_program.py MODEL OUT     OUT/results.npz: name -> array
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/devices_program.py MODEL OUT
+
+OUT/results.npz: name -> array; OUT/program *.txt: compiled steps.
 """
 
-import os
 import sys
 from pathlib import Path
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
 import numpy as np

@@ -33,7 +33,8 @@ def out(folder, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("devices")
     done = subprocess.run(
         [sys.executable, "tests/devices_program.py", str(folder), str(out)],
-        capture_output=True, text=True, cwd=ROOT, timeout=900, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, cwd=ROOT, timeout=900,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return out
