@@ -358,6 +358,29 @@ class LoadArguments:
 
 
 @dataclasses.dataclass(frozen=True)
+class ClusterArguments:
+    """The processes of a run on several hosts. Under SLURM, MPI and Kubernetes nothing needs to be said."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where the processes meet. None = as the launcher says, or this process is alone."""
+    num_processes: int | None = None
+    """How many there are. None = as the launcher says."""
+    process_id: int | None = None
+    """Which one this is, from 0. None = as the launcher says."""
+    heartbeat_timeout: int = 60
+    """Seconds after which a process that is silent is taken for lost, and the others end."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_at_least(self, 1, ["num_processes", "heartbeat_timeout"])
+        check_at_least(self, 0, ["process_id"])
+        if self.coordinator is None and (self.num_processes, self.process_id) != (None, None):
+            raise ValueError("num_processes and process_id need a coordinator (HOST:PORT of process 0)")
+        if self.coordinator is not None and ":" not in self.coordinator:
+            raise ValueError(f"coordinator must be HOST:PORT, got {self.coordinator!r}")
+
+
+@dataclasses.dataclass(frozen=True)
 class LoraArguments:
     """The adapter (arguments of FastLanguageModel.get_peft_model)."""
 

@@ -14,7 +14,7 @@ neighbours, so a batch's part of each process is a slice.
 
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -139,6 +139,14 @@ def device_bytes(array: Any) -> int:
     sharding = getattr(array, "sharding", None)
     shape = array.shape if sharding is None else sharding.shard_shape(array.shape)
     return math.prod(shape) * array.dtype.itemsize
+
+
+def whole_like(arrays: Iterable[Any]) -> NamedSharding | None:
+    """The sharding of arrays that lie whole on every device where these lie; None where that is one."""
+    found = (
+        array.sharding for array in arrays if isinstance(getattr(array, "sharding", None), NamedSharding)
+    )
+    return next((NamedSharding(sharding.mesh, WHOLE) for sharding in found), None)
 
 
 def without_layers(spec: PartitionSpec) -> PartitionSpec:

@@ -7,6 +7,7 @@ is a function of (seed, step), and what else decides a step is in the checkpoint
 import abc
 import dataclasses
 import math
+import signal
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from jaxtune.metrics import History, Progress, Record, Speed, TrainerState, peak
 from jaxtune.model import Model
 from jaxtune.models.remat import Remat
 from jaxtune.optim import make_optimizer, make_schedule
-from jaxtune.signals import StopSignals
+from jaxtune.signals import SIGNALS, StopSignals
 from jaxtune.step import TrainStep
 
 CALLBACK_METHODS = ("on_step_end", "on_log", "on_save")
@@ -168,7 +169,7 @@ class Trainer[Config: TrainingConfig](abc.ABC):
         run = self._begin(resume)
         first = self.state.global_step
         try:
-            with StopSignals() as signals:
+            with StopSignals(SIGNALS if cluster.part()[1] == 1 else [signal.SIGINT]) as signals:
                 self._loop(run, signals)
                 self._finish(run, first, time.perf_counter() - began)
         finally:
@@ -199,6 +200,8 @@ class Trainer[Config: TrainingConfig](abc.ABC):
                 self._count(run, *pending)
             pending = (n, metrics)
 
+            if cluster.is_preempted(n):
+                signals.received = signal.SIGTERM
             stop = signals.received is not None or self.should_stop
             evaluate, save = self._due("eval", n + 1, run), self._due("save", n + 1, run)
             if evaluate or save or stop or not ahead:
@@ -245,7 +248,8 @@ class Trainer[Config: TrainingConfig](abc.ABC):
             )
             self.state = dataclasses.replace(state, max_steps=num_steps)
             self._read_state(resume)
-        checkpoint.remove_leftovers(args.output_dir)
+        if cluster.is_first():
+            checkpoint.remove_leftovers(args.output_dir)
         existing = checkpoint.checkpoint_steps(args.output_dir)
         if existing and resume is None:
             warnings.warn(
@@ -258,8 +262,8 @@ class Trainer[Config: TrainingConfig](abc.ABC):
             num_steps=num_steps,
             learning_rates=np.asarray(jax.vmap(schedule)(jnp.arange(num_steps))),
             fingerprint=fingerprint,
-            history=History(args, self.state.log_history),
-            progress=Progress(args, self.state.global_step, num_steps),
+            history=History(args, self.state.log_history, writes=cluster.is_first()),
+            progress=Progress(args, self.state.global_step, num_steps, speaks=cluster.is_first()),
             speed=Speed(),
             saved=[step for step in existing if resume is not None and step <= self.state.global_step],
         )
@@ -321,6 +325,8 @@ class Trainer[Config: TrainingConfig](abc.ABC):
             "train_loss": self._mean_loss(),
         }
         self._log(run, record)
+        if not cluster.is_first():
+            return
         title = Path(self.model.name_or_path).name
         name, unit = self.CURVE
         path = Path(self.args.output_dir) / f"{name}.png"
@@ -352,7 +358,10 @@ class Trainer[Config: TrainingConfig](abc.ABC):
     def save_model(self, output_dir: str | None = None) -> None:
         """Write the adapter (or fully trained model) and the tokenizer, as PEFT and transformers read it."""
         folder = Path(output_dir or self.args.output_dir)
-        self.model.save_pretrained(folder)
+        if not cluster.is_first():
+            return
+        model = self.model.on_one_device() if self.model.full_finetuning else self.model
+        model.save_pretrained(folder)
         self.processing_class.save_pretrained(folder)
 
     def _save_checkpoint(self, run: Run) -> None:
@@ -368,9 +377,9 @@ class Trainer[Config: TrainingConfig](abc.ABC):
         )
         run.saved = [*(saved for saved in run.saved if saved != step), step]
         limit = self.args.save_total_limit
-        if limit is not None:
+        if limit is not None and cluster.is_first():
             checkpoint.remove_checkpoints(self.args.output_dir, run.saved[:-limit])
-            run.saved = run.saved[-limit:]
+        run.saved = run.saved if limit is None else run.saved[-limit:]
         self._call("on_save", folder)
         run.speed.resume()
 

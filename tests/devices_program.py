@@ -41,14 +41,14 @@ def load(folder: str, data: int, fsdp: int, dropout: float = 0.0):
     )
 
 
-def sft(folder: str, out: Path, data: int, fsdp: int, height: int, **settings) -> SFTTrainer:
+def sft(folder: str, out: Path, data: int, fsdp: int, height: int, callbacks=(), **settings) -> SFTTrainer:
     """Ten steps of packed rows with accumulation, dropout and noise."""
     args = SFTConfig(
         str(out), max_length=LENGTH, packing=True, max_steps=STEPS, total_batch_size=ROWS, remat="all",
         per_device_train_batch_size=height, learning_rate=1e-3, neftune_noise_alpha=5.0, logging_steps=1,
         disable_tqdm=True, **{"save_strategy": "no", **settings},
     )  # fmt: skip
-    trainer = SFTTrainer(load(folder, data, fsdp, 0.1), args, train_dataset=rows(), eval_dataset=rows(10))
+    trainer = SFTTrainer(load(folder, data, fsdp, 0.1), args, train_dataset=rows(), eval_dataset=rows(10), callbacks=callbacks)
     trainer.train()
     return trainer
 

@@ -14,11 +14,12 @@ PACKAGE = ROOT / "jaxtune"
 STAGES = [
     {"settings", "arguments", "compile_cache"},
     {"config"},
+    {"cluster"},
     {"hub", "formats"},
     {"quant"},
     {"kernels"},
     {"models"},
-    {"cluster", "devices"},
+    {"devices"},
     {"load"},
     {"lora"},
     {"data"},
