@@ -20,8 +20,8 @@ from jaxtune.rl.step import make_grpo_step
 
 STEPS, LENGTH, ROWS = 10, 64, 12
 # (data, fsdp, rows of a device); where 12 rows do not divide, the last micro-batch of a step has empty ones
-LAYOUTS = [(1, 1, 4), (8, 1, 1), (1, 2, 3), (1, 4, 3), (1, 8, 1), (2, 4, 1)]
-GRPO_LAYOUTS = [(1, 1), (4, 1), (1, 4)]
+LAYOUTS = [(1, 1, 4), (8, 1, 1), (1, 2, 3), (1, 4, 3), (1, 8, 1)]
+GRPO_LAYOUTS = [(1, 1), (4, 1), (2, 4)]
 TARGETS = ("q_proj", "down_proj")  # few, because each layer's dropout takes long to compile
 
 
@@ -48,7 +48,9 @@ def sft(folder: str, out: Path, data: int, fsdp: int, height: int, callbacks=(),
         per_device_train_batch_size=height, learning_rate=1e-3, neftune_noise_alpha=5.0, logging_steps=1,
         disable_tqdm=True, **{"save_strategy": "no", **settings},
     )  # fmt: skip
-    trainer = SFTTrainer(load(folder, data, fsdp, 0.1), args, train_dataset=rows(), eval_dataset=rows(10), callbacks=callbacks)
+    trainer = SFTTrainer(
+        load(folder, data, fsdp, 0.1), args, train_dataset=rows(), eval_dataset=rows(10), callbacks=callbacks
+    )
     trainer.train()
     return trainer
 

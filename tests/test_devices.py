@@ -2,8 +2,10 @@
 
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,13 @@ import pytest
 from devices_program import GRPO_LAYOUTS, LAYOUTS
 from tolerances import DEVICES
 
-from jaxtune.config import LoadArguments, SFTConfig
+from jaxtune.checkpoint import checkpoint_steps
+from jaxtune.cluster import launcher
+from jaxtune.config import ClusterArguments, LoadArguments, SFTConfig
 from jaxtune.data import Batches
 from jaxtune.devices import ONE_DEVICE, make_layout
 from jaxtune.fast import FastLanguageModel
+from jaxtune.metrics import read_history
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("roofline", ROOT / "scripts" / "bench" / "roofline.py")
@@ -28,13 +33,18 @@ def folder(tiny_model_dir) -> Path:
     return tiny_model_dir("llama")
 
 
+def environment(devices: int) -> dict[str, str]:
+    """Of a program whose CPU plays so many devices."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
+
+
 @pytest.fixture(scope="module")
 def out(folder, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("devices")
     done = subprocess.run(
         [sys.executable, "tests/devices_program.py", str(folder), str(out)],
-        capture_output=True, text=True, cwd=ROOT, timeout=900,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        capture_output=True, text=True, cwd=ROOT, timeout=900, env=environment(8),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return out
@@ -159,3 +169,86 @@ def test_layouts_that_cannot_be():
             LoadArguments(**wrong)
     with pytest.raises(ValueError, match="expected one of 'auto', a number"):
         LoadArguments(fsdp="all")  # pyrefly: ignore
+
+
+def run_processes(
+    folder: Path, out: Path, count: int, layout: tuple[int, int, int], action: str
+) -> list[tuple]:
+    """(exit status, output, seconds after the first that ended) of each process of processes_program; 4 devices in all
+    where they are two."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    env = environment(2 if count == 2 else 1) | {"JAX_COORDINATOR_BIND_ADDRESS": address}
+    words = [sys.executable, "tests/processes_program.py", str(folder), str(out), address]
+    logs = [(out.parent / f"{action}{number}.txt").open("w+") for number in range(count)]
+    running = [
+        subprocess.Popen(
+            [*words, str(number), str(count), *map(str, layout), action],
+            stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=env,
+        )
+        for number, log in enumerate(logs)
+    ]  # fmt: skip
+    ended: dict[int, float] = {}
+    began = time.monotonic()
+    while len(ended) < count and time.monotonic() - began < 300:
+        ended |= {
+            i: time.monotonic() for i, p in enumerate(running) if i not in ended and p.poll() is not None
+        }
+        time.sleep(0.1)
+    for process in running:
+        process.kill()
+    found = []
+    for number, (process, log) in enumerate(zip(running, logs, strict=True)):
+        log.seek(0)
+        found.append((process.wait(), log.read(), ended.get(number, np.inf) - min(ended.values(), default=0)))
+        log.close()
+    return found
+
+
+def test_two_processes(folder, results, tmp_path):
+    """Two processes of two devices each. One is killed; they go on and one is told to end; one alone goes on from
+    there. Every step of theirs is that of one device."""
+    from processes_program import TIMEOUT
+
+    out = tmp_path / "run"
+    lost, killed = run_processes(folder, out, 2, (4, 1, 2), "kill")
+    assert killed[0] == -9
+    assert lost[0] != 0 and lost[2] < 2 * TIMEOUT + 5
+    assert "tasks are unhealthy (stopped sending heartbeats):\n1" in lost[1], lost[1][-3000:]
+    assert checkpoint_steps(out) == [5]
+    losses = {record["step"]: record["loss"] for record in read_history(out / "history.jsonl")}
+
+    for status, log, _ in run_processes(folder, out, 2, (1, 4, 3), "term"):
+        assert status == 128 + 15, log[-3000:]
+    last = checkpoint_steps(out)[-1]
+    assert last in (7, 8, 9)
+    again = {r["step"]: r["loss"] for r in read_history(out / "history.jsonl") if "loss" in r}
+    assert list(again) == list(range(1, last + 1))
+
+    ((status, log, _),) = run_processes(folder, out, 1, (1, 1, 4), "all")
+    assert status == 0, log[-3000:]
+    assert_same(np.load(out / "weights.npy"), results["sft 1x1 weights"])
+    for found in (losses, again):
+        assert_same(np.asarray(list(found.values())), results["sft 1x1 loss"][: len(found)])
+
+
+def test_launchers_and_their_settings(monkeypatch):
+    for name in ("SLURM_NTASKS", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "JOB_COMPLETION_INDEX"):
+        monkeypatch.delenv(name, raising=False)
+    assert launcher() is None
+    for name, variables in {
+        "SLURM (srun)": {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"},
+        "Open MPI": {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"},
+        "MPI": {"PMI_SIZE": "2", "PMI_RANK": "1"},
+        "Kubernetes": {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"},
+        None: {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
+    }.items():
+        with monkeypatch.context() as patch:
+            for variable, value in variables.items():
+                patch.setenv(variable, value)
+            assert launcher() == name
+    with pytest.raises(ValueError, match="need a coordinator"):
+        ClusterArguments(num_processes=2)
+    with pytest.raises(ValueError, match="must be HOST:PORT"):
+        ClusterArguments("host")
