@@ -68,8 +68,9 @@ class VisionLM(CausalLM):
         """See CausalLM.
 
         Args:
-          batch: image_slots int32 [B, T], the feature row that stands at a token, -1 at text; images, the family's
-            arrays; where the family has them, rope_positions int32 [B, T, 3]. Without images it is text.
+          batch: image_slots int32 [B, T], the feature row that stands at a token, -1 at text, no row at two tokens (its
+            gradient would be one of theirs); images, the family's arrays; where the family has them, rope_positions
+            int32 [B, T, 3]. Without images it is text.
         """
         how: dict[str, Any] = {"rope_positions": batch.get("rope_positions")}
         if "images" not in batch:

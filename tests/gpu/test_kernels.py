@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tolerances import BF16
 
-from jaxtune.kernels.attention import cudnn_attention, masked_attention
+from jaxtune.kernels.attention import cudnn_attention, masked_attention, segment_attention, window_attention
 from jaxtune.kernels.linear import Adapter, adapted_linear, reference
 from jaxtune.quant import quantize_nf4
 
@@ -62,6 +62,43 @@ def test_causal_attention(rows, window):
     positions = jnp.broadcast_to(jnp.arange(512), shape)
     errors = compare_attention(rows, 512, positions, jnp.ones(shape, jnp.int32), None, window, seed=rows)
     assert max(errors.values()) <= BF16, errors
+
+
+@pytest.mark.parametrize("kind", ["images", "windows"])
+def test_attention_of_patches(kind):
+    """Heads of 80, as Qwen2.5-VL's tower has them; the last patches are padding."""
+    lengths = np.array([64, 40, 200, 1, 64, 143]) if kind == "images" else np.array([64, 40, 33, 1, 64, 64])
+    patches, count = 576, len(lengths)
+    groups = np.zeros(patches, np.int32)
+    groups[: lengths.sum()] = np.repeat(np.arange(1, count + 1), lengths)
+    first = np.cumsum([0, *lengths])
+    q, k, v, d_out = (random(20 + i, 1, patches, HEADS, 80) for i in range(4))
+    d_out = d_out * (groups > 0)[:, None, None]
+
+    def attend(q, k, v):
+        if kind == "images":
+            return segment_attention(q, k, v, jnp.asarray(groups), jnp.asarray([*first, -1]))
+        windows = np.full((count, 64), -1, np.int32)
+        places = windows.size + np.arange(patches, dtype=np.int32)
+        for i, (at, length) in enumerate(zip(first, lengths, strict=False)):
+            windows[i, :length] = np.arange(at, at + length)
+            places[at : at + length] = 64 * i + np.arange(length)
+        return window_attention(q, k, v, jnp.asarray(windows), jnp.asarray(places))
+
+    def exact(q, k, v):
+        mask = (groups[:, None] == groups)[None, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+
+    low = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+    with jax.default_matmul_precision("highest"):
+        want, vjp = jax.vjp(exact, *(x.astype(jnp.float32) for x in low))
+        want_grads = vjp(d_out)
+    got, vjp = jax.vjp(attend, *low)
+    got_grads = vjp(d_out.astype(jnp.bfloat16))
+    real = (groups > 0)[:, None, None]
+    pairs = zip((got, *got_grads), (want, *want_grads), strict=True)
+    errors = [relative(jnp.where(real, a, 0), jnp.where(real, b, 0)) for a, b in pairs]
+    assert max(errors) <= BF16, errors
 
 
 @pytest.mark.parametrize("window", [None, 100])

@@ -1,11 +1,12 @@
-"""Which documents cuDNN is told of, worked out from jax's own preparation of its arguments."""
+"""Which documents cuDNN is told of, worked out from jax's own preparation of its arguments; attention of patches."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn.fused_attention_stablehlo import _fix_seqlen_offsets
 
-from jaxtune.kernels.attention import packed_layout
+from jaxtune.kernels.attention import packed_layout, rows, segment_attention, window_attention
 
 HEADS, KV, H = 4, 2, 8
 # Per row the lengths of its documents; a row's last may be padding.
@@ -57,3 +58,36 @@ def test_the_end_of_a_row_must_not_stand_among_the_offsets():
     with_ends = offsets.at[:, 2].set(tokens)
     assert documents_seen(lengths, offsets, 2, tokens) == [(0, 3), (3, 5), (8, 4), (12, 4)]
     assert documents_seen(lengths, with_ends, 2, tokens) == [(0, 3), (3, 5), (8, 4), (8, 4)]
+
+
+def attended(q, k, v, groups):
+    """Attention of tokens of one group (not 0) with one another, [1, P, H, h] in NumPy; 0 for group 0."""
+    scores = np.einsum("qhd,khd->hqk", q[0], k[0]) / np.sqrt(q.shape[-1])
+    scores = np.where(groups[:, None] == groups, scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    out = np.einsum("hqk,khd->qhd", weights / weights.sum(-1, keepdims=True), v[0])
+    return np.where((groups > 0)[:, None, None], out, 0)[None]
+
+
+def test_windows_and_segments_of_patches():
+    """Also where a window has fewer tokens than it could, and tokens stand in none."""
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 1, 12, 2, 8)).astype(np.float32)
+    groups = np.array([1, 1, 1, 2, 3, 3, 3, 3, 4, 0, 0, 0])
+    windows = np.array([[0, 1, 2, -1], [3, -1, -1, -1], [4, 5, 6, 7], [8, -1, -1, -1], [-1] * 4])
+    places = np.array([0, 1, 2, 4, 8, 9, 10, 11, 12, 20, 21, 22])
+    want = attended(q, k, v, groups)
+    got = window_attention(*map(jnp.asarray, (q, k, v, windows, places)))
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    starts = jnp.array([0, 3, 4, 8, 9, -1])
+    got = segment_attention(*map(jnp.asarray, (q, k, v, groups)), starts)
+    np.testing.assert_allclose(got[:, :9], want[:, :9], atol=1e-6)
+
+
+def test_rows_that_are_not_there():
+    x = jnp.arange(12.0).reshape(4, 3)
+    numbers = jnp.array([[2, -1], [-1, 0]])
+    np.testing.assert_array_equal(rows(x, numbers), [[x[2], 0 * x[0]], [0 * x[0], x[0]]])
+    weights = jnp.arange(1.0, 13).reshape(2, 2, 3)
+    gradient = jax.grad(lambda x: jnp.sum(rows(x, numbers) * weights))(x)
+    np.testing.assert_array_equal(gradient, [weights[1, 1], 0 * x[0], weights[0, 0], 0 * x[0]])
