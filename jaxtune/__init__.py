@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxtune.config import SFTConfig
-    from jaxtune.data import get_chat_template, standardize_sharegpt, train_on_responses_only
+    from jaxtune.data import (
+        UnslothVisionDataCollator,
+        VisionDataCollator,
+        get_chat_template,
+        standardize_sharegpt,
+        train_on_responses_only,
+    )
     from jaxtune.fast import FastLanguageModel, FastModel, FastVisionModel
     from jaxtune.generate import SamplingParams, TextStreamer
     from jaxtune.lora import LoraConfig
@@ -33,6 +39,8 @@ _HOMES = {
     "SFTTrainer": "jaxtune.trainer",
     "SamplingParams": "jaxtune.generate",
     "TextStreamer": "jaxtune.generate",
+    "UnslothVisionDataCollator": "jaxtune.data",
+    "VisionDataCollator": "jaxtune.data",
     "get_chat_template": "jaxtune.data",
     "make_eval_step": "jaxtune.step",
     "make_train_step": "jaxtune.step",

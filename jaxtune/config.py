@@ -234,7 +234,7 @@ class SFTConfig(TrainingConfig):
     # What only decides the tokens counts through the digest of the data.
     FREE_SETTINGS: ClassVar[frozenset[str]] = TrainingConfig.FREE_SETTINGS | set(
         """eval_packing dataset_num_proc dataset_text_field dataset_kwargs chat_template_path eos_token
-        completion_only_loss assistant_only_loss shuffle_dataset""".split()
+        completion_only_loss assistant_only_loss shuffle_dataset dataloader_num_workers""".split()
     )
 
     # -- data --------------------------------------------------------------------------------------
@@ -264,6 +264,9 @@ class SFTConfig(TrainingConfig):
     """Shuffle the rows once, before they are packed."""
     train_sampling_strategy: Literal["random", "sequential"] = "random"
     """Order of the rows in an epoch."""
+    dataloader_num_workers: int = 0
+    """Processes that open and process images ahead of the step. 0 = one for each core but one, 8 at most. Rows without
+    images need none."""
 
     # -- objective ---------------------------------------------------------------------------------
     loss_type: Literal["nll"] = "nll"
@@ -274,7 +277,7 @@ class SFTConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, 1, ["max_length", "dataset_num_proc"])
-        check_at_least(self, 0, ["neftune_noise_alpha"])
+        check_at_least(self, 0, ["neftune_noise_alpha", "dataloader_num_workers"])
         if self.packing and self.max_length is None:
             raise ValueError("packing=True needs max_length (the row length in tokens), got None")
         unknown = set(self.dataset_kwargs or ()) - {"skip_prepare_dataset"}
@@ -354,6 +357,14 @@ class LoraArguments:
     """Numbers of the layers that get an adapter. None = all."""
     modules_to_save: tuple[str, ...] | None = None
     """Trained whole and saved with the adapter: embed_tokens, lm_head."""
+    finetune_vision_layers: bool = True
+    """Of a model that takes images: train its vision tower."""
+    finetune_language_layers: bool = True
+    """Train the decoder."""
+    finetune_attention_modules: bool = True
+    """Train the attention layers."""
+    finetune_mlp_modules: bool = True
+    """Train the MLP layers."""
     random_state: int = 3407
     """Seed of the initial adapter."""
 
@@ -402,6 +413,14 @@ class DataArguments(DataSource):
     """Turn ShareGPT columns (conversations, from, value) into messages when they are found."""
     train_on_responses_only: bool = False
     """Mask everything but the assistant's answers."""
+    image_instruction: str | None = None
+    """Question that makes conversations of rows that are an image and a text, the text being the answer."""
+    image_folder: str | None = None
+    """Where relative paths of images are looked for besides the current folder. None = beside the data file."""
+    resize: str = "min"
+    """Images: min (no wider than the model's image_size, else 512 pixels), max (as they are), or a number of pixels."""
+    too_long: Literal["drop", "raise"] = "drop"
+    """Rows with images that are longer than max_length, which are never cut: leave them out, or stop."""
     instruction_part: str | None = None
     """Text that starts a user's turn. None = found from the chat template."""
     response_part: str | None = None

@@ -4,6 +4,7 @@ Sizes come from config.json and the checkpoint's index; memory from compiling th
 """
 
 import dataclasses
+import itertools
 import types
 from typing import Any
 
@@ -17,18 +18,23 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from jaxtune import hub
+from jaxtune import hub, images
 from jaxtune.budget import PlannedStep
 from jaxtune.command_line import Job
 from jaxtune.data import (
+    VisionBatches,
+    VisionDataCollator,
+    pack,
     prepare_dataset,
     render_example,
     token_statistics,
     train_on_responses_only,
 )
+from jaxtune.data.responses import text_tokenizer
+from jaxtune.data.statistics import IMAGE
 from jaxtune.fast import as_dtype, in_fp8
-from jaxtune.job import load_rows, make_console, make_table, with_chat_template
-from jaxtune.lora import LoraConfig, attach, read_adapter, train_everything
+from jaxtune.job import load_rows, make_console, make_table, targets, vision_collator, with_chat_template
+from jaxtune.lora import LoraConfig, attach, chosen_targets, read_adapter, train_everything
 from jaxtune.models import build
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.names import leaf_shapes, trainable_paths
@@ -66,16 +72,28 @@ def dry_run(job: Job, console: Console | None = None) -> None:
         cache_dir=job.model.cache_dir,
     )
     module = model_of_shapes(checkpoint, job)
-    console.print(_size_table(checkpoint, module, job))
     rows, held_out = load_rows(job)
-    tokenizer = with_chat_template(checkpoint.tokenizer(), job)
-    train = _prepare(rows, tokenizer, job)
+    host = images.family(checkpoint.config)
+    processing_class = checkpoint.tokenizer() if host is None else checkpoint.processor()
+    processing_class = with_chat_template(processing_class, job)
+    like = types.SimpleNamespace(config=checkpoint.config, dtype=module.dtype)
+    collator = vision_collator(job, like, None if host is None else processing_class, rows)
+    train = _prepare(rows, processing_class, collator, job)
+    batch = _text_shapes(job) if collator is None else _vision_shapes(train, collator, job)
+    console.print(_size_table(checkpoint, module, job, batch))
     parts = {"training": train} | (
-        {} if held_out is None else {"held-out": _prepare(held_out, tokenizer, job)}
+        {} if held_out is None else {"held-out": _prepare(held_out, processing_class, collator, job)}
     )
     console.print(_data_table(parts))
-    legend = Text.assemble("first row: ", ("trained", "bold green"), ", ", ("not trained", "dim"))
-    console.print(Panel(render_example(tokenizer, train[0]), title=legend, title_align="left"))
+    styles = [("trained", "bold green"), ("not trained", "dim")] + [("image", IMAGE)] * (collator is not None)
+    legend = Text.assemble(
+        "first row: ", *itertools.chain(*((style, ", ") for style in styles[:-1])), styles[-1]
+    )
+    marks = None if host is None else host.image_token_id
+    shown = render_example(text_tokenizer(processing_class), train[0], marks)
+    console.print(Panel(shown, title=legend, title_align="left"))
+    if collator is not None:
+        collator.close()
 
 
 def model_of_shapes(checkpoint: hub.Checkpoint, job: Job) -> CausalLM:
@@ -90,22 +108,50 @@ def model_of_shapes(checkpoint: hub.Checkpoint, job: Job) -> CausalLM:
     else:
         fields: dict[str, Any] = dataclasses.asdict(job.lora)
         fields["modules_to_save"] = job.lora.modules_to_save or ()
+        sees = images.family(checkpoint.config) is not None
+        parts = {name: fields.pop(f"finetune_{name}_layers") for name in ("vision", "language")}
+        parts |= {name: fields.pop(f"finetune_{name}_modules") for name in ("attention", "mlp")}
+        fields["target_modules"] = chosen_targets(module, targets(job, sees=sees), sees=sees, **parts)
         attach(module, LoraConfig(**fields))
     return module
 
 
-def predict_memory(module: CausalLM, job: Job) -> Memory:
-    """Compile the training step of a model of shapes and ask the compiler what it needs."""
+def _text_shapes(job: Job) -> dict[str, Any]:
+    """The shapes of a step's batch of text."""
+    args = job.training
+    length = args.max_length or job.model.max_seq_length
+    shape = (args.gradient_accumulation_steps, args.per_device_train_batch_size, length)
+    names = ("input_ids", "labels", "positions", "segment_ids")
+    batch = dict.fromkeys(names, jax.ShapeDtypeStruct(shape, jnp.int32))
+    return batch | {"starts": jax.ShapeDtypeStruct((*shape[:2], 2 if args.packing else 1), jnp.int32)}
+
+
+def _vision_shapes(train: datasets.Dataset, collator: VisionDataCollator, job: Job) -> dict[str, Any]:
+    """The shapes of the largest step of the first epoch."""
+    args = job.training
+    if args.packing:
+        train = pack(train, args.max_length or job.model.max_seq_length, args.packing_strategy)
+    batches = VisionBatches(
+        train,
+        collator,
+        batch_size=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        max_length=args.max_length,
+        packed=args.packing,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+    )
+    return jax.tree.map(
+        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), batches.step(batches.largest_step)
+    )
+
+
+def predict_memory(module: CausalLM, job: Job, batch: dict[str, Any]) -> Memory:
+    """Compile the training step of a model of shapes and ask the compiler what it needs for a batch of shapes."""
     args, shapes, paths = job.training, leaf_shapes(module), trainable_paths(module)
     trainable: dict[str, Any] = {path: shape for path, shape in shapes.items() if path in paths}
     base = {path: shape for path, shape in shapes.items() if path not in paths}
     optimizer = make_optimizer(args, 100, trainable)
     opt_state = jax.eval_shape(optimizer.init, trainable)
-    length = args.max_length or job.model.max_seq_length
-    shape = (args.gradient_accumulation_steps, args.per_device_train_batch_size, length)
-    names = ("input_ids", "labels", "positions", "segment_ids")
-    batch = dict.fromkeys(names, jax.ShapeDtypeStruct(shape, jnp.int32))
-    batch["starts"] = jax.ShapeDtypeStruct((*shape[:2], 2 if args.packing else 1), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     arguments = (trainable, opt_state, base, batch, key)
     model = types.SimpleNamespace(graphdef=nnx.graphdef(module), module=module, dtype=module.dtype)
@@ -133,25 +179,38 @@ def _bytes(tree: object) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _prepare(rows: datasets.Dataset, tokenizer, job: Job) -> datasets.Dataset:
-    prepared = prepare_dataset(rows, tokenizer, job.training)
+def _prepare(
+    rows: datasets.Dataset, processing_class: Any, collator: VisionDataCollator | None, job: Job
+) -> datasets.Dataset:
+    if collator is None:
+        prepared = prepare_dataset(rows, text_tokenizer(processing_class), job.training)
+    else:
+        prepared = collator.prepare(
+            rows,
+            max_length=job.training.max_length,
+            assistant_only_loss=job.training.assistant_only_loss,
+            text_field=job.training.dataset_text_field,
+        )
     if not job.data.train_on_responses_only:
         return prepared
-    holder = types.SimpleNamespace(processing_class=tokenizer, train_dataset=prepared, eval_dataset=None)
+    holder = types.SimpleNamespace(
+        processing_class=processing_class, train_dataset=prepared, eval_dataset=None
+    )
     parts = (job.data.instruction_part, job.data.response_part)
     return train_on_responses_only(holder, *parts).train_dataset
 
 
-def _size_table(checkpoint: hub.Checkpoint, module: CausalLM, job: Job) -> Table:
+def _size_table(checkpoint: hub.Checkpoint, module: CausalLM, job: Job, batch: dict[str, Any]) -> Table:
     parameters = sum(_size(checkpoint.info(name).shape) for name in checkpoint.names())
     trained = sum(leaf_shapes(module)[path].size for path in trainable_paths(module))
-    memory, args = predict_memory(module, job), job.training
+    memory, args = predict_memory(module, job, batch), job.training
     kept = "NF4" if _is_quantised(job) else str(jnp.dtype(module.dtype))
     table = make_table(f"model ({checkpoint.config.model_type})", "parameters", "memory")
     table.add_row(f"base, {kept}", f"{parameters:,}", _mib(memory.base))
     table.add_row("trained, float32", f"{trained:,}", _mib(memory.trained))
     table.add_row(f"optimizer ({args.optim})", "", _mib(memory.optimizer))
-    shape = f"{args.per_device_train_batch_size} × {args.max_length or job.model.max_seq_length} tokens"
+    rows, length = batch["input_ids"].shape[1:]
+    shape = f"{rows} × {length} tokens"
     table.add_row(f"training step ({shape})", "", _mib(memory.step))
     table.add_row("[bold]predicted peak on the device[/bold]", "", f"[bold]{_mib(memory.total)}[/bold]")
     return table

@@ -250,12 +250,10 @@ class FastLanguageModel:
             "attention": finetune_attention_modules,
             "mlp": finetune_mlp_modules,
         }
-        if targets is None or images.family(model.config) is not None or not all(list(parts.values())[1:]):
-            if targets == "all-linear":
-                targets, parts = None, dict.fromkeys(parts, True)
-            targets = lora.parts_of(model.module, targets, **parts)
-            if layers_to_transform is not None:  # which goes with names only
-                targets = tuple(sorted(lora.target_names(model.module, LoraConfig(target_modules=targets))))
+        sees = images.family(model.config) is not None
+        given, targets = targets, lora.chosen_targets(model.module, targets, sees=sees, **parts)
+        if targets is not given and layers_to_transform is not None:  # which goes with names only
+            targets = tuple(sorted(lora.target_names(model.module, LoraConfig(target_modules=targets))))
         layers = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
         config = LoraConfig(
             r, lora_alpha, targets, lora_dropout, use_rslora, use_dora, init_lora_weights,

@@ -19,7 +19,17 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxtune.command_line import BaseJob, Job
-from jaxtune.data import get_chat_template, load_dataset, standardize_sharegpt, train_on_responses_only
+from jaxtune.config import LORA_TARGETS
+from jaxtune.data import (
+    VisionDataCollator,
+    get_chat_template,
+    has_images,
+    load_dataset,
+    standardize_sharegpt,
+    train_on_responses_only,
+)
+from jaxtune.data.image_sources import plain_images
+from jaxtune.data.responses import text_tokenizer
 from jaxtune.fast import FastLanguageModel
 from jaxtune.model import Model
 from jaxtune.tasks import orders, scoring
@@ -74,6 +84,7 @@ def prepare(job: Job) -> Prepared:
     trainer = SFTTrainer(
         model=model,
         args=job.training,
+        data_collator=vision_collator(job, model, model.processor, train_rows),
         train_dataset=train_rows,
         eval_dataset=held_out,
         processing_class=tokenizer,
@@ -90,14 +101,48 @@ def load_model(job: BaseJob) -> tuple[Model, Any]:
     model, tokenizer = FastLanguageModel.from_pretrained(**dataclasses.asdict(job.model))
     tokenizer = with_chat_template(tokenizer, job)
     if model.lora is None and not job.model.full_finetuning:
-        model = FastLanguageModel.get_peft_model(model, **dataclasses.asdict(job.lora))
+        fields = dataclasses.asdict(job.lora)
+        fields["target_modules"] = targets(job, sees=model.processor is not None)
+        model = FastLanguageModel.get_peft_model(model, **fields)
     return model, tokenizer
+
+
+def targets(job: BaseJob, *, sees: bool) -> Any:
+    """The job's target_modules; of a model that takes images the default is every layer of its parts (None)."""
+    return None if sees and job.lora.target_modules == LORA_TARGETS else job.lora.target_modules
+
+
+def vision_collator(
+    job: Job, model: Any, processor: Any, rows: datasets.Dataset
+) -> VisionDataCollator | None:
+    """The collator of rows with images, as the job asks for it; None for rows without, or a model that takes none.
+
+    Args:
+        model: has config and dtype.
+    """
+    data, source = job.data, Path(job.data.dataset or "").expanduser()
+    if processor is None or not has_images(plain_images(rows)[0]):
+        return None
+    folder = data.image_folder or (source.absolute().parent if source.is_file() else None)
+    return VisionDataCollator(
+        model,
+        processor,
+        resize=int(data.resize) if data.resize.isdigit() else data.resize,
+        completion_only_loss=job.training.completion_only_loss is not False,
+        too_long=data.too_long,
+        image_folder=folder,
+        instruction=data.image_instruction,
+    )
 
 
 def with_chat_template(tokenizer: Any, job: BaseJob) -> Any:
     """The tokenizer with the chat template that the job asks for, or its own."""
     if job.data.chat_template is None:
         return tokenizer
+    if text_tokenizer(tokenizer) is not tokenizer:
+        raise ValueError(
+            "chat_template: a model that takes images has its own, which says where they stand; leave it out"
+        )
     return get_chat_template(tokenizer, job.data.chat_template, system_message=job.data.system_message)
 
 

@@ -177,6 +177,22 @@ def parts_of(
     return "|".join(sorted(kinds))
 
 
+def chosen_targets(
+    model: CausalLM, targets: tuple[str, ...] | str | None, *, sees: bool, **parts: bool
+) -> tuple[str, ...] | str:
+    """What get_peft_model's target_modules and finetune_… arguments ask for, as LoraConfig's target_modules.
+
+    Args:
+      targets: None: the linear layers of attention and MLPs; "all-linear" means the same, in every part.
+      sees: the model has a tower. parts: see `parts_of`.
+    """
+    if targets is not None and not sees and parts["language"] and parts["attention"] and parts["mlp"]:
+        return targets
+    if targets == "all-linear":
+        targets, parts = None, dict.fromkeys(parts, True)
+    return parts_of(model, targets, **parts)
+
+
 def named(model: CausalLM, config: LoraConfig) -> LoraConfig:
     """The same adapter with "all-linear" spelt out, as PEFT does before it saves."""
     if config.target_modules != "all-linear":

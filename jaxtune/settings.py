@@ -122,7 +122,7 @@ FOREIGN = ForeignNames(
         """
     accelerator_config average_tokens_across_devices batch_eval_metrics bf16 bf16_backend
     bf16_full_eval data_parallel_backend dataloader_in_order dataloader_multiprocessing_context
-    dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory
+    dataloader_persistent_workers dataloader_pin_memory
     dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers
     ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout debug deepspeed
     disable_log_stats do_eval do_predict do_train enable_jit_checkpoint eval_accumulation_steps

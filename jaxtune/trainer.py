@@ -13,10 +13,23 @@ from typing import Any
 
 import datasets
 import jax
+import numpy as np
 import optax
 
 from jaxtune.config import SFTConfig
-from jaxtune.data import Batches, content_digest, pack, prepare_dataset
+from jaxtune.data import (
+    Batches,
+    VisionBatches,
+    VisionDataCollator,
+    content_digest,
+    has_images,
+    pack,
+    prepare_dataset,
+)
+from jaxtune.data.image_pool import default_workers
+from jaxtune.data.image_sources import vision_rows
+from jaxtune.data.prepare import attach_report, preparation_report
+from jaxtune.data.responses import text_tokenizer
 from jaxtune.metrics import Record
 from jaxtune.model import Model
 from jaxtune.models.remat import Remat
@@ -37,15 +50,18 @@ class SFTTrainer(Trainer[SFTConfig]):
         args: SFTConfig.
         train_dataset, eval_dataset: a `datasets.Dataset`, a list of rows, a file or a hub name; eval_dataset
             may be a dict of them. Rows are tokenised here; packing happens when batches are made, so that
-            train_on_responses_only(trainer) works in between.
-        processing_class (or tokenizer): the model's own by default.
+            train_on_responses_only(trainer) works in between. Rows with images: see `data.image_rows`.
+        data_collator: a VisionDataCollator, which says how rows with images are prepared; for a model that takes images
+            one with defaults is made where the first row has some. Others only pad, which happens anyway.
+        processing_class (or tokenizer): the model's own by default; of a model that takes images its processor.
         formatting_func: row -> text.
         callbacks: objects with any of on_step_end(trainer, metrics), on_log(trainer, record) and
             on_save(trainer, folder). `trainer.should_stop = True` ends training after the step.
         dataset_text_field, max_seq_length, packing, dataset_num_proc: override args (older notebooks).
 
     Attributes:
-        train_dataset, eval_dataset: tokenised, not packed: columns input_ids and labels (-100 = not trained).
+        train_dataset, eval_dataset: tokenised, not packed: columns input_ids and labels (-100 = not trained), and
+            documents where they have images.
         state: global_step, epoch, log_history, as in Hugging Face's Trainer.
     """
 
@@ -70,7 +86,6 @@ class SFTTrainer(Trainer[SFTConfig]):
         dataset_num_proc: int | None = None,
     ) -> None:
         _refuse(compute_metrics=compute_metrics, peft_config=peft_config, optimizers=optimizers)
-        _check_collator(data_collator)
         model = checked_model(model, "SFTTrainer")
         args = _resolved_args(
             args,
@@ -80,12 +95,25 @@ class SFTTrainer(Trainer[SFTConfig]):
             packing=packing,
             dataset_num_proc=dataset_num_proc,
         )
-        processing_class = processing_class or tokenizer or model.tokenizer
+        processing_class = processing_class or tokenizer or model.processor or model.tokenizer
         if eval_dataset is None and (args.eval_strategy != "no" or args.eval_on_start):
             raise ValueError(f"eval_strategy={args.eval_strategy!r} needs an eval_dataset; got None")
 
+        collator = _vision_collator(
+            data_collator,
+            model,
+            processing_class,
+            args,
+            eval_dataset if train_dataset is None else train_dataset,
+        )
+
+        if collator is not None:
+            _refuse_beside_images(args, formatting_func)
+
         def prepare(data: Any, args: SFTConfig) -> Dataset:
-            return prepare_dataset(data, processing_class, args, formatting_func)
+            if collator is None:
+                return prepare_dataset(data, _with_template(processing_class), args, formatting_func)
+            return _with_images(data, collator, args)
 
         train = None if train_dataset is None else prepare(train_dataset, args)
         packing = args.packing if args.eval_packing is None else args.eval_packing
@@ -96,14 +124,15 @@ class SFTTrainer(Trainer[SFTConfig]):
         elif eval_dataset is not None:
             evaluation = prepare(eval_dataset, eval_args)
         super().__init__(model, args, train, evaluation, processing_class, callbacks)
-        self._evaluated: dict[int, tuple[Dataset, Batches]] = {}
+        self._collator = collator
+        self._evaluated: dict[int, tuple[Dataset, Batches | VisionBatches]] = {}
 
     @property
     def tokenizer(self) -> Any:
         """Older name of processing_class."""
         return self.processing_class
 
-    def _make_batches(self) -> Batches:
+    def _make_batches(self) -> Batches | VisionBatches:
         return self._batches(self.train_dataset, train=True)
 
     def _make_step(self, optimizer: optax.GradientTransformation, remat: Remat) -> TrainStep:
@@ -116,22 +145,39 @@ class SFTTrainer(Trainer[SFTConfig]):
         )
 
     def _data_summary(self) -> dict[str, Any]:
-        return {"rows of data": len(self.train_dataset), "data (digest)": content_digest(self.train_dataset)}
+        summary = {
+            "rows of data": len(self.train_dataset),
+            "data (digest)": content_digest(self.train_dataset),
+        }
+        if self._collator is None:
+            return summary
+        documents = np.concatenate(self.train_dataset["documents"][:])
+        return summary | {"images (digest)": self._collator.image_digest(documents)}
 
-    def _batches(self, dataset: Dataset, *, train: bool) -> Batches:
+    def _end(self, run: Run) -> None:
+        if isinstance(run.batches, VisionBatches):
+            run.batches.close()
+
+    def _batches(self, dataset: Dataset, *, train: bool) -> Batches | VisionBatches:
         args = self.args
         packed = args.packing if train or args.eval_packing is None else args.eval_packing
         if packed:
             dataset = pack(dataset, args.max_length or self.model.max_seq_length, args.packing_strategy)
-        return Batches(
-            dataset,
-            batch_size=args.per_device_train_batch_size if train else args.per_device_eval_batch_size,
-            accumulation=args.gradient_accumulation_steps if train else 1,
-            max_length=args.max_length,
-            packed=packed,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            shuffle=train and args.train_sampling_strategy == "random",
-            pad_token_id=self.processing_class.pad_token_id or 0,
+        how: dict[str, Any] = {
+            "batch_size": args.per_device_train_batch_size if train else args.per_device_eval_batch_size,
+            "accumulation": args.gradient_accumulation_steps if train else 1,
+            "max_length": args.max_length,
+            "packed": packed,
+            "seed": args.seed if args.data_seed is None else args.data_seed,
+            "shuffle": train and args.train_sampling_strategy == "random",
+        }
+        if self._collator is None:
+            return Batches(
+                dataset, pad_token_id=text_tokenizer(self.processing_class).pad_token_id or 0, **how
+            )
+        workers = _workers(self._collator, args)
+        return VisionBatches(
+            dataset, self._collator, workers=default_workers() if workers is None else workers, **how
         )
 
     def _window_record(self, window: Mapping[str, list[float]]) -> Record:
@@ -146,9 +192,9 @@ class SFTTrainer(Trainer[SFTConfig]):
         batch = run.batches.step(n)
         ids = batch["input_ids"].reshape(-1, batch["input_ids"].shape[-1])  # [G * B, T]
         used = batch["segment_ids"].reshape(ids.shape) > 0
-        kind = "packed row" if self.args.packing else "row"
+        kind, tokenizer = "packed row" if self.args.packing else "row", text_tokenizer(self.processing_class)
         return [
-            f"  {kind} {index}: {self.processing_class.decode(row[mask][:24])!r}"
+            f"  {kind} {index}: {tokenizer.decode(row[mask][:24])!r}"
             for index, row, mask in zip(run.batches.rows(n), ids, used, strict=False)  # then come empty rows
         ]
 
@@ -189,7 +235,7 @@ class SFTTrainer(Trainer[SFTConfig]):
             f"{metric_key_prefix}_runtime": time.perf_counter() - began,
         }
 
-    def _eval_batches(self, data: Dataset) -> Batches:
+    def _eval_batches(self, data: Dataset) -> Batches | VisionBatches:
         """The batches of an evaluation dataset, packed once."""
         if id(data) not in self._evaluated:
             self._evaluated[id(data)] = (
@@ -214,6 +260,63 @@ def _refuse(**arguments: Any) -> None:
             raise ValueError(f"SFTTrainer: {name} is not supported; {advice[name]}")
 
 
+def _vision_collator(
+    given: Any, model: Model, processing_class: Any, args: SFTConfig, rows: Any
+) -> VisionDataCollator | None:
+    """The collator of rows with images: the given one, or one with defaults where the rows have images."""
+    if isinstance(given, VisionDataCollator):
+        return given
+    _check_collator(given)
+    if model.processor is None or rows is None:
+        return None
+    first = next(iter(rows.values())) if isinstance(rows, Mapping) else rows
+    if not has_images(vision_rows(first)[0][0]):
+        return None
+    return VisionDataCollator(
+        model, processing_class, completion_only_loss=args.completion_only_loss is not False
+    )
+
+
+def _refuse_beside_images(args: SFTConfig, formatting_func: Any) -> None:
+    advice = {
+        "formatting_func": (
+            formatting_func,
+            "give it to VisionDataCollator, where it makes rows of a known format",
+        ),
+        "chat_template_path": (args.chat_template_path, "set processor.chat_template"),
+        "eos_token": (args.eos_token, "set processor.tokenizer.eos_token"),
+    }
+    for name, (value, instead) in advice.items():
+        if value is not None:
+            raise ValueError(f"SFTTrainer: {name} is not for rows with images; {instead}")
+
+
+def _with_images(data: Any, collator: VisionDataCollator, args: SFTConfig) -> Dataset:
+    prepared = collator.prepare(
+        data,
+        max_length=args.max_length,
+        workers=_workers(collator, args),
+        assistant_only_loss=args.assistant_only_loss,
+        text_field=args.dataset_text_field,
+        progress=not args.disable_tqdm,
+    )
+    if not args.shuffle_dataset:
+        return prepared
+    return attach_report(prepared.shuffle(seed=args.seed), preparation_report(prepared))
+
+
+def _workers(collator: VisionDataCollator, args: SFTConfig) -> int | None:
+    return (args.dataloader_num_workers or None) if collator.num_proc is None else collator.num_proc
+
+
+def _with_template(processing_class: Any) -> Any:
+    """The tokenizer for rows of text alone, with its processor's chat template where it has none."""
+    tokenizer = text_tokenizer(processing_class)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = processing_class.chat_template
+    return tokenizer
+
+
 def _check_collator(collator: Any) -> None:
     if collator is None:
         return
@@ -223,7 +326,7 @@ def _check_collator(collator: Any) -> None:
             f"SFTTrainer: data_collator={name} is not supported; put what it does into the dataset "
             "(columns input_ids and labels are taken as they are)"
         )
-    warnings.warn(f"SFTTrainer: data_collator={name} is not needed and not used", stacklevel=3)
+    warnings.warn(f"SFTTrainer: data_collator={name} is not needed and not used", stacklevel=4)
 
 
 def _resolved_args(args: SFTConfig | None, model: Model, **overrides: Any) -> SFTConfig:

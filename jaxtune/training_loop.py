@@ -131,6 +131,9 @@ class Trainer[Config: TrainingConfig](abc.ABC):
     def _count_tokens(self, values: Mapping[str, Any]) -> None:
         self.state.num_input_tokens_seen += int(values["num_tokens"])
 
+    def _end(self, run: Run) -> None:  # noqa: B027
+        """Free what only training needs, also after an error."""
+
     def _write_state(self, folder: Path) -> None:  # noqa: B027
         """Put into a checkpoint what else step n + 1 depends on."""
 
@@ -171,6 +174,7 @@ class Trainer[Config: TrainingConfig](abc.ABC):
         finally:
             run.history.close()
             run.progress.close()
+            self._end(run)
         signals.reraise()
         return TrainOutput(self.state.global_step, self._mean_loss(), self.state.log_history[-1])
 

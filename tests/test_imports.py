@@ -39,7 +39,7 @@ STAGES = [
     {"dry_run"},
     {"rl"},
     {"evaluate"},
-    {"train", "export.__main__", "chat", "evaluate.__main__"},
+    {"train", "export.__main__", "chat", "evaluate.__main__", "evaluate.reading.__main__"},
 ]
 STAGE_OF = {name: number for number, names in enumerate(STAGES) for name in names}
 JUDGES = {"torch", "trl", "peft", "bitsandbytes", "accelerate", "vllm"}
@@ -125,6 +125,7 @@ assert not xla_bridge._backends, "importing started a jax backend"
         ("export.__main__", "--imatrix"),
         ("chat", "--temperature"),
         ("evaluate.__main__", "--few_shot"),
+        ("evaluate.reading.__main__", "--instruction"),
     ],
 )
 def test_help_is_quick_and_needs_no_jax(program, flag):

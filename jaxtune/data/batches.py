@@ -124,14 +124,14 @@ class Batches:
             token of each document and of the padding behind the last, -1 in unused places, M the same in every
             step (1 if rows are not packed: a row is one document). A short last step is filled with empty rows.
         """
-        batch = self._collate(self.rows(number), self.rows_per_step)
+        batch = self.collate(self.rows(number), self.rows_per_step)
         return {name: array.reshape(self.accumulation, self.batch_size, -1) for name, array in batch.items()}
 
     def eval_batches(self) -> Iterator[Batch]:
         """All rows once, in the dataset's order, as int32 arrays [B, T]; the last batch is filled with empty rows."""
         for first in range(0, len(self._ids), self.batch_size):
             rows = np.arange(first, min(first + self.batch_size, len(self._ids)))
-            yield self._collate(rows, self.batch_size)
+            yield self.collate(rows, self.batch_size)
 
     def step_length(self, number: int) -> int:
         """T of `step(number)`, without making the batch."""
@@ -149,9 +149,18 @@ class Batches:
         """The smallest static length that holds the longest of `rows`."""
         return int(self._sizes[np.searchsorted(self._sizes, self._ids.lengths[rows].max())])
 
-    def _collate(self, rows: np.ndarray, height: int) -> Batch:
-        """Rows of the dataset as arrays [height, T]."""
-        shape = height, self._bucket(rows)
+    @property
+    def row_lengths(self) -> np.ndarray:
+        """Tokens of each row of the dataset, int64 [rows]."""
+        return self._ids.lengths
+
+    def collate(self, rows: np.ndarray, height: int, length: int | None = None) -> Batch:
+        """Rows of the dataset as arrays [height, T].
+
+        Args:
+            length: T, at least that of the longest; None: the smallest bucket that holds it.
+        """
+        shape = height, self._bucket(rows) if length is None else length
         batch = {
             "input_ids": np.full(shape, self.pad_token_id, np.int32),
             "labels": np.full(shape, IGNORE, np.int32),

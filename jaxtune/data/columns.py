@@ -13,6 +13,9 @@ TOKEN_COLUMNS = datasets.Features(
 )
 
 IGNORE = -100
+DOCUMENTS = (
+    "documents"  # of rows with images, a column of lists: the numbers by which their collator knows them
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,14 @@ def list_dataset(columns: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> datase
         )
     features = datasets.Features({name: datasets.List(datasets.Value("int32")) for name in arrays})
     return datasets.Dataset(pa.table(arrays).cast(features.arrow_schema))
+
+
+def with_documents(dataset: datasets.Dataset, documents: Ragged) -> datasets.Dataset:
+    """Token columns with the documents of each row beside them."""
+    columns = {name: ragged_column(dataset, name) for name in ("input_ids", "labels")} | {
+        DOCUMENTS: documents
+    }
+    return list_dataset({name: (column.values, column.lengths) for name, column in columns.items()})
 
 
 def content_digest(dataset: datasets.Dataset, columns: Sequence[str] = ("input_ids", "labels")) -> str:

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 from tqdm.auto import tqdm
 
-from jaxtune.data.columns import gather, list_dataset, ragged_column
+from jaxtune.data.columns import DOCUMENTS, gather, list_dataset, ragged_column
 
 STRATEGIES = ("bfd", "bfd_split", "wrapped")
 ROWS_AT_ONCE = 1000
@@ -21,7 +21,8 @@ def pack(dataset: datasets.Dataset, max_length: int, strategy: str = "bfd") -> d
     """Pack a prepared dataset.
 
     Args:
-        dataset: columns input_ids and labels.
+        dataset: columns input_ids and labels; with documents (rows with images, none longer than max_length) it is
+            packed too, for "bfd" alone.
         max_length: tokens of a packed row (the last of every 1000 source rows' may be shorter).
         strategy: "bfd" cuts longer documents off, "bfd_split" goes on with the rest as a document of its own,
             "wrapped" joins all documents and cuts every `max_length` tokens.
@@ -39,6 +40,11 @@ def pack(dataset: datasets.Dataset, max_length: int, strategy: str = "bfd") -> d
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1 token to pack rows; came {max_length}")
     ids, labels = ragged_column(dataset, "input_ids"), ragged_column(dataset, "labels")
+    if DOCUMENTS in dataset.column_names and (strategy != "bfd" or ids.lengths.max() > max_length):
+        raise ValueError(
+            f"rows with images are not cut: pack them with 'bfd' and max_length of at least {ids.lengths.max()} "
+            f"tokens; came {strategy!r} and {max_length}"
+        )
     parts = []
     chunks = range(0, len(dataset), ROWS_AT_ONCE)
     for first in tqdm(chunks, desc="Packing", unit="k rows", disable=None, leave=False):
@@ -47,13 +53,15 @@ def pack(dataset: datasets.Dataset, max_length: int, strategy: str = "bfd") -> d
     starts, lengths, per_row = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     tokens_before = np.concatenate([[0], np.cumsum(lengths)])
     row_lengths = np.diff(tokens_before[np.concatenate([[0], np.cumsum(per_row)])])
-    return list_dataset(
-        {
-            "input_ids": (gather(ids.values, starts, lengths), row_lengths),
-            "labels": (gather(labels.values, starts, lengths), row_lengths),
-            "seq_lengths": (lengths, per_row),
-        }
-    )
+    columns = {
+        "input_ids": (gather(ids.values, starts, lengths), row_lengths),
+        "labels": (gather(labels.values, starts, lengths), row_lengths),
+        "seq_lengths": (lengths, per_row),
+    }
+    if DOCUMENTS in dataset.column_names:  # no piece starts within a document: they are not cut
+        rows = np.searchsorted(ids.starts, starts)
+        columns[DOCUMENTS] = ragged_column(dataset, DOCUMENTS).values[rows], per_row
+    return list_dataset(columns)
 
 
 Plan = tuple[np.ndarray, np.ndarray, np.ndarray]

@@ -11,7 +11,15 @@ from datasets.fingerprint import generate_random_fingerprint
 from transformers import PreTrainedTokenizerBase
 
 from jaxtune.config import SFTConfig
-from jaxtune.data.columns import IGNORE, TOKEN_COLUMNS, content_digest, gather, list_dataset, ragged_column
+from jaxtune.data.columns import (
+    DOCUMENTS,
+    IGNORE,
+    TOKEN_COLUMNS,
+    content_digest,
+    gather,
+    list_dataset,
+    ragged_column,
+)
 from jaxtune.data.encoder import RowEncoder
 from jaxtune.data.sources import Source, load_dataset
 from jaxtune.data.templates import use_chat_template_of
@@ -106,7 +114,7 @@ def truncate_and_drop(
     """Cut rows to `max_length` tokens, drop those without a label to train; log both and attach the report.
 
     Args:
-        dataset: columns input_ids, labels.
+        dataset: columns input_ids, labels; documents, one of each row, where it has images.
         max_length: tokens; None cuts nothing.
         explain: text for the error if every row goes, made from `dataset`.
         earlier: report of what was done to these rows before; the new one goes on from it.
@@ -144,7 +152,10 @@ def truncate_and_drop(
         )
     starts, lengths = ids.starts[kept], lengths[kept]
     columns = {"input_ids": ids.values, "labels": labels.values}
-    cut = list_dataset({name: (gather(values, starts, lengths), lengths) for name, values in columns.items()})
+    left = {name: (gather(values, starts, lengths), lengths) for name, values in columns.items()}
+    if DOCUMENTS in dataset.column_names:
+        left[DOCUMENTS] = ragged_column(dataset, DOCUMENTS).values[kept], np.ones(report.rows, np.int64)
+    cut = list_dataset(left)
     return sealed(cut, report if earlier is None else earlier.then(report))
 
 

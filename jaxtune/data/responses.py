@@ -19,7 +19,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from jaxtune.data.columns import IGNORE
+from jaxtune.data.columns import DOCUMENTS, IGNORE, ragged_column, with_documents
 from jaxtune.data.prepare import map_tokens, preparation_report, truncate_and_drop
 from jaxtune.data.tokenise import render_chat
 
@@ -149,22 +149,32 @@ class ResponseMask:
         return spans[-1:] if self.last_only else spans
 
 
-def detect_markers(tokenizer: PreTrainedTokenizerBase) -> Markers:
+def detect_markers(processing_class: Any) -> Markers:
     """Read both markers off the chat template, by rendering a conversation of known contents.
+
+    Args:
+        processing_class: a tokenizer, or a processor of text and images, whose contents are lists of parts.
 
     Raises:
         ValueError: no chat template, or none in which user and assistant messages have openings of their own.
     """
-    if tokenizer.chat_template is None:
+    tokenizer = text_tokenizer(processing_class)
+    if processing_class.chat_template is None:
         raise ValueError(
-            "the tokenizer has no chat template to read the markers from; pass instruction_part and response_part, "
+            "there is no chat template to read the markers from; pass instruction_part and response_part, "
             "for instance '<|im_start|>user\\n' and '<|im_start|>assistant\\n'"
         )
     contents = [f"{who}WORDS{turn}" for turn in range(TURNS) for who in ("ASK", "SAY")]
     roles = ["user", "assistant"] * TURNS
-    messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+    messages = [
+        {
+            "role": role,
+            "content": content if tokenizer is processing_class else [{"type": "text", "text": content}],
+        }
+        for role, content in zip(roles, contents, strict=True)
+    ]
     try:
-        rendered = render_chat(tokenizer, messages)
+        rendered = render_chat(processing_class, messages)
         places = [rendered.index(content) for content in contents]
     except ValueError as error:
         raise ValueError(
@@ -189,6 +199,11 @@ def detect_markers(tokenizer: PreTrainedTokenizerBase) -> Markers:
             f"{markers.response!r}, which does not tell them apart; pass instruction_part and response_part"
         )
     return markers
+
+
+def text_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a processor, or the tokenizer itself."""
+    return getattr(processing_class, "tokenizer", processing_class)
 
 
 def _pieces(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -247,9 +262,10 @@ def train_on_responses_only(
             "give both instruction_part and response_part, or neither; came "
             f"instruction_part={instruction_part!r}, response_part={response_part!r}"
         )
-    tokenizer = tokenizer if tokenizer is not None else trainer.processing_class
+    processing_class = tokenizer if tokenizer is not None else trainer.processing_class
+    tokenizer = text_tokenizer(processing_class)
     if instruction_part is None or response_part is None:
-        markers = detect_markers(tokenizer)
+        markers = detect_markers(processing_class)
         logger.info("markers of the chat template: %r, %r", markers.instruction, markers.response)
     else:
         markers = Markers(instruction_part, response_part)
@@ -301,4 +317,6 @@ def _mask_dataset(
         return {"input_ids": batch["input_ids"], **mask_batch(batch)}
 
     masked = map_tokens(dataset.with_format("numpy"), mask_rows, "Masking all but answers")
+    if DOCUMENTS in dataset.column_names:
+        masked = with_documents(masked, ragged_column(dataset, DOCUMENTS))
     return truncate_and_drop(masked, None, explain=explain, earlier=earlier)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from jaxtune.data.columns import IGNORE, ragged_column
 from jaxtune.data.prepare import preparation_report
 
-TRAINED, MASKED = "bold green", "dim"
+TRAINED, MASKED, IMAGE = "bold green", "dim", "cyan"
 
 
 @dataclass(frozen=True)
@@ -58,22 +58,29 @@ def token_statistics(dataset: datasets.Dataset) -> TokenStatistics:
     )
 
 
-def render_example(tokenizer: PreTrainedTokenizerBase, row: dict[str, list[int]]) -> Text:
-    """A row as text: trained tokens green, the others dim.
+def render_example(
+    tokenizer: PreTrainedTokenizerBase, row: dict[str, list[int]], image_token_id: int | None = None
+) -> Text:
+    """A row as text: trained tokens green, the others dim, images cyan.
 
     Args:
         row: input_ids and labels of one row.
+        image_token_id: the token that stands for a part of an image; a run of it is shown once, with its place.
 
     Returns:
-        rich Text; its plain text is the decoded row, special tokens included.
+        rich Text; its plain text is the decoded row, special tokens included, but for the images.
     """
     ids, labels = np.asarray(row["input_ids"]), np.asarray(row["labels"])
-    trained = labels != IGNORE
-    edges = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(ids)]
+    styles = np.where(ids == image_token_id, IMAGE, np.where(labels != IGNORE, TRAINED, MASKED))
+    edges = [0, *(np.flatnonzero(styles[1:] != styles[:-1]) + 1).tolist(), len(ids)]
     text, shown = Text(), 0
     for start, stop in pairwise(edges):
         # Decoding up to `stop` and taking what is new keeps spaces that decoding a piece alone would lose.
         until = str(tokenizer.decode(ids[:stop], skip_special_tokens=False))
-        text.append(until[shown:], style=TRAINED if trained[start] else MASKED)
+        style = str(styles[start])
+        if style == IMAGE:
+            text.append(f"[image: {stop - start} tokens, {start} to {stop - 1}]", style=style)
+        else:
+            text.append(until[shown:], style=style)
         shown = len(until)
     return text

@@ -68,7 +68,7 @@ class SquareImages:
         pixels = np.zeros((sizes["images"], *self.shape), np.float32)
         at = 0
         for row in rows:
-            values = row.get("pixel_values", ())
+            values = row.get("pixel_values", pixels[:0])
             pixels[at : at + len(values)] = values
             at += len(values)
         return {"pixels": pixels}

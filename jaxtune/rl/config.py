@@ -46,7 +46,7 @@ class GRPOConfig(TrainingConfig):
 
     FOREIGN: ClassVar[ForeignNames] = FOREIGN.extended(
         ignored="""activation_checkpointing activation_checkpointing_kwargs cache_implementation
-            cast_lm_head_to_fp32 dataloader_drop_last dataset_num_proc
+            cast_lm_head_to_fp32 dataloader_drop_last dataloader_num_workers dataset_num_proc
             ds3_gather_for_generation group_by_length log_multimodal ref_model_mixup_alpha ref_model_sync_steps
             train_sampling_strategy transformers_continuous_batching_config unsloth_grpo_mini_batch
             unsloth_logit_chunk_multiplier unsloth_num_chunks use_transformers_continuous_batching

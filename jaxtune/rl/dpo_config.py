@@ -17,7 +17,8 @@ class DPOConfig(TrainingConfig):
     FOREIGN: ClassVar[ForeignNames] = FOREIGN.extended(
         aliases={"max_seq_length": "max_length"},
         # The two old limits cut prompts and completions apart; max_length is what cuts now.
-        ignored="activation_checkpointing activation_checkpointing_kwargs activation_offloading max_prompt_length "
+        ignored="activation_checkpointing activation_checkpointing_kwargs activation_offloading "
+        "dataloader_num_workers max_prompt_length "
         "max_completion_length padding_free ref_model_mixup_alpha ref_model_sync_steps",
         refused={
             "dataloader_drop_last": (False, "the short last step is padded with empty rows instead"),

@@ -1,0 +1,194 @@
+"""Rows with images, in every format they come in, as one: `Document`.
+
+Formats, each with or without images:
+
+    messages           messages (or conversations, or the row is the list itself): [{"role", "content"}, …], a content
+                       being text or a list of {"type": "text", "text"} and {"type": "image"} parts
+    prompt/completion  both lists of messages, or both strings with the processor's image token where an image goes
+    text               a string with the processor's image token where an image goes
+
+An image part holds its image under image, url, path or base64 ({"type": "image_url"} as OpenAI has it), or is a
+placeholder for the next one of the column images (or image). Text with <image> in it, as LLaVA's data has it, has its
+placeholders there. Contents that are all text get the images before the first user message's text, as in TRL.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtune.data.formats import ROLE_ALIASES, is_conversation, json_tools
+from jaxtune.data.images import ImageError
+
+IMAGE_COLUMNS = ("images", "image")
+LLAVA_PLACEHOLDER = "<image>"
+_PAYLOADS = ("image", "bytes", "url", "path", "base64")
+
+Parts = list[dict[str, Any]]
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Document:
+    """One row.
+
+    Attributes:
+        number: of the row in its dataset, for messages.
+        prompt: messages whose contents are lists of parts, or a text; all of the row if there is no completion.
+        completion: what follows, of the same kind, or None.
+        images: as the row has them, in the order of their placeholders.
+        options: of the chat template: tools and chat_template_kwargs.
+    """
+
+    number: int
+    prompt: Messages | str
+    completion: Messages | str | None
+    images: tuple[Any, ...]
+    options: Mapping[str, Any]
+
+
+def has_images(row: Any) -> bool:
+    """Whether a row has images, or is of a dataset whose rows have."""
+    if isinstance(row, Mapping) and any(column in row for column in IMAGE_COLUMNS):
+        return True
+    talks = (
+        [row]
+        if isinstance(row, list)
+        else [row.get(name) for name in ("messages", "conversations", "prompt")]
+    )
+    parts = (part for talk in talks if is_conversation(talk) for message in talk for part in _listed(message))
+    return any(part.get("type") in ("image", "image_url") for part in parts)
+
+
+def read_row(row: Any, number: int, text_field: str = "text") -> Document:
+    """The document of a row.
+
+    Raises:
+        ImageError: no known format, an unknown part, or placeholders and images that differ in number; names the row.
+    """
+    try:
+        return _read(row, number, text_field)
+    except ImageError as error:
+        raise ImageError(f"row {number}: {error}") from error
+
+
+def _read(row: Any, number: int, text_field: str) -> Document:
+    if isinstance(row, list):
+        row = {"messages": row}
+    images = _images_of(row)
+    options = {"tools": json_tools(row.get("tools")), **(row.get("chat_template_kwargs") or {})}
+    if is_conversation(row.get("prompt")) and is_conversation(row.get("completion")):
+        prompt, completion = map(_messages, (row["prompt"], row["completion"]))
+        prompt, used = _filled(prompt, images)
+        completion, learned = _filled(completion, [])
+        if learned:
+            raise ImageError(
+                "an image in the completion; a model learns to write text, so images go into the prompt"
+            )
+        return Document(number, prompt, completion, used, options)
+    if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
+        return Document(number, row["prompt"], row["completion"], tuple(images), options)
+    talk = next((row[name] for name in ("messages", "conversations") if is_conversation(row.get(name))), None)
+    if talk is not None:
+        messages, used = _filled(_messages(talk), images)
+        return Document(number, messages, None, used, options)
+    if isinstance(row.get(text_field), str):
+        return Document(number, row[text_field], None, tuple(images), options)
+    raise ImageError(
+        f"no known format in {', '.join(map(str, row)) or 'an empty row'}; expected messages (or conversations), "
+        f"prompt and completion, or {text_field}"
+    )
+
+
+def _images_of(row: Mapping[str, Any]) -> list[Any]:
+    """What is in the column images or image."""
+    for column in IMAGE_COLUMNS:
+        value = row.get(column)
+        if value is not None:
+            return list(value) if isinstance(value, (list, tuple)) else [value]
+    return []
+
+
+def _messages(talk: Sequence[Mapping[str, Any]]) -> Messages:
+    """Messages with role and content (ShareGPT's names are changed into them); no keys without a value."""
+    found = []
+    for message in talk:
+        names = {"from": "role", "value": "content"} if "from" in message else {}
+        kept = {names.get(key, key): value for key, value in message.items() if value is not None}
+        if "role" not in kept:
+            raise ImageError(f"a message without a role: {str(dict(message))[:100]}")
+        found.append(kept | {"role": ROLE_ALIASES.get(kept["role"], kept["role"])})
+    return found
+
+
+def _filled(messages: Messages, images: Sequence[Any]) -> tuple[Messages, tuple[Any, ...]]:
+    """Messages of parts with bare image placeholders, and the images that belong to them, in order."""
+    texts = [message["content"] for message in messages if isinstance(message.get("content"), str)]
+    marked = bool(images) and any(LLAVA_PLACEHOLDER in text for text in texts)
+    waiting = 0 if marked else len(images)  # images to put before the first user message that is text
+    listed = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, str):
+            parts = _split(content) if marked else [{"type": "text", "text": content}]
+            if message["role"] == "user" and waiting:
+                parts, waiting = [{"type": "image"}] * waiting + parts, 0
+        else:
+            parts = [_part(part) for part in content or []]
+        listed.append({**message, "content": parts} if "content" in message else message)
+    left, used, holes = list(images), [], 0
+    for part in (
+        part for message in listed for part in message.get("content", ()) if part["type"] == "image"
+    ):
+        holes += "image" not in part
+        used.append(part.get("image", left.pop(0) if left and "image" not in part else None))
+    if holes != len(images):
+        raise ImageError(f"{holes} image placeholders in its messages and {len(images)} images beside them")
+    bare = [
+        {
+            **message,
+            "content": [
+                {"type": "image"} if part["type"] == "image" else part for part in message["content"]
+            ],
+        }
+        if "content" in message
+        else message
+        for message in listed
+    ]
+    return bare, tuple(used)
+
+
+def _listed(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    content = message.get("content")
+    return [part for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
+
+
+def _split(text: str) -> Parts:
+    """Text with <image> in it as parts."""
+    parts: Parts = []
+    for i, piece in enumerate(text.split(LLAVA_PLACEHOLDER)):
+        parts += [{"type": "image"}] if i else []
+        parts += [{"type": "text", "text": piece}] if piece else []
+    return parts
+
+
+def _part(part: Any) -> dict[str, Any]:
+    """One part of a content: {"type": "text", "text"} or {"type": "image"}, its image under "image" if it has one."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if not isinstance(part, Mapping):
+        raise ImageError(
+            f"a content holds a {type(part).__name__}; expected parts, as {{'type': 'text', 'text': …}}"
+        )
+    kept = {key: value for key, value in part.items() if value is not None}
+    kind = kept.get("type", "image" if "image" in kept else "text" if "text" in kept else None)
+    if kind == "text" and isinstance(kept.get("text"), str):
+        return {"type": "text", "text": kept["text"]}
+    if kind == "image_url":
+        url = kept.get("image_url")
+        return {"type": "image", "image": url.get("url") if isinstance(url, Mapping) else url}
+    if kind == "image":
+        payload = next((kept[key] for key in _PAYLOADS if key in kept), None)
+        return {"type": "image"} if payload is None else {"type": "image", "image": payload}
+    raise ImageError(
+        f"a part of type {kind!r} with the keys {', '.join(map(str, part))}; expected text, image or image_url"
+    )

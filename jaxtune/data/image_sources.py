@@ -1,0 +1,92 @@
+"""Where rows with images come from, and their paths."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from jaxtune.data.image_rows import IMAGE_COLUMNS, Document, read_row
+from jaxtune.data.images import ImageError, is_url
+from jaxtune.data.prepare import plain_rows
+from jaxtune.data.sources import load_dataset
+
+TEXT_COLUMNS = ("text", "answer", "label", "caption")
+
+
+def row_document(row: Any, number: int, folder: Path | None, text_field: str = "text") -> Document:
+    """`read_row`, relative paths of images looked for in `folder` too.
+
+    Raises:
+        ImageError: see there.
+    """
+    document = read_row(row, number, text_field)
+    return dataclasses.replace(document, images=tuple(_beside(image, folder) for image in document.images))
+
+
+def reading_row(row: Any, instruction: str, number: int) -> dict[str, Any]:
+    """A row of images and a text as a question about them and its answer; a row of another format stays as it is.
+
+    Raises:
+        ImageError: there is no text.
+    """
+    if not any(column in row for column in IMAGE_COLUMNS) or "messages" in row or "prompt" in row:
+        return row
+    text = next((row[column] for column in TEXT_COLUMNS if isinstance(row.get(column), str)), None)
+    if text is None:
+        raise ImageError(
+            f"row {number}: no text in {', '.join(row)}; expected one of {', '.join(TEXT_COLUMNS)}"
+        )
+    images = next(row[column] for column in IMAGE_COLUMNS if row.get(column) is not None)
+    asked, answer = (
+        {"role": role, "content": said} for role, said in (("user", instruction), ("assistant", text))
+    )
+    return {
+        "prompt": [asked],
+        "completion": [answer],
+        "images": images if isinstance(images, list) else [images],
+    }
+
+
+def vision_rows(source: Any) -> tuple[Any, Path | None]:
+    """Rows by number, their images not decoded, and the folder that they came from.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if isinstance(source, Sequence) and not isinstance(source, str):
+        if not source:
+            raise ValueError("the dataset has no rows")
+        return source, None
+    folder = Path(source).expanduser().absolute().parent if isinstance(source, (str, Path)) else None
+    return plain_images(plain_rows(load_dataset(source))), folder
+
+
+def _beside(image: Any, folder: Path | None) -> Any:
+    """A relative path that exists in `folder` and not here, made whole."""
+    if folder is None or not isinstance(image, str) or not image or len(image) > 1000 or is_url(image):
+        return image
+    path = folder / image
+    return str(path) if not Path(image).is_file() and path.is_file() else image
+
+
+def plain_images(dataset: datasets.Dataset) -> datasets.Dataset:
+    """A dataset that gives its images as bytes and path, so that other processes decode them."""
+    changed = {name: _undecoded(feature) for name, feature in dataset.features.items()}
+    for name, feature in changed.items():
+        if isinstance(feature, datasets.Image):  # a view; the other cast copies
+            dataset = dataset.cast_column(name, feature)
+    return dataset if changed == dict(dataset.features) else dataset.cast(datasets.Features(changed))
+
+
+def _undecoded(feature: Any) -> Any:
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(mode=feature.mode, decode=False)
+    if isinstance(feature, datasets.List):
+        return datasets.List(_undecoded(feature.feature), length=feature.length)
+    if isinstance(feature, list):
+        return [_undecoded(one) for one in feature]
+    if isinstance(feature, dict):
+        return {name: _undecoded(one) for name, one in feature.items()}
+    return feature

@@ -1,0 +1,242 @@
+"""Images from wherever they are, as PIL images in RGB.
+
+An image may be a PIL image, a path, a file:// or http(s):// URL, a data: URI, base64 text, bytes, a NumPy array, or the
+dict of bytes and path that `datasets` stores. What cannot be used raises ImageError before training, not in the middle
+of it; a URL is downloaded once, into a folder.
+"""
+
+import base64
+import binascii
+import hashlib
+import io
+import os
+import re
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+
+DOWNLOADS = 8  # at a time
+TIMEOUT = 30  # seconds a server may take to answer
+# Modes of one number a pixel beyond 8 bits: converting them would clip, and what is white is not ours to say.
+_DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+_ORIENTATION = 0x0112  # of EXIF
+_DATA_URI = re.compile(r"data:[^,]*?(;base64)?,", re.IGNORECASE)
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+_SHORTEST_BASE64 = 64  # characters; shorter text is taken for a path
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message says what came and what is expected."""
+
+
+def default_cache() -> Path:
+    """Folder of downloaded images: $JAXTUNE_IMAGES, or jaxtune/images in the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("JAXTUNE_IMAGES") or Path(base) / "jaxtune" / "images")
+
+
+def open_image(source: Any, cache: Path | None = None) -> Image.Image:
+    """An image in RGB, decoded, turned as its EXIF orientation says.
+
+    Args:
+        source: see above.
+        cache: folder of downloaded images; None: `default_cache`.
+
+    Raises:
+        ImageError: missing, damaged, empty or of a kind that is no image.
+    """
+    image = _opened(source, cache)
+    if 0 in image.size:
+        raise ImageError(f"the image is {image.width} × {image.height} pixels; both sides must be at least 1")
+    try:
+        image.load()
+        turned = image.getexif().get(_ORIENTATION, 1) != 1
+        return to_rgb(ImageOps.exif_transpose(image) if turned else image)
+    except ImageError:
+        raise
+    except (OSError, SyntaxError, ValueError) as error:  # PIL's decoders raise all of them
+        raise ImageError(f"{describe(source)} is damaged: {error}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB: what is transparent becomes white, as qwen_vl_utils has it; other modes are converted by PIL.
+
+    Raises:
+        ImageError: more than 8 bits a pixel, whose white nobody knows.
+
+    >>> to_rgb(Image.new("RGBA", (1, 1), (255, 0, 0, 0))).getpixel((0, 0))
+    (255, 255, 255)
+    """
+    if image.mode in _DEEP_MODES:
+        raise ImageError(
+            f"the image has mode {image.mode} ({'32' if image.mode in 'IF' else '16'} bits a pixel); expected 8 bits a "
+            "channel. Scale it to 0…255 and convert it to 'L' first"
+        )
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    return image.convert("RGB")
+
+
+def _opened(source: Any, cache: Path | None) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, Mapping):
+        return _opened(_of_mapping(source), cache)
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _decoded(io.BytesIO(source), source)
+    if isinstance(source, os.PathLike):
+        return _decoded(Path(source), source)
+    if isinstance(source, str) and source:
+        return _decoded(_of_text(source, cache), source)
+    raise ImageError(
+        f"{describe(source)} is no image; expected a PIL image, a path, a URL, a data URI, base64 text, bytes, or a "
+        "dict with bytes or path"
+    )
+
+
+def _of_mapping(source: Mapping[str, Any]) -> Any:
+    """What a dict of `datasets` ({"bytes", "path"}) or of a message ({"url"}) holds."""
+    for key in ("bytes", "path", "url", "image", "base64"):
+        if source.get(key) is not None:
+            return source[key]
+    raise ImageError(
+        f"a dict with the keys {', '.join(map(str, source)) or '(none)'} and no image in it; expected bytes or path"
+    )
+
+
+def _of_text(text: str, cache: Path | None) -> Path | io.BytesIO:
+    if is_url(text):
+        return fetch(text, default_cache() if cache is None else cache)
+    if text.startswith("file://"):
+        return Path(unquote(urlparse(text).path))
+    if match := _DATA_URI.match(text):
+        body = text[match.end() :]
+        return _base64(body, text) if match[1] else io.BytesIO(unquote(body).encode("latin-1"))
+    if len(text) >= _SHORTEST_BASE64 and _BASE64.fullmatch(text) and not _is_file(text):
+        return _base64(text, text)
+    return Path(text).expanduser()
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:  # too long for a name
+        return False
+
+
+def _base64(body: str, source: str) -> io.BytesIO:
+    try:
+        return io.BytesIO(base64.b64decode("".join(body.split()), validate=True))
+    except binascii.Error as error:
+        raise ImageError(f"{describe(source)} is no base64: {error}") from error
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if (
+        array.dtype != np.uint8
+        or array.ndim not in (2, 3)
+        or (array.ndim == 3 and array.shape[2] not in (1, 3, 4))
+    ):
+        raise ImageError(
+            f"an array {array.dtype} {list(array.shape)} is no image; expected uint8 [height, width] or "
+            "[height, width, 3 or 4]"
+        )
+    if 0 in array.shape:
+        raise ImageError(
+            f"the image is {array.shape[1]} × {array.shape[0]} pixels; both sides must be at least 1"
+        )
+    return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
+
+
+def _decoded(file: Path | io.BytesIO, source: Any) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(file)
+            image.load()
+            return image
+    except FileNotFoundError as error:
+        raise ImageError(f"{describe(source)} does not exist (current folder: {Path.cwd()})") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"{describe(source)} is too large: {error}") from error
+    except (OSError, SyntaxError, ValueError) as error:  # PIL's decoders raise all of them
+        raise ImageError(f"{describe(source)} cannot be read as an image: {error}") from error
+
+
+def describe(source: Any) -> str:
+    """A source in a few words, for messages."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"{len(source)} bytes ({bytes(source[:8])!r} …)" if len(source) else "0 bytes"
+    if isinstance(source, (str, os.PathLike)):
+        text = str(source)
+        return repr(text) if len(text) <= 200 else f"{text[:40]!r} … ({len(text)} characters)"
+    if source is None or isinstance(source, (bool, int, float)):
+        return repr(source)
+    return f"a {type(source).__name__}"
+
+
+# -- URLs ----------------------------------------------------------------------------------------------------
+
+
+def is_url(source: Any) -> bool:
+    """Whether a source has to be downloaded."""
+    return isinstance(source, str) and source.startswith(("http://", "https://"))
+
+
+def fetch(url: str, folder: Path) -> Path:
+    """The file of a URL in `folder`, downloaded unless it is there.
+
+    Raises:
+        ImageError: it cannot be downloaded; says why.
+    """
+    file = folder / hashlib.sha256(url.encode()).hexdigest()[:32]
+    if file.is_file():
+        return file
+    folder.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}.part")
+    request = urllib.request.Request(url, headers={"User-Agent": "jaxtune"})
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+            part.write_bytes(answer.read())
+    except (OSError, ValueError) as error:  # URLError and time-outs are OSErrors
+        raise ImageError(f"{url} cannot be downloaded: {getattr(error, 'reason', error)}") from error
+    part.replace(file)
+    return file
+
+
+def prefetch(urls: Iterable[str], folder: Path, *, progress: bool = True) -> dict[str, ImageError]:
+    """Downloads what is not in `folder` yet, several at a time; url -> why it failed."""
+    wanted = list(dict.fromkeys(urls))
+    failed: dict[str, ImageError] = {}
+
+    def get(url: str) -> None:
+        try:
+            fetch(url, folder)
+        except ImageError as error:
+            failed[url] = error
+
+    if wanted:
+        with ThreadPoolExecutor(DOWNLOADS) as pool:
+            done = pool.map(get, wanted)
+            list(
+                tqdm(
+                    done, "Downloading images", len(wanted), unit="image", disable=None if progress else True
+                )
+            )
+    return failed
