@@ -14,7 +14,10 @@ QUESTION = "What stands there?"
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    small = {"text_config": {"num_hidden_layers": 1}, "vision_config": {"depth": 1, "fullatt_block_indexes": [0]}}
+    small = {
+        "text_config": {"num_hidden_layers": 1},
+        "vision_config": {"depth": 1, "fullatt_block_indexes": [0]},
+    }
     theirs = tiny_vision.make_model(tiny_vision.make_config("qwen2_5_vl", **small))
     return tiny_vision.save(theirs, tmp_path_factory.mktemp("model"))
 

@@ -107,7 +107,10 @@ def make_model(folder: str | Path, seed: int = 0) -> Path:
         vision_config=vision,
         tie_word_embeddings=False,
         architectures=["Qwen2_5_VLForConditionalGeneration"],
-        **{f"{name}_token_id": ids[i] for i, name in enumerate(("image", "video", "vision_start", "vision_end"))},
+        **{
+            f"{name}_token_id": ids[i]
+            for i, name in enumerate(("image", "video", "vision_start", "vision_end"))
+        },
     )
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
