@@ -6,6 +6,7 @@ Images go through transformers' Qwen2VLImageProcessorPil.
 import jax
 import numpy as np
 import pytest
+import tiny_mllama
 import tiny_siglip
 import tiny_vision
 import tolerances
@@ -193,10 +194,10 @@ def test_a_collator_is_made_where_rows_have_images(both, tmp_path):
         SFTTrainer(model=model, args=args, train_dataset=rows(3), formatting_func=str)
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "smolvlm"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "smolvlm", "mllama"])
 def test_other_families_packed(family, tmp_path):
     """The loss over packed rows, against transformers' model on each row alone."""
-    tiny = tiny_siglip if family in tiny_siglip.MARK else tiny_vision
+    tiny = {"qwen3_vl": tiny_vision, "mllama": tiny_mllama}.get(family, tiny_siglip)
     theirs = tiny.make_model(tiny.make_config(family))
     folder = tiny.save(theirs, tmp_path / "model")
     base, processor = FastVisionModel.from_pretrained(

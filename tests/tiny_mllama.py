@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import tiny_models
+import tiny_siglip
 import tiny_vision
 import torch
 import transformers
@@ -38,11 +39,12 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerBase:
     tokenizer.add_special_tokens({"additional_special_tokens": [f"<|unused{i}|>" for i in range(320 - 259)]})
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
     tokenizer.padding_side = "left"
+    tokenizer.chat_template = tiny_siglip.TEMPLATE.replace("MARK", IMAGE)
     return tokenizer
 
 
-def make_config(**changes) -> transformers.MllamaConfig:
-    """`changes` are fields of the outer config, text and vision fields given as dicts."""
+def make_config(family: str = "mllama", **changes) -> transformers.MllamaConfig:
+    """The tiny config; `changes` are fields of the outer config, text and vision fields given as dicts."""
     text, vision = TEXT | changes.pop("text_config", {}), VISION | changes.pop("vision_config", {})
     image = make_tokenizer().convert_tokens_to_ids(IMAGE)
     return transformers.MllamaConfig(

@@ -56,17 +56,17 @@ def make_tokenizer(family: str) -> transformers.PreTrainedTokenizerBase:
 def make_config(family: str, **changes) -> transformers.PretrainedConfig:
     """The tiny config of a family; `changes` are fields of the outer config, text and vision fields given as dicts."""
     tokenizer = make_tokenizer(family)
-    text = TEXT | changes.pop("text_config", {})
+    text, given = dict(TEXT), changes.pop("text_config", {})
     vision = VISION | changes.pop("vision_config", {})
     if family == "gemma3":
         rope = {"rope_type": "default", "rope_theta": 1e4}
-        text = {
+        text |= {
             "num_hidden_layers": 4,
             "layer_types": ["sliding_attention", "full_attention"] * 2,
             "sliding_window": 16,
             "query_pre_attn_scalar": 24,
             "rope_parameters": {"full_attention": rope, "sliding_attention": rope | {"rope_theta": 500.0}},
-        } | {k: v for k, v in text.items() if k != "num_hidden_layers"}
+        } | given
         boi, image, eoi = tokenizer.convert_tokens_to_ids(list(GEMMA.values()))
         ids = {"image_token_index": image, "boi_token_index": boi, "eoi_token_index": eoi}
         vision |= {"vision_use_head": False}
@@ -74,7 +74,7 @@ def make_config(family: str, **changes) -> transformers.PretrainedConfig:
             text_config=text, vision_config=vision, mm_tokens_per_image=TOKENS, **ids, **changes
         )
     kind = transformers.Idefics3Config if family == "idefics3" else transformers.SmolVLMConfig
-    text |= {"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    text |= {"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}} | given
     fields = {"image_token_id": tokenizer.convert_tokens_to_ids("<image>"), "scale_factor": 2}
     return kind(text_config=text, vision_config=vision, **fields, **changes)
 

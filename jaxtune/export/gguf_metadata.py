@@ -44,13 +44,12 @@ _SAMPLING = (
 
 
 def gguf_family(config: PretrainedConfig) -> GgufFamily:
-    """How llama.cpp knows a model's family; raises ValueError where nothing here writes it as GGUF."""
+    """How llama.cpp knows a model's family; raises ValueError where it does not."""
     family = models.family(config)
     if not hasattr(family, "GGUF"):
         raise ValueError(
-            f"{config.model_type} cannot be saved as GGUF yet, neither its language part nor its projector. "
-            "Save it with save_pretrained_merged and convert that folder with llama.cpp's converter "
-            "(convert_hf_to_gguf.py, and again with --mmproj)"
+            f"{config.model_type} cannot be saved as GGUF: llama.cpp has no such architecture. Save it with "
+            "save_pretrained_merged, for transformers or vLLM"
         )
     return family.GGUF
 

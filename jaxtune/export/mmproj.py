@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Dtype = Literal["f32", "f16", "bf16"]
 _KINDS = {"f32": (Kind.F32, 0), "f16": (Kind.F16, 1), "bf16": (Kind.BF16, 32)}  # with general.file_type
 _NUMPY = {Kind.F32: np.float32, Kind.F16: np.float16, Kind.BF16: ml_dtypes.bfloat16}
-_PATCHES = "v.patch_embd.weight"
+_PATCHES, _INPUT_PROJECTION = "v.patch_embd.weight", "mm.input_projection.weight"
 # Module below `model.visual` -> name in the file; {} is a number.
 _QWEN = {
     "blocks.{}.norm1": "v.blk.{}.ln1",
@@ -51,15 +51,51 @@ _QWEN3 = _QWEN | {
     "merger.linear_fc1": "mm.0",
     "merger.linear_fc2": "mm.2",
 }
+_BLOCK = "encoder.layers.{}."
+# Module below `model.` and the tower's name, or below `model.` -> name in the file.
+_SIGLIP = {
+    "embeddings.patch_embedding": "v.patch_embd",
+    "embeddings.position_embedding": "v.position_embd",
+    f"{_BLOCK}layer_norm1": "v.blk.{}.ln1",
+    f"{_BLOCK}layer_norm2": "v.blk.{}.ln2",
+    f"{_BLOCK}self_attn.q_proj": "v.blk.{}.attn_q",
+    f"{_BLOCK}self_attn.k_proj": "v.blk.{}.attn_k",
+    f"{_BLOCK}self_attn.v_proj": "v.blk.{}.attn_v",
+    f"{_BLOCK}self_attn.out_proj": "v.blk.{}.attn_out",
+    f"{_BLOCK}mlp.fc1": "v.blk.{}.ffn_up",
+    f"{_BLOCK}mlp.fc2": "v.blk.{}.ffn_down",
+    "post_layernorm": "v.post_ln",
+    "multi_modal_projector.mm_input_projection": _INPUT_PROJECTION.removesuffix(".weight"),
+    "multi_modal_projector.mm_soft_emb_norm": "mm.soft_emb_norm",
+    "connector.modality_projection.proj": "mm.model.fc",
+}
 
 
 class Part(NamedTuple):
-    """A tensor of the file: the checkpoint's weight that it comes from, and what of that it is."""
+    """A tensor of the file: the checkpoint's weight that it comes from, what of that it is, and what is added to it."""
 
     name: str
     slot: Slot
     leaf: str
     take: Callable[[np.ndarray], np.ndarray] | None = None
+    shift: float = 0.0
+
+
+def _siglip_parts(model: Model) -> Iterator[tuple[str, Part]]:
+    for name, (slot, leaf) in expected_names(model.module).items():
+        if name.startswith((f"{model.module.decoder_path}.", "lm_head.")):
+            continue
+        stem = re.sub(r"^model\.(vision_tower\.|vision_model\.)?", "", name).removesuffix(f".{leaf}")
+        tensor = _SIGLIP[re.sub(r"\b\d+\b", "{}", stem)].format(*re.findall(r"\b\d+\b", stem))
+        yield f"{tensor}.{leaf}", Part(name, slot, leaf, shift=float(tensor == "mm.soft_emb_norm"))
+
+
+def _qwen2_5_parts(model: Model) -> Iterator[tuple[str, Part]]:
+    return _qwen_parts(model, _QWEN2_5)
+
+
+def _qwen3_parts(model: Model) -> Iterator[tuple[str, Part]]:
+    return _qwen_parts(model, _QWEN3)
 
 
 def _qwen_parts(model: Model, table: dict[str, str]) -> Iterator[tuple[str, Part]]:
@@ -84,28 +120,64 @@ def _qwen_parts(model: Model, table: dict[str, str]) -> Iterator[tuple[str, Part
             yield f"{table[kind].format(*numbers)}.{leaf}", Part(name, slot, leaf)
 
 
-def _qwen_keys(model: Model) -> Metadata:
-    """What both families have."""
+def _clip_keys(model: Model, *, image_size: int, blocks: int, heads: int) -> Metadata:
+    """What all families have."""
     vision, processor = model.config.vision_config, model.processor
     assert processor is not None  # a model with a tower was loaded with it
     images = processor.image_processor
+    return {
+        "clip.has_vision_encoder": True,
+        "clip.vision.projection_dim": np.uint32(model.module.config.hidden_size),
+        "clip.vision.image_size": np.uint32(image_size),
+        "clip.vision.patch_size": np.uint32(vision.patch_size),
+        "clip.vision.embedding_length": np.uint32(vision.hidden_size),
+        "clip.vision.feed_forward_length": np.uint32(vision.intermediate_size),
+        "clip.vision.block_count": np.uint32(blocks),
+        "clip.vision.attention.head_count": np.uint32(heads),
+        "clip.vision.image_mean": np.array(images.image_mean, np.float32),
+        "clip.vision.image_std": np.array(images.image_std, np.float32),
+    }
+
+
+def _siglip_keys(model: Model, projector: str) -> Metadata:
+    vision = model.config.vision_config
+    _check_activation(vision, "gelu_pytorch_tanh")
+    size = {
+        "image_size": vision.image_size,
+        "blocks": vision.num_hidden_layers,
+        "heads": vision.num_attention_heads,
+    }
+    return _clip_keys(model, **size) | {
+        "clip.projector_type": projector,
+        "clip.vision.attention.layer_norm_epsilon": np.float32(vision.layer_norm_eps),
+    }
+
+
+def _gemma3_keys(model: Model) -> Metadata:
+    vision, tokens = model.config.vision_config, model.config.mm_tokens_per_image
+    keys = _siglip_keys(model, "gemma3") | {"clip.use_gelu": True}
+    pool = vision.image_size // vision.patch_size // int(tokens**0.5)
+    return keys if pool == 4 else keys | {"clip.vision.projector.scale_factor": np.uint32(pool)}
+
+
+def _idefics3_keys(model: Model) -> Metadata:
+    assert model.processor is not None
+    return _siglip_keys(model, "idefics3") | {
+        "clip.vision.projector.scale_factor": np.uint32(model.config.scale_factor),
+        "clip.use_gelu": True,
+        "clip.vision.preproc_image_size": np.uint32(model.processor.image_processor.size["longest_edge"]),
+    }
+
+
+def _qwen_keys(model: Model) -> Metadata:
+    """What both families have."""
+    vision = model.config.vision_config
     if vision.temporal_patch_size != 2:
         raise ValueError(
             f"vision_config.temporal_patch_size={vision.temporal_patch_size}: llama.cpp's towers of Qwen have 2"
         )
     side = int(getattr(vision, "num_position_embeddings", 0) ** 0.5) * vision.patch_size
-    return {
-        "clip.has_vision_encoder": True,
-        "clip.vision.projection_dim": np.uint32(model.module.config.hidden_size),
-        "clip.vision.image_size": np.uint32(side or 560),
-        "clip.vision.patch_size": np.uint32(vision.patch_size),
-        "clip.vision.embedding_length": np.uint32(vision.hidden_size),
-        "clip.vision.feed_forward_length": np.uint32(vision.intermediate_size),
-        "clip.vision.block_count": np.uint32(vision.depth),
-        "clip.vision.attention.head_count": np.uint32(vision.num_heads),
-        "clip.vision.image_mean": np.array(images.image_mean, np.float32),
-        "clip.vision.image_std": np.array(images.image_std, np.float32),
-    }
+    return _clip_keys(model, image_size=side or 560, blocks=vision.depth, heads=vision.num_heads)
 
 
 def _qwen2_5_keys(model: Model) -> Metadata:
@@ -144,7 +216,14 @@ def _check_activation(vision, wanted: str) -> None:
         )
 
 
-_FAMILIES = {"qwen2_5_vl": (_QWEN2_5, _qwen2_5_keys), "qwen3_vl": (_QWEN3, _qwen3_keys)}
+# The tensors of a family and its keys.
+_FAMILIES = {
+    "qwen2_5_vl": (_qwen2_5_parts, _qwen2_5_keys),
+    "qwen3_vl": (_qwen3_parts, _qwen3_keys),
+    "gemma3": (_siglip_parts, _gemma3_keys),
+    "idefics3": (_siglip_parts, _idefics3_keys),
+    "smolvlm": (_siglip_parts, _idefics3_keys),
+}
 
 
 def check_mmproj(model: Model) -> None:
@@ -180,8 +259,8 @@ def save_mmproj(
     """
     check_base(model, base)
     check_mmproj(model)
-    table, keys = _FAMILIES[model.config.model_type]
-    parts = dict(_qwen_parts(model, table))
+    parts_of, keys = _FAMILIES[model.config.model_type]
+    parts = dict(parts_of(model))
     kind, number = _KINDS[dtype]
     entries = [
         TensorEntry(tensor, _shape(model, part, tensor), _kind(tensor, part, kind, model))
@@ -198,19 +277,22 @@ def save_mmproj(
             part = parts[entry.name]
             values = merged_tensor(model, base, part.name, part.slot, part.leaf)
             check_finite(part.name, values)
-            values = values if part.take is None else part.take(values)
+            values = (values if part.take is None else part.take(values)) + np.float32(part.shift)
             writer.write(entry.name, np.ascontiguousarray(values.astype(_NUMPY[entry.kind])).view(np.uint8))
 
 
 def _shape(model: Model, part: Part, tensor: str) -> tuple[int, ...]:
     shape = tensor_shape(model, part.slot, part.leaf)
-    if tensor.startswith(_PATCHES):
+    if tensor.startswith(_PATCHES) and part.take is not None:
         return shape[0], shape[1], *shape[3:]
     return shape if part.take is None else (shape[0] // 3, *shape[1:])
 
 
 def _kind(tensor: str, part: Part, kind: Kind, model: Model) -> Kind:
     """Matrices have the file's type."""
+    if tensor == _INPUT_PROJECTION:  # llama.cpp multiplies by nothing else there
+        return Kind.F16
     vector = len(tensor_shape(model, part.slot, part.leaf)) < 2
-    exact = tensor == "v.position_embd.weight" or (tensor.startswith(_PATCHES) and kind != Kind.F16)
+    exact = ".embeddings." in part.name or tensor == "v.position_embd.weight"
+    exact |= tensor.startswith(_PATCHES) and kind != Kind.F16
     return Kind.F32 if vector or exact else kind

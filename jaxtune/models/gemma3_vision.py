@@ -18,6 +18,7 @@ READ = frozenset(
     tie_word_embeddings""".split()
 )
 PARTS = {"text_config": gemma3.READ, "vision_config": siglip.READ | {"vision_use_head"}}
+GGUF = gemma3.GGUF
 RENAMES = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^language_model\.model\.", "model.language_model."),

@@ -14,6 +14,7 @@ from jaxtune.models.vision_lm import Dense, VisionLM
 
 READ = frozenset("text_config vision_config image_token_id scale_factor tie_word_embeddings".split())
 PARTS = {"text_config": llama.READ, "vision_config": siglip.READ}
+GGUF = llama.GGUF
 
 
 class Projection(nnx.Module):

@@ -197,6 +197,14 @@ def test_what_is_quantised(folder):
     assert len(names) == 5 * 7 and all(name.startswith("model.language_model.layers.") for name in names)
 
 
+def test_gguf_is_refused(model, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"mllama cannot be saved as GGUF: llama\.cpp has no such architecture"
+    ):
+        model.save_pretrained_gguf(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def greedy(judge, row):
     """32 tokens of transformers'."""
     with torch.no_grad():
