@@ -26,6 +26,7 @@ from jaxtune.data import (
     token_statistics,
     train_on_responses_only,
 )
+from jaxtune.devices import STEP_ROWS, WHOLE, Layout, device_bytes, make_layout
 from jaxtune.fast import as_dtype, in_fp8
 from jaxtune.job import load_rows, make_console, make_table, with_chat_template
 from jaxtune.lora import LoraConfig, attach, read_adapter, train_everything
@@ -38,7 +39,7 @@ from jaxtune.step import make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on the device: what lies there for the whole run, and what a training step adds at its peak."""
+    """Bytes on each device: what lies there for the whole run, and what a training step adds at its peak."""
 
     base: int
     trained: int
@@ -97,15 +98,23 @@ def model_of_shapes(checkpoint: hub.Checkpoint, job: Job) -> CausalLM:
 def predict_memory(module: CausalLM, job: Job) -> Memory:
     """Compile the training step of a model of shapes and ask the compiler what it needs."""
     args, shapes, paths = job.training, leaf_shapes(module), trainable_paths(module)
-    trainable: dict[str, Any] = {path: shape for path, shape in shapes.items() if path in paths}
-    base = {path: shape for path, shape in shapes.items() if path not in paths}
+    layout = layout_of(module, job)
+    specs = layout.specs(module, shapes)
+
+    def placed(shape: Any, spec: Any = WHOLE) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=layout.sharding(spec))
+
+    leaves: dict[str, Any] = {path: placed(shape, specs[path]) for path, shape in shapes.items()}
+    trainable = {path: shape for path, shape in leaves.items() if path in paths}
+    base = {path: shape for path, shape in leaves.items() if path not in paths}
     optimizer = make_optimizer(args, 100, trainable)
-    opt_state = jax.eval_shape(optimizer.init, trainable)
+    opt_state = jax.tree.map(placed, jax.eval_shape(optimizer.init, trainable))
     length = args.max_length or job.model.max_seq_length
-    shape = (args.gradient_accumulation_steps, args.per_device_train_batch_size, length)
-    names = ("input_ids", "labels", "positions", "segment_ids")
-    batch = dict.fromkeys(names, jax.ShapeDtypeStruct(shape, jnp.int32))
-    batch["starts"] = jax.ShapeDtypeStruct((*shape[:2], 2 if args.packing else 1), jnp.int32)
+    steps, rows, _ = args.batch_shape(layout.size)
+    ids = placed(jax.ShapeDtypeStruct((steps, rows, length), jnp.int32), STEP_ROWS)
+    batch = dict.fromkeys(("input_ids", "labels", "positions", "segment_ids"), ids)
+    starts = jax.ShapeDtypeStruct((steps, rows, 2 if args.packing else 1), jnp.int32)
+    batch["starts"] = placed(starts, STEP_ROWS)
     key = jax.eval_shape(lambda: jax.random.key(0))
     arguments = (trainable, opt_state, base, batch, key)
     model = types.SimpleNamespace(graphdef=nnx.graphdef(module), module=module, dtype=module.dtype)
@@ -116,13 +125,21 @@ def predict_memory(module: CausalLM, job: Job) -> Memory:
             max_grad_norm=args.max_grad_norm,
             neftune_alpha=args.neftune_noise_alpha,
             remat=remat,
+            layout=layout,
         ),
         model,
         args.remat if args.gradient_checkpointing else "none",
         args.memory_budget_gb,
+        layout=layout,
     )
     needs = step.compile(arguments).memory_analysis()
     return Memory(_bytes(base), _bytes(trainable), _bytes(opt_state), needs.temp_size_in_bytes)
+
+
+def layout_of(module: CausalLM, job: Job) -> Layout:
+    """Where a run of the job would put the model."""
+    size = sum(shape.size * shape.dtype.itemsize for shape in leaf_shapes(module).values())
+    return make_layout(size, job.model.devices, job.model.data, job.model.fsdp)
 
 
 def _is_quantised(job: Job) -> bool:
@@ -130,7 +147,7 @@ def _is_quantised(job: Job) -> bool:
 
 
 def _bytes(tree: object) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(map(device_bytes, jax.tree.leaves(tree)))
 
 
 def _prepare(rows: datasets.Dataset, tokenizer, job: Job) -> datasets.Dataset:
@@ -153,7 +170,9 @@ def _size_table(checkpoint: hub.Checkpoint, module: CausalLM, job: Job) -> Table
     table.add_row(f"optimizer ({args.optim})", "", _mib(memory.optimizer))
     shape = f"{args.per_device_train_batch_size} × {args.max_length or job.model.max_seq_length} tokens"
     table.add_row(f"training step ({shape})", "", _mib(memory.step))
-    table.add_row("[bold]predicted peak on the device[/bold]", "", f"[bold]{_mib(memory.total)}[/bold]")
+    layout = layout_of(module, job)
+    where = "the device" if layout.size == 1 else f"each of {layout.size} devices"
+    table.add_row(f"[bold]predicted peak on {where}[/bold]", "", f"[bold]{_mib(memory.total)}[/bold]")
     return table
 
 
