@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from jaxtune.model import Model
 
 MODELFILE = "Modelfile"
+# On a GPU: while one is merged, another is quantised and the blocks of a third are on their way to the host.
+TENSORS_AT_ONCE = 3
 _HEADROOM = 50_000_000  # bytes kept free for the Modelfile and the file system
 Weights = np.ndarray | jax.Array
 
@@ -248,18 +250,19 @@ def _write(
         )
         stack.callback(bar.close)
         pool = stack.enter_context(QuantisePool(processes))
-        disk = stack.enter_context(ThreadPoolExecutor(1))  # left first: it ends before a file is closed
+        on_gpu = _on_gpu(deterministic)
+        at_once = TENSORS_AT_ONCE if on_gpu else 1  # the pool's processes share one tensor
+        # Left in reverse order: all has been stored before a file is closed.
+        makers, disk = (stack.enter_context(ThreadPoolExecutor(threads)) for threads in (at_once, 1))
         pending: list[Future] = []
-        read = conversion.read_on_device if _on_gpu(deterministic) else conversion.read
-        for name, values in _ahead(read, list(conversion.shapes)):
-            while len(pending) > 1:
+        for name, values in _ahead(
+            conversion.read_on_device if on_gpu else conversion.read, list(conversion.shapes)
+        ):
+            while len(pending) > at_once:
                 pending.pop(0).result()
             importance = None if matrix is None else matrix.importance(name, values.shape[-1])
-            try:
-                kinds = {file.kinds[name] for file in files}
-                made = {kind: _quantise(values, kind, importance, pool) for kind in kinds}
-            except ValueError as error:  # a number too large for a type: it does not say where
-                raise ValueError(f"{name}: {error}") from error
+            kinds = {file.kinds[name] for file in files}
+            made = makers.submit(_make, name, values, kinds, importance, pool)
             pending.append(disk.submit(_store, name, made, files, writers, bar))
         for future in pending:
             future.result()
@@ -296,9 +299,20 @@ def _quantise(values: Weights, kind: Kind, importance: np.ndarray | None, pool: 
     return pool.quantise(np.asarray(values), kind, importance)
 
 
-def _store(name: str, made: dict[Kind, np.ndarray], files, writers, bar: tqdm) -> None:
+def _make(
+    name: str, values: Weights, kinds: set[Kind], importance: np.ndarray | None, pool: QuantisePool
+) -> dict[Kind, np.ndarray]:
+    """A tensor in each of the types."""
+    try:
+        return {kind: _quantise(values, kind, importance, pool) for kind in kinds}
+    except ValueError as error:  # a number too large for a type: it does not say where
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _store(name: str, made: Future[dict[Kind, np.ndarray]], files, writers, bar: tqdm) -> None:
+    blocks = made.result()
     for file in files:
-        data = made[file.kinds[name]]
+        data = blocks[file.kinds[name]]
         writers[file.method].write(name, data)
         bar.update(data.nbytes)
 

@@ -81,7 +81,9 @@ class Wave:
         seated = self._seats.prompts.tolist()
         different = list(dict.fromkeys(prompt for prompt in seated if prompt >= 0))
         ids, lengths, layers, hidden = self._prefill(different)
-        if len(lengths) != len(seated):
+        if different != seated[: len(different)] or len(lengths) != len(
+            seated
+        ):  # a prompt is in several groups
             group = np.array([different.index(prompt) if prompt >= 0 else 0 for prompt in seated])
             ids, lengths, hidden, layers = ids[group], lengths[group], hidden[group], list(layers)
             layers = steps.taken(layers, group)

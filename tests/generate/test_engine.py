@@ -93,6 +93,13 @@ def test_repeated_prompts_are_one_group(model, prompts, answers, monkeypatch):
     assert sum(lengths) - lengths.count(1) == sum(map(len, prompts)) - 1  # empty places are one token long
 
 
+def test_one_prompt_twice(model, prompts, answers):
+    """Its answers are in two groups, and there are as many places for groups as for different prompts."""
+    twice, streams = [prompts[0], *prompts], [(5, 0), *((i, 0) for i in range(len(prompts)))]
+    assert plan.bucket(len(twice)) == plan.bucket(len(prompts))
+    check_same(generate(model, twice, n=3, streams=streams)[3:], answers)
+
+
 def test_waves(model, prompts, answers):
     """Of one or two rows, so that the three of a prompt are not all in one."""
     check_same(generate(model, prompts, n=3, max_sequences=2), answers)
