@@ -13,14 +13,16 @@ from jaxtune import hub, images, lora, models
 from jaxtune.arguments import sort_out
 from jaxtune.compile_cache import enable_compile_cache
 from jaxtune.config import LORA_TARGETS
-from jaxtune.devices import Choice, make_layout
+from jaxtune.devices import Choice, Layout, make_layout
 from jaxtune.kernels import target
 from jaxtune.kernels.fp8 import NEEDS as FP8_NEEDS
 from jaxtune.load import load_weights
 from jaxtune.lora import LoraConfig
 from jaxtune.model import Model
+from jaxtune.models.decoder import CausalLM
 from jaxtune.models.names import leaf_shapes
 from jaxtune.models.rope import parameters_of
+from jaxtune.models.vision_lm import VisionLM
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 # Arguments of Unsloth that have no meaning here, with the values that ask for nothing.
@@ -84,6 +86,14 @@ def in_fp8(compute_dtype: str | None, dtype, *, nf4: bool) -> bool:
             f"L4, RTX 40), this one has {found[0]}.{found[1]}; leave it out"
         )
     return True
+
+
+def layout_for(module: CausalLM, devices: int | None, data: Choice, fsdp: Choice) -> Layout:
+    """How a model, still shapes, is to lie on devices; see devices.make_layout."""
+    if devices is None and (data, fsdp) == ("auto", "auto") and isinstance(module, VisionLM):
+        devices = 1  # rows with images do not train on several
+    nbytes = sum(shape.size * shape.dtype.itemsize for shape in leaf_shapes(module).values())
+    return make_layout(nbytes, devices, data, fsdp)
 
 
 def _stretch(config, max_seq_length: int) -> None:
@@ -191,10 +201,7 @@ class FastLanguageModel:
             )
 
         module = recipe()
-        base_bytes = sum(shape.size * shape.dtype.itemsize for shape in leaf_shapes(module).values())
-        if devices is None and (data, fsdp) == ("auto", "auto") and images.family(config) is not None:
-            devices = 1  # rows with images do not train on several
-        layout = make_layout(base_bytes, devices, data, fsdp)
+        layout = layout_for(module, devices, data, fsdp)
         if full_finetuning and layout.fsdp > 1:
             raise ValueError(
                 f"fsdp={layout.fsdp} splits frozen weights; full_finetuning has none, set fsdp=1"

@@ -252,3 +252,28 @@ def test_launchers_and_their_settings(monkeypatch):
         ClusterArguments(num_processes=2)
     with pytest.raises(ValueError, match="must be HOST:PORT"):
         ClusterArguments("host")
+
+
+def test_rollouts_are_split_by_prompts():
+    """Each device's engine gets a part of the prompts and says which; the answers come back in the order of all."""
+    from types import SimpleNamespace
+
+    import jax
+
+    from jaxtune.rl.config import GRPOConfig
+    from jaxtune.rl.rollout import EngineRollout, Request, chosen_sampling
+
+    class Engine:
+        def generate(self, prompts, *, n, streams, **_):
+            assert [[p] for p, _ in streams] == prompts
+            return [
+                SimpleNamespace(token_ids=[p, j], logprobs=[0.0, 0.0]) for p, _ in streams for j in range(n)
+            ]
+
+    for engines in (1, 2, 3):
+        rollout = EngineRollout.__new__(EngineRollout)
+        rollout._chosen = chosen_sampling(GRPOConfig())
+        rollout._devices, rollout._engines = [jax.devices()[0]] * engines, [Engine() for _ in range(engines)]
+        ids = [[p] for p in (0, 0, 1, 1)]
+        made = rollout.generate(Request([""] * 4, ids, group=2, seed=0, max_new_tokens=4))
+        assert made.completion_ids == [[0, 0], [0, 1], [1, 0], [1, 1]]

@@ -129,25 +129,31 @@ class EngineRollout:
     def generate(self, request: Request) -> Completions:
         assert request.prompt_ids is not None
         prompts = request.prompt_ids[:: request.group]
-        parts = [part for part in np.array_split(np.arange(len(prompts)), len(self._engines)) if len(part)]
+        everything = np.arange(len(prompts))
 
-        def answers(part: np.ndarray, engine: Engine, device: jax.Device) -> list[Any]:
+        def answers(part: np.ndarray, engine: Engine) -> list[Any]:
+            made = engine.generate(
+                [prompts[i] for i in part],
+                n=request.group,
+                sampling=self._chosen.sampling,
+                max_new_tokens=min(request.max_new_tokens, self._chosen.max_new_tokens),
+                seed=request.seed + self._chosen.seed,
+                stop_strings=self._chosen.stop_strings,
+                streams=[(int(i), 0) for i in part],
+            )
+            return list(made)
+
+        def on(device: jax.Device, part: np.ndarray, engine: Engine) -> list[Any]:
             with jax.default_device(device):
-                return list(
-                    engine.generate(
-                        [prompts[i] for i in part],
-                        n=request.group,
-                        sampling=self._chosen.sampling,
-                        max_new_tokens=min(request.max_new_tokens, self._chosen.max_new_tokens),
-                        seed=request.seed + self._chosen.seed,
-                        stop_strings=self._chosen.stop_strings,
-                        streams=[(int(i), 0) for i in part],
-                    )
-                )
+                return answers(part, engine) if len(part) else []
 
-        with ThreadPoolExecutor(len(parts)) as pool:
-            found = pool.map(answers, parts, self._engines, self._devices)
-        made = [one for part in found for one in part]
+        count = len(self._engines)
+        if count == 1:
+            made = answers(everything, self._engines[0])
+        else:
+            with ThreadPoolExecutor(count) as pool:
+                found = pool.map(on, self._devices, np.array_split(everything, count), self._engines)
+            made = [one for part in found for one in part]
         return Completions(
             prompt_ids=request.prompt_ids,
             completion_ids=[one.token_ids for one in made],
