@@ -9,6 +9,7 @@ from the last checkpoint of OUT where there is one. OUT/weights.npy: what was tr
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -23,7 +24,7 @@ TIMEOUT = 10  # seconds
 
 
 class Signal:
-    """Sends a signal to this process after step 7."""
+    """Sends a signal to this process after step 7; then steps take long enough for the others to hear of it."""
 
     def __init__(self, number: signal.Signals):
         self.number = number
@@ -31,6 +32,8 @@ class Signal:
     def on_step_end(self, trainer, metrics) -> None:
         if trainer.state.global_step == 7:
             os.kill(os.getpid(), self.number)
+        if trainer.state.global_step >= 7:
+            time.sleep(1)
 
 
 def main() -> None:
