@@ -20,7 +20,7 @@ from jaxtune.rl.reward_runner import RewardRunner
 from jaxtune.rl.rollout import Completions, Request, Rollout
 from jaxtune.rl.step import Score
 from jaxtune.rl.tools import parsed_message
-from jaxtune.rl.vllm_rollout import check_gap
+from jaxtune.rl.vllm_rollout import check_adapter, check_gap
 
 Metrics = dict[str, Any]
 _advantages = jax.jit(compute_advantages, static_argnames=("group", "scale_rewards", "aggregation"))
@@ -242,7 +242,21 @@ class Collector:
             metrics = self._first_rows_gap(experience, samples, height, collator)
         if args.use_vllm and GAP in metrics:
             self._warned |= check_gap(metrics[GAP], args, warn=not self._warned)
+            if metrics[GAP] > args.vllm_logprob_warning / 2:
+                self._check_adapter(experience, samples, height, collator)
         return experience, metrics
+
+    def _check_adapter(
+        self, experience: Experience, samples: list[Sample], height: int, collator: Collator | GroupCollator
+    ) -> None:
+        """Raises VLLMError where the first rows are the reference's completions rather than the policy's."""
+        rows, gaps = experience.first(height), []
+        sampled = np.concatenate(_sampler_log_probs(samples[:height]))
+        own = np.concatenate(rows.per_token["mask"]) > 0
+        for function in (self.policy.log_probs, self.policy.ref_log_probs):
+            found = np.concatenate(_score(rows, height, collator, function))
+            gaps.append(float(np.abs(found - sampled)[own].mean()) if own.any() else 0.0)
+        check_adapter(*gaps)
 
     def _first_rows_gap(
         self, experience: Experience, samples: list[Sample], height: int, collator: Collator | GroupCollator

@@ -371,6 +371,21 @@ def _shared_memory(nbytes: int) -> str:
     return tempfile.gettempdir()
 
 
+def check_adapter(policy: float, reference: float) -> None:
+    """Judges the mean |Δ log p| between vLLM and the trainer's model, with the adapter as it is now and as it began.
+
+    Raises:
+        VLLMError: vLLM is nearer to the latter by far: it takes adapters without using them.
+    """
+    if reference < policy / 2:
+        raise VLLMError(
+            f"vLLM samples without the adapter as trained: its log-probabilities are {reference:.3g} (nats per token, "
+            f"on average) from those of the model that training began with, and {policy:.3g} from those of the model "
+            "as it is now, although it has loaded each version. Try --enforce-eager among its arguments "
+            f"(vllm_server_args), which leaves CUDA graphs out, another version of vLLM, or {EMBEDDED}"
+        )
+
+
 def check_gap(gap: float, args: GRPOConfig, warn: bool = True) -> bool:
     """Judges the mean |Δ log p| (nats per token) between vLLM and the trainer.
 

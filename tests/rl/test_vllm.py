@@ -1,5 +1,6 @@
 """vLLM rollouts against a stub of its server: the protocol, versions, every way to fail, the process, the trainer."""
 
+import copy
 import dataclasses
 import math
 import os
@@ -21,6 +22,7 @@ from jaxtune.generate import Engine, Sampling
 from jaxtune.lora import adapter_tensors
 from jaxtune.rl import vllm_process
 from jaxtune.rl.config import GRPOConfig
+from jaxtune.rl.reference import without_adapter
 from jaxtune.rl.rollout import Request
 from jaxtune.rl.trainer import GRPOTrainer
 from jaxtune.rl.vllm_rollout import VLLMRollout, save_policy_base, served_folder
@@ -368,8 +370,9 @@ def odd(completion_ids, **_):
 class Sampler:
     """The stub's sampler: samples from a trainer's model, and reports log-probabilities that are off, step by step."""
 
-    def __init__(self, shifts=(0.0,) * 4):
+    def __init__(self, shifts=(0.0,) * 4, ignores_adapter=False):
         self.trainer, self.shifts, self.calls, self.dies_after = None, shifts, 0, math.inf
+        self.ignores_adapter = ignores_adapter
         self.lock = threading.Lock()
 
     def __call__(self, payload, number):
@@ -377,7 +380,10 @@ class Sampler:
             self.calls += 1
             if self.calls > self.dies_after:
                 raise ConnectionError
-            made = Engine(self.trainer.model, progress=False).generate(
+            model = copy.copy(self.trainer.model)
+            if self.ignores_adapter:
+                model.base = without_adapter(model.base)
+            made = Engine(model, progress=False).generate(
                 [payload["prompt"]],
                 sampling=Sampling(do_sample=True),
                 max_new_tokens=payload["max_tokens"],
@@ -442,6 +448,15 @@ def test_the_difference_is_measured_warned_about_and_bounded(base, tmp_path):
     gaps = [record["sampling/sampling_logp_difference/mean"] for record in steps(trainer)]
     assert gaps == pytest.approx([0, 0.25, 0.25], abs=1e-3)
     assert "sampling/importance_sampling_ratio/mean" not in steps(trainer)[0]
+
+
+def test_a_server_that_loads_adapters_and_does_not_use_them(base, tmp_path):
+    sampler = Sampler(ignores_adapter=True, shifts=(0.0,) * 9)
+    with StubVLLM(sampler) as server:
+        trainer = make_trainer(base, tmp_path, server.url, sampler, max_steps=8)
+        with pytest.raises(VLLMError, match="vLLM samples without the adapter as trained"):
+            trainer.train()
+    assert 0 < trainer.state.global_step < 8
 
 
 def test_an_unknown_difference_is_not_logged(base, tmp_path):
