@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 from tqdm.auto import tqdm
 
+from jaxtune import cluster
 from jaxtune.compile_cache import cache_folder
+from jaxtune.devices import ONE_DEVICE, Layout, device_bytes
 from jaxtune.models.decoder import DecoderConfig
 from jaxtune.models.remat import Remat
 
@@ -71,8 +73,8 @@ def peak_bytes(compiled) -> int:
 
 
 def free_bytes(arguments: Any) -> int:
-    """Memory of the first device that a step may fill, its arguments (which are there already) included."""
-    stats = jax.devices()[0].memory_stats() or {}
+    """Memory of this process's first device that a step may fill, its arguments (which are there already) included."""
+    stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" not in stats:
         pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return int(HEADROOM * (pages + _size(arguments)))
@@ -89,8 +91,9 @@ class PlannedStep:
       make_step: Remat -> the jitted step.
       model: gives its config and the dtype of activations.
       remat: "auto" or what Remat.parse takes.
-      budget_gb: device memory to stay under, in GB; None: what is free.
+      budget_gb: memory of each device to stay under, in GB; None: what is free.
       announce: gets one line for each shape that "auto" decides about.
+      layout: of the arguments.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class PlannedStep:
         remat: str = "auto",
         budget_gb: float | None = None,
         announce: Callable[[str], None] = tqdm.write,
+        layout: Layout = ONE_DEVICE,
     ):
         self._make_step, self._config = make_step, model.module.config
         self._fp8 = model.module.fp8
@@ -107,6 +111,7 @@ class PlannedStep:
         self._fixed = None if remat == "auto" else Remat.parse(remat)
         self._budget_gb, self._announce = budget_gb, announce
         self._compiled: dict[tuple, Any] = {}
+        self._layout = layout
 
     def __call__(self, trainable, opt_state, base, batch, key):
         arguments = (trainable, opt_state, base, batch, key)
@@ -134,12 +139,17 @@ class PlannedStep:
             self._config,
             arguments,
             itemsize=self._itemsize,
-            budget=free_bytes(arguments) if self._budget_gb is None else int(self._budget_gb * 1e9),
+            budget=cluster.smallest(free_bytes(arguments))
+            if self._budget_gb is None
+            else int(self._budget_gb * 1e9),
             offload=jax.default_backend() == "gpu",
             fp8=self._fp8,
+            devices=self._layout.size,
         )
         _, rows, length = arguments[3]["input_ids"].shape
-        self._announce(f"{rows} x {length} tokens: {choice}")
+        on_each = f" on each of {self._layout.size} devices" if self._layout.size > 1 else ""
+        if cluster.is_first():
+            self._announce(f"{rows // self._layout.size} x {length} tokens{on_each}: {choice}")
         return choice.compiled or self._lowered(choice.remat, arguments)
 
     def _lowered(self, remat: Remat, arguments: tuple):
@@ -155,6 +165,7 @@ def choose(
     budget: int,
     offload: bool,
     fp8: bool = False,
+    devices: int = 1,
 ) -> Choice:
     """The first of CHOICES whose compiled step needs at most `budget` bytes.
 
@@ -166,13 +177,14 @@ def choose(
       budget: bytes.
       offload: whether SMALLEST may be tried.
       fp8: whether the step multiplies in 8-bit floats, which its arguments do not tell.
+      devices: over which the rows of the batch are split; bytes are those of one.
 
     Raises:
       MemoryError: none fits; says what the smallest needs.
     """
     choices = [*CHOICES, SMALLEST] if offload else list(CHOICES)
     _, rows, length = arguments[3]["input_ids"].shape
-    keeps = {remat: kept_bytes(remat, config, rows * length, itemsize) for remat in choices}
+    keeps = {remat: kept_bytes(remat, config, rows // devices * length, itemsize) for remat in choices}
     place, base = _place(arguments, fp8), _size(arguments)
     memory = _remembered(place)
     measured = {remat: memory[str(remat)] for remat in choices if str(remat) in memory}
@@ -206,7 +218,8 @@ def _forecast(remat: Remat, measured: dict[Remat, int], keeps: dict[Remat, int],
 
 
 def _size(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
+    return sum(map(device_bytes, leaves))
 
 
 @functools.cache
@@ -219,14 +232,21 @@ def _sources() -> str:
 
 
 def _place(arguments: tuple, fp8: bool) -> Path | None:
-    """The file that remembers what these shapes need on this device with these versions."""
+    """The file that remembers what these shapes need on this device with these versions. None on several hosts: they
+    compile together, so none may remember what another does not."""
     folder = cache_folder()
-    if folder is None:
+    if folder is None or cluster.part()[1] > 1:
         return None
-    shapes = [(jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype)) for path, leaf in
+    shapes = [(jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype), _split(leaf)) for path, leaf in
               jax.tree_util.tree_leaves_with_path(arguments)]  # fmt: skip
     key = repr((shapes, fp8, _sources(), jax.__version__, jax.devices()[0].device_kind))
     return folder / "memory" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+
+def _split(leaf: Any) -> str:
+    """How an array lies on several devices."""
+    sharding = getattr(leaf, "sharding", None)
+    return "" if sharding is None or len(sharding.device_set) == 1 else str(sharding)
 
 
 def _remembered(place: Path | None) -> dict[str, int]:

@@ -163,6 +163,7 @@ def _begin(settings: Chat) -> Conversation:
 
     model, tokenizer = FastLanguageModel.from_pretrained(
         hub.trained_in(settings.model),
+        devices=1,
         max_seq_length=settings.max_seq_length,
         load_in_16bit=settings.load_in_16bit,
         revision=settings.revision,

@@ -7,7 +7,8 @@
 
 A checkpoint is written under the name tmp-checkpoint-N, forced to the disk, and renamed as the last act,
 so whatever is named checkpoint-N is whole. What a killed process leaves behind is ignored and removed by
-the next run. Randomness and the order of the data are functions of (seed, step): the step is all there is
+the next run. The processes of a run write into one folder, which all must see: each its arrays, the first the rest
+and the names. Randomness and the order of the data are functions of (seed, step): the step is all there is
 to keep of them.
 """
 
@@ -25,7 +26,9 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jaxtune import cluster
 from jaxtune.config import TrainingConfig
+from jaxtune.devices import whole_like
 from jaxtune.metrics import TrainerState
 
 LORA_SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
@@ -68,13 +71,24 @@ def save_checkpoint(
     """
     output_dir = Path(output_dir).absolute()
     folder = output_dir / f"checkpoint-{state.global_step}"
+    if not cluster.is_first():
+        cluster.wait_for_all("checkpoint begun")
+        _save_arrays(_temporary(folder), trainable, opt_state)
+        cluster.wait_for_all("checkpoint there")
+        return folder
     with _written_whole(folder) as temporary:
-        with _orbax() as checkpointer:
-            checkpointer.save(temporary / ARRAYS, _arrays(trainable, opt_state))
+        cluster.wait_for_all("checkpoint begun")
+        _save_arrays(temporary, trainable, opt_state)
         write_model(temporary)
         text = json.dumps({**dataclasses.asdict(state), "fingerprint": run}, indent=1)
         (temporary / STATE_FILE).write_text(text, encoding="utf-8")
+    cluster.wait_for_all("checkpoint there")
     return folder
+
+
+def _save_arrays(folder: Path, trainable: Mapping[str, jax.Array], opt_state: PyTree) -> None:
+    with _orbax() as checkpointer:
+        checkpointer.save(folder / ARRAYS, _arrays(trainable, opt_state))
 
 
 def load_checkpoint(
@@ -183,22 +197,26 @@ def check_fingerprint(saved: Mapping[str, Any], now: Mapping[str, Any], folder: 
 def leaves_checksum(leaves: Mapping[str, jax.Array]) -> int:
     """CRC-32 of up to 256 numbers of each leaf; one small computation, however large they are."""
 
-    @jax.jit
     def sample(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return {
             name: leaf[(0,) * (leaf.ndim - 1)][:256] if leaf.ndim else leaf for name, leaf in leaves.items()
         }
 
     value = 0
-    for _, array in sorted(jax.device_get(sample(dict(leaves))).items()):
+    whole = whole_like(leaves.values())
+    for _, array in sorted(jax.device_get(jax.jit(sample, out_shardings=whole)(dict(leaves))).items()):
         value = zlib.crc32(np.ascontiguousarray(array).tobytes(), value)
     return value
+
+
+def _temporary(folder: Path) -> Path:
+    return folder.with_name(f"{_TEMPORARY}{folder.name.removeprefix('checkpoint-')}")
 
 
 @contextmanager
 def _written_whole(folder: Path) -> Iterator[Path]:
     """Give a temporary folder beside `folder`; on success make it durable and put it in its place."""
-    temporary = folder.with_name(f"{_TEMPORARY}{folder.name.removeprefix('checkpoint-')}")
+    temporary = _temporary(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder.parent)
     temporary.mkdir()

@@ -17,7 +17,15 @@ from typing import Any, ClassVar
 import tyro
 import yaml
 
-from jaxtune.config import DataArguments, DataSource, LoadArguments, LoraArguments, SFTConfig, TrainingConfig
+from jaxtune.config import (
+    ClusterArguments,
+    DataArguments,
+    DataSource,
+    LoadArguments,
+    LoraArguments,
+    SFTConfig,
+    TrainingConfig,
+)
 
 # The job without a dataset: the shipped task, small enough for two CPU cores and a few minutes.
 SHIPPED_TASK = {
@@ -64,6 +72,7 @@ class BaseJob:
     lora: LoraArguments = dataclasses.field(default_factory=LoraArguments)
     data: DataSource = dataclasses.field(default_factory=DataSource)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    cluster: ClusterArguments = dataclasses.field(default_factory=ClusterArguments)
     config: Path | None = None
     """YAML file with settings under the names of this page."""
     traceback: bool = False
@@ -71,7 +80,7 @@ class BaseJob:
 
     @classmethod
     def parts(cls) -> dict[str, Any]:
-        """The config classes by name; the last is that of the training."""
+        """The config classes by name."""
         return {
             field.name: field.type
             for field in dataclasses.fields(cls)
@@ -79,10 +88,10 @@ class BaseJob:
         }
 
     def settings(self) -> dict[str, Any]:
-        """Every setting by name, as plain YAML values; no access token."""
+        """Every setting by name, as plain YAML values; no access token, and not where the processes are."""
         values: dict[str, Any] = {}
         for part in self.parts():
-            values |= dataclasses.asdict(getattr(self, part))
+            values |= {} if part == "cluster" else dataclasses.asdict(getattr(self, part))
         values.pop("token")
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
@@ -93,7 +102,8 @@ class BaseJob:
         for part, cls in self.parts().items():
             names = [field.name for field in dataclasses.fields(cls) if field.name in values]
             block = {name: values[name] for name in names}
-            blocks.append(f"# {part}\n" + yaml.safe_dump(block, sort_keys=False, allow_unicode=True))
+            if block:
+                blocks.append(f"# {part}\n" + yaml.safe_dump(block, sort_keys=False, allow_unicode=True))
         return "\n".join(blocks)
 
 
@@ -144,9 +154,9 @@ def read_yaml(path: Path | None, kind: type[BaseJob]) -> dict[str, Any]:
         return {}
     if not isinstance(settings, dict):
         raise ConfigError(f"--config {path}: expected lines 'name: value', came a {type(settings).__name__}")
-    parts = list(kind.parts().values())
-    known = {field.name for cls in parts for field in dataclasses.fields(cls)}
-    foreign = parts[-1].FOREIGN.names
+    parts = kind.parts()
+    known = {field.name for cls in parts.values() for field in dataclasses.fields(cls)}
+    foreign = parts["training"].FOREIGN.names
     for name in settings:
         if name not in known | foreign:
             near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)

@@ -73,11 +73,11 @@ class TrainingConfig:
 
     # -- batch and length of the run ---------------------------------------------------------------
     per_device_train_batch_size: int = 8
-    """Rows in one forward pass."""
+    """Rows in one forward pass of one device."""
     gradient_accumulation_steps: int = 1
-    """Forward passes in one optimizer step, which is that of one batch of all their rows."""
+    """Forward passes in one optimizer step, which is that of one batch of all their rows, on all devices."""
     per_device_eval_batch_size: int = 8
-    """Rows in one forward pass of the evaluation."""
+    """Rows in one forward pass of the evaluation on one device."""
     num_train_epochs: float = 3.0
     """Passes over the data (not used when max_steps is above 0)."""
     max_steps: int = -1
@@ -200,6 +200,11 @@ class TrainingConfig:
         if self.gradient_checkpointing == "unsloth":
             put("gradient_checkpointing", True)
 
+    def batch_shape(self, devices: int) -> tuple[int, int, int]:
+        """(micro-batches, rows of each on all devices, rows of a step, which may be fewer) of an optimizer step."""
+        rows, steps = self.per_device_train_batch_size * devices, self.gradient_accumulation_steps
+        return steps, rows, steps * rows
+
     def num_warmup_steps(self, num_steps: int) -> int:
         """Steps of warm-up in a run of num_steps optimizer steps (Hugging Face's rounding)."""
         if self.warmup_steps >= 1:
@@ -231,11 +236,17 @@ class SFTConfig(TrainingConfig):
             "truncation_mode": ("keep_start", "sequences are cut on the right"),
         },
     )
-    # What only decides the tokens counts through the digest of the data.
+    # What only decides the tokens counts through the digest of the data; of the batch its rows count, not how they are
+    # divided among devices and micro-batches.
     FREE_SETTINGS: ClassVar[frozenset[str]] = TrainingConfig.FREE_SETTINGS | set(
-        """eval_packing dataset_num_proc dataset_text_field dataset_kwargs chat_template_path eos_token
-        completion_only_loss assistant_only_loss shuffle_dataset dataloader_num_workers""".split()
+        """per_device_train_batch_size gradient_accumulation_steps total_batch_size eval_packing dataset_num_proc
+        dataset_text_field dataset_kwargs chat_template_path eos_token completion_only_loss
+        assistant_only_loss shuffle_dataset dataloader_num_workers""".split()
     )
+
+    total_batch_size: int | None = None
+    """Rows in one optimizer step, whatever the number of devices; gradient_accumulation_steps then follows from it.
+    None = per_device_train_batch_size × gradient_accumulation_steps × devices."""
 
     # -- data --------------------------------------------------------------------------------------
     max_length: int | None = 1024
@@ -276,13 +287,19 @@ class SFTConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, 1, ["max_length", "dataset_num_proc"])
+        check_at_least(self, 1, ["max_length", "dataset_num_proc", "total_batch_size"])
         check_at_least(self, 0, ["neftune_noise_alpha", "dataloader_num_workers"])
         if self.packing and self.max_length is None:
             raise ValueError("packing=True needs max_length (the row length in tokens), got None")
         unknown = set(self.dataset_kwargs or ()) - {"skip_prepare_dataset"}
         if unknown:
             raise ValueError(f"dataset_kwargs knows only 'skip_prepare_dataset', got {sorted(unknown)}")
+
+    def batch_shape(self, devices: int) -> tuple[int, int, int]:
+        steps, height, rows = super().batch_shape(devices)
+        if self.total_batch_size is None:
+            return steps, height, rows
+        return math.ceil(self.total_batch_size / height), height, self.total_batch_size
 
     def _normalise(self) -> None:
         super()._normalise()
@@ -322,10 +339,18 @@ class LoadArguments:
     """Never download; use what is in the cache."""
     cache_dir: str | None = None
     """Folder of downloaded files. None = the hub library's own."""
+    devices: int | None = None
+    """Devices to train on. None = all GPUs; one device of a CPU."""
+    data: int | Literal["auto"] = "auto"
+    """Copies of the frozen weights; data × fsdp = devices. auto: what fsdp leaves."""
+    fsdp: int | Literal["auto"] = "auto"
+    """Devices that share one copy of the frozen weights and gather each layer's when it is run. auto: 1 where the
+    weights fit into one device, else as few as hold them."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_at_least(self, 1, ["max_seq_length"])
+        check_at_least(self, 1, ["max_seq_length", "devices"])
+        check_at_least(self, 1, [name for name in ("data", "fsdp") if getattr(self, name) != "auto"])
         chosen = [
             name for name in ("load_in_4bit", "load_in_16bit", "full_finetuning") if getattr(self, name)
         ]
@@ -333,6 +358,29 @@ class LoadArguments:
             raise ValueError(f"{' and '.join(chosen)} exclude each other; set load_in_4bit=False")
         if self.compute_dtype == "fp8" and chosen != ["load_in_4bit"]:
             raise ValueError('compute_dtype="fp8" multiplies by NF4 weights; set load_in_4bit=True alone')
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterArguments:
+    """The processes of a run on several hosts. Under SLURM, MPI and Kubernetes nothing needs to be said."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where the processes meet. None = as the launcher says, or this process is alone."""
+    num_processes: int | None = None
+    """How many there are. None = as the launcher says."""
+    process_id: int | None = None
+    """Which one this is, from 0. None = as the launcher says."""
+    heartbeat_timeout: int = 60
+    """Seconds after which a process that is silent is taken for lost, and the others end."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_at_least(self, 1, ["num_processes", "heartbeat_timeout"])
+        check_at_least(self, 0, ["process_id"])
+        if self.coordinator is None and (self.num_processes, self.process_id) != (None, None):
+            raise ValueError("num_processes and process_id need a coordinator (HOST:PORT of process 0)")
+        if self.coordinator is not None and ":" not in self.coordinator:
+            raise ValueError(f"coordinator must be HOST:PORT, got {self.coordinator!r}")
 
 
 @dataclasses.dataclass(frozen=True)

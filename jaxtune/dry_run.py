@@ -32,7 +32,8 @@ from jaxtune.data import (
 )
 from jaxtune.data.responses import text_tokenizer
 from jaxtune.data.statistics import IMAGE
-from jaxtune.fast import as_dtype, in_fp8
+from jaxtune.devices import STEP_ROWS, WHOLE, Layout, device_bytes
+from jaxtune.fast import as_dtype, in_fp8, layout_for
 from jaxtune.job import load_rows, make_console, make_table, targets, vision_collator, with_chat_template
 from jaxtune.lora import LoraConfig, attach, chosen_targets, read_adapter, train_everything
 from jaxtune.models import build
@@ -44,7 +45,7 @@ from jaxtune.step import make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on the device: what lies there for the whole run, and what a training step adds at its peak."""
+    """Bytes on each device: what lies there for the whole run, and what a training step adds at its peak."""
 
     base: int
     trained: int
@@ -79,7 +80,11 @@ def dry_run(job: Job, console: Console | None = None) -> None:
     like = types.SimpleNamespace(config=checkpoint.config, dtype=module.dtype)
     collator = vision_collator(job, like, None if host is None else processing_class, rows)
     train = _prepare(rows, processing_class, collator, job)
-    batch = _text_shapes(job) if collator is None else _vision_shapes(train, collator, job)
+    batch = (
+        _text_shapes(layout_of(module, job), job)
+        if collator is None
+        else _vision_shapes(train, collator, job)
+    )
     console.print(_size_table(checkpoint, module, job, batch))
     parts = {"training": train} | (
         {} if held_out is None else {"held-out": _prepare(held_out, processing_class, collator, job)}
@@ -116,14 +121,17 @@ def model_of_shapes(checkpoint: hub.Checkpoint, job: Job) -> CausalLM:
     return module
 
 
-def _text_shapes(job: Job) -> dict[str, Any]:
-    """The shapes of a step's batch of text."""
+def _text_shapes(layout: Layout, job: Job) -> dict[str, Any]:
+    """The shapes of a step's batch of text, on all devices."""
     args = job.training
     length = args.max_length or job.model.max_seq_length
-    shape = (args.gradient_accumulation_steps, args.per_device_train_batch_size, length)
+    steps, rows, _ = args.batch_shape(layout.size)
+
+    def shape(columns: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((steps, rows, columns), jnp.int32, sharding=layout.sharding(STEP_ROWS))
+
     names = ("input_ids", "labels", "positions", "segment_ids")
-    batch = dict.fromkeys(names, jax.ShapeDtypeStruct(shape, jnp.int32))
-    return batch | {"starts": jax.ShapeDtypeStruct((*shape[:2], 2 if args.packing else 1), jnp.int32)}
+    return dict.fromkeys(names, shape(length)) | {"starts": shape(2 if args.packing else 1)}
 
 
 def _vision_shapes(train: datasets.Dataset, collator: VisionDataCollator, job: Job) -> dict[str, Any]:
@@ -148,10 +156,17 @@ def _vision_shapes(train: datasets.Dataset, collator: VisionDataCollator, job: J
 def predict_memory(module: CausalLM, job: Job, batch: dict[str, Any]) -> Memory:
     """Compile the training step of a model of shapes and ask the compiler what it needs for a batch of shapes."""
     args, shapes, paths = job.training, leaf_shapes(module), trainable_paths(module)
-    trainable: dict[str, Any] = {path: shape for path, shape in shapes.items() if path in paths}
-    base = {path: shape for path, shape in shapes.items() if path not in paths}
+    layout = layout_of(module, job)
+    specs = layout.specs(module, shapes)
+
+    def placed(shape: Any, spec: Any = WHOLE) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=layout.sharding(spec))
+
+    leaves: dict[str, Any] = {path: placed(shape, specs[path]) for path, shape in shapes.items()}
+    trainable = {path: shape for path, shape in leaves.items() if path in paths}
+    base = {path: shape for path, shape in leaves.items() if path not in paths}
     optimizer = make_optimizer(args, 100, trainable)
-    opt_state = jax.eval_shape(optimizer.init, trainable)
+    opt_state = jax.tree.map(placed, jax.eval_shape(optimizer.init, trainable))
     key = jax.eval_shape(lambda: jax.random.key(0))
     arguments = (trainable, opt_state, base, batch, key)
     model = types.SimpleNamespace(graphdef=nnx.graphdef(module), module=module, dtype=module.dtype)
@@ -162,13 +177,20 @@ def predict_memory(module: CausalLM, job: Job, batch: dict[str, Any]) -> Memory:
             max_grad_norm=args.max_grad_norm,
             neftune_alpha=args.neftune_noise_alpha,
             remat=remat,
+            layout=layout,
         ),
         model,
         args.remat if args.gradient_checkpointing else "none",
         args.memory_budget_gb,
+        layout=layout,
     )
     needs = step.compile(arguments).memory_analysis()
     return Memory(_bytes(base), _bytes(trainable), _bytes(opt_state), needs.temp_size_in_bytes)
+
+
+def layout_of(module: CausalLM, job: Job) -> Layout:
+    """Where a run of the job would put the model."""
+    return layout_for(module, job.model.devices, job.model.data, job.model.fsdp)
 
 
 def _is_quantised(job: Job) -> bool:
@@ -176,7 +198,7 @@ def _is_quantised(job: Job) -> bool:
 
 
 def _bytes(tree: object) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(map(device_bytes, jax.tree.leaves(tree)))
 
 
 def _prepare(
@@ -212,7 +234,9 @@ def _size_table(checkpoint: hub.Checkpoint, module: CausalLM, job: Job, batch: d
     rows, length = batch["input_ids"].shape[1:]
     shape = f"{rows} × {length} tokens"
     table.add_row(f"training step ({shape})", "", _mib(memory.step))
-    table.add_row("[bold]predicted peak on the device[/bold]", "", f"[bold]{_mib(memory.total)}[/bold]")
+    layout = layout_of(module, job)
+    where = "the device" if layout.size == 1 else f"each of {layout.size} devices"
+    table.add_row(f"[bold]predicted peak on {where}[/bold]", "", f"[bold]{_mib(memory.total)}[/bold]")
     return table
 
 

@@ -13,12 +13,16 @@ from jaxtune import hub, images, lora, models
 from jaxtune.arguments import sort_out
 from jaxtune.compile_cache import enable_compile_cache
 from jaxtune.config import LORA_TARGETS
+from jaxtune.devices import Choice, Layout, make_layout
 from jaxtune.kernels import target
 from jaxtune.kernels.fp8 import NEEDS as FP8_NEEDS
 from jaxtune.load import load_weights
 from jaxtune.lora import LoraConfig
 from jaxtune.model import Model
+from jaxtune.models.decoder import CausalLM
+from jaxtune.models.names import leaf_shapes
 from jaxtune.models.rope import parameters_of
+from jaxtune.models.vision_lm import VisionLM
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 # Arguments of Unsloth that have no meaning here, with the values that ask for nothing.
@@ -84,6 +88,14 @@ def in_fp8(compute_dtype: str | None, dtype, *, nf4: bool) -> bool:
     return True
 
 
+def layout_for(module: CausalLM, devices: int | None, data: Choice, fsdp: Choice) -> Layout:
+    """How a model, still shapes, is to lie on devices; see devices.make_layout."""
+    if devices is None and (data, fsdp) == ("auto", "auto") and isinstance(module, VisionLM):
+        devices = 1  # rows with images do not train on several
+    nbytes = sum(shape.size * shape.dtype.itemsize for shape in leaf_shapes(module).values())
+    return make_layout(nbytes, devices, data, fsdp)
+
+
 def _stretch(config, max_seq_length: int) -> None:
     """Makes room for `max_seq_length` tokens in a decoder's config: linear RoPE scaling, or the native scaling's window
     widened. Layers with a RoPE of their own keep it: they see a window."""
@@ -129,6 +141,9 @@ class FastLanguageModel:
         cache_dir: str | None = None,
         gguf_file: str | None = None,
         compute_dtype: str | None = None,
+        devices: int | None = None,
+        data: Choice = "auto",
+        fsdp: Choice = "auto",
         **kwargs,
     ) -> tuple[Model, Any]:
         """Loads a checkpoint, its linear layers into NF4 unless told otherwise.
@@ -144,6 +159,7 @@ class FastLanguageModel:
           load_in_4bit, load_in_16bit, full_finetuning: NF4 (the default), 16-bit LoRA, or every weight trained.
           rope_scaling: replaces the config's.
           use_gradient_checkpointing: False keeps every activation; else SFTConfig.remat says what is kept.
+          devices, data, fsdp: how many devices train, and how the frozen weights lie on them; see devices.make_layout.
           kwargs: Unsloth's others; those without meaning here warn, those that would change the result raise.
 
         Returns:
@@ -185,7 +201,12 @@ class FastLanguageModel:
             )
 
         module = recipe()
-        leaves = load_weights(checkpoint, module)
+        layout = layout_for(module, devices, data, fsdp)
+        if full_finetuning and layout.fsdp > 1:
+            raise ValueError(
+                f"fsdp={layout.fsdp} splits frozen weights; full_finetuning has none, set fsdp=1"
+            )
+        leaves = load_weights(checkpoint, module, layout=layout)
         processor = None if images.family(config) is None else checkpoint.processor()
         tokenizer = checkpoint.tokenizer() if processor is None else processor.tokenizer
         model = Model(
@@ -197,6 +218,7 @@ class FastLanguageModel:
             processor=processor,
             max_seq_length=max_seq_length,
             recipe=recipe,
+            layout=layout,
         )
         model.gradient_checkpointing = bool(use_gradient_checkpointing)
         if full_finetuning:
@@ -288,9 +310,10 @@ def _with_adapter(model: Model, config: LoraConfig) -> Model:
     config = lora.named(module, config)
     names = lora.attach(module, config)
     trainable, base = lora.initialise(module, model.base, config, names)
+    put = model.layout.put_leaves
     adapted = Model(
-        module, trainable, base, checkpoint=model.checkpoint, tokenizer=model.tokenizer,
-        max_seq_length=model.max_seq_length, recipe=model._recipe, processor=model.processor,
+        module, put(module, trainable), put(module, base), checkpoint=model.checkpoint, tokenizer=model.tokenizer,
+        max_seq_length=model.max_seq_length, recipe=model._recipe, processor=model.processor, layout=model.layout,
     )  # fmt: skip
     adapted.lora, adapted.gradient_checkpointing = config, model.gradient_checkpointing
     return adapted

@@ -18,6 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from jaxtune import cluster
 from jaxtune.command_line import BaseJob, Job
 from jaxtune.config import LORA_TARGETS
 from jaxtune.data import (
@@ -64,8 +65,10 @@ class Look:
 
 
 def make_console() -> Console:
-    """Colours and the terminal's width on a terminal; plain text, 110 columns wide, elsewhere."""
-    return Console() if sys.stdout.isatty() else Console(width=110)
+    """Colours and the terminal's width on a terminal; plain text, 110 columns wide, elsewhere. Of several processes the
+    first speaks."""
+    quiet = not cluster.is_first()
+    return Console(quiet=quiet) if sys.stdout.isatty() else Console(width=110, quiet=quiet)
 
 
 def prepare(job: Job) -> Prepared:
@@ -75,11 +78,7 @@ def prepare(job: Job) -> Prepared:
         ValueError, TypeError, OSError: a setting, model or dataset that cannot be used; the message says why.
     """
     started, console = time.perf_counter(), make_console()
-    device = jax.devices()[0]
-    console.print(
-        f"[bold]jaxtune[/bold]: {job.model.model_name} on {device.device_kind} ({jax.device_count()})"
-    )
-    model, tokenizer = load_model(job)
+    model, tokenizer = load_model(job, console)
     train_rows, held_out = load_rows(job)
     trainer = SFTTrainer(
         model=model,
@@ -96,9 +95,15 @@ def prepare(job: Job) -> Prepared:
     return Prepared(job, model, trainer, console, started)
 
 
-def load_model(job: BaseJob) -> tuple[Model, Any]:
-    """The base with a fresh adapter (or the one of an adapter folder, or none in full fine-tuning), and tokenizer."""
+def load_model(job: BaseJob, console: Console) -> tuple[Model, Any]:
+    """The base with a fresh adapter (or the one of an adapter folder, or none in full fine-tuning), and tokenizer; says
+    on what."""
+    kind, count, processes = jax.devices()[0].device_kind, jax.device_count(), jax.process_count()
+    hosts = f", {processes} processes" if processes > 1 else ""
+    console.print(f"[bold]jaxtune[/bold]: {job.model.model_name} on {kind} ({count}{hosts})")
     model, tokenizer = FastLanguageModel.from_pretrained(**dataclasses.asdict(job.model))
+    if count > 1:
+        console.print(f"trains on {model.layout}", highlight=False)
     tokenizer = with_chat_template(tokenizer, job)
     if model.lora is None and not job.model.full_finetuning:
         fields = dataclasses.asdict(job.lora)
@@ -172,7 +177,8 @@ def train(prepared: Prepared) -> None:
     job, console = prepared.job, prepared.console
     output = Path(job.training.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    (output / SETTINGS_FILE).write_text(job.to_yaml())
+    if cluster.is_first():
+        (output / SETTINGS_FILE).write_text(job.to_yaml())
     console.print(_summary(prepared))
     before = look(prepared, "before training")
     prepared.trainer.train()
@@ -206,13 +212,15 @@ def look(prepared: Prepared, when: str) -> Look:
 
 def save(prepared: Prepared) -> tuple[Path, Path | None]:
     """Write adapter and merged model (with full fine-tuning the model only); (adapter or model, merged or None)."""
-    model, tokenizer = prepared.model, prepared.trainer.processing_class
+    model, tokenizer = prepared.model.on_one_device(), prepared.trainer.processing_class
     output = Path(prepared.job.training.output_dir)
     if model.lora is None:
         prepared.trainer.save_model(str(output / "model"))
         return output / "model", None
     prepared.trainer.save_model(str(output / "adapter"))
-    model.save_pretrained_merged(str(output / "merged"), tokenizer, progress=sys.stderr.isatty())
+    if cluster.is_first():
+        model.save_pretrained_merged(str(output / "merged"), tokenizer, progress=sys.stderr.isatty())
+    cluster.wait_for_all("saved")
     return output / "adapter", output / "merged"
 
 
@@ -221,10 +229,11 @@ def _summary(prepared: Prepared) -> Table:
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]] if trainer.train_dataset else []
     table = make_table("", "")
     table.add_row("parameters", f"{model.num_parameters():,}, of which trained {model.num_trainable():,}")
-    table.add_row("model in memory", f"{model.memory_bytes() / 2**20:,.0f} MiB")
+    on_each = " on each device" if model.layout.size > 1 else ""
+    table.add_row("model in memory", f"{model.memory_bytes() / 2**20:,.0f} MiB{on_each}")
     table.add_row("training data", f"{len(lengths):,} rows, {sum(lengths):,} tokens")
     if training.max_steps > 0:
-        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        rows = training.batch_shape(model.layout.size)[2]
         kind = "packed rows" if training.packing else "rows"
         table.add_row(
             "steps", f"{training.max_steps:,}, each {rows} {kind} of at most {training.max_length} tokens"

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
+from jaxtune.devices import ONE_DEVICE, Layout, without_layers
 from jaxtune.hub import BnbTensor, Checkpoint
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.layers import NF4Weight
@@ -28,10 +29,10 @@ from jaxtune.quant import dequantize_nf4, from_bnb, on_device, quantize_nf4
 TENSORS_AHEAD = 4
 
 
-@partial(jax.jit, static_argnums=0)
-def _blank(shapes: tuple[tuple[str, tuple[int, ...], Any], ...]) -> Leaves:
-    """Zeros for every (path, shape, dtype): one program, where one a shape would each be compiled."""
-    return {path: jnp.zeros(shape, dtype) for path, shape, dtype in shapes}
+def _blank(shapes: dict[str, jax.ShapeDtypeStruct]) -> Leaves:
+    """Zeros of these shapes and shardings: one program, where one a shape would each be compiled."""
+    zeros = lambda: {path: jnp.zeros(shape.shape, shape.dtype) for path, shape in shapes.items()}  # noqa: E731
+    return jax.jit(zeros, out_shardings={path: shape.sharding for path, shape in shapes.items()})()
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -91,7 +92,12 @@ def _convert(value: np.ndarray | BnbTensor, target, dtype, name: str) -> dict[st
 
 
 def load_weights(
-    checkpoint: Checkpoint, model: CausalLM, *, progress: bool = True, ahead: int | None = None
+    checkpoint: Checkpoint,
+    model: CausalLM,
+    *,
+    progress: bool = True,
+    ahead: int | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> Leaves:
     """Fills the leaves of a model of shapes (before any adapter is attached) from a checkpoint.
 
@@ -99,9 +105,10 @@ def load_weights(
       checkpoint, model: from, into.
       progress: show a bar.
       ahead: tensors under way at a time; None: TENSORS_AHEAD, on a CPU 1, where they share cores and memory.
+      layout: where the leaves are to lie. Every process reads all of the checkpoint, tensor by tensor.
 
     Returns:
-      path -> array, on the default device.
+      path -> array.
 
     Raises:
       ValueError: tensors are missing, unused or of another shape than config.json says.
@@ -110,8 +117,14 @@ def load_weights(
     check_names(set(checkpoint.names()), set(expected), model.lm_head is None)
     if ahead is None:
         ahead = 1 if jax.default_backend() == "cpu" else TENSORS_AHEAD
+    shapes = leaf_shapes(model)
+    specs = layout.specs(model, shapes)
     leaves = _blank(
-        tuple((p, s.shape, s.dtype) for p, s in leaf_shapes(model).items() if is_stacked(model, p))
+        {
+            path: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=layout.sharding(specs[path]))
+            for path, shape in shapes.items()
+            if is_stacked(model, path)
+        }
     )
 
     def fetch(name: str, slot: Slot, leaf: str) -> tuple[Slot, str, dict[str, Any]]:
@@ -133,6 +146,13 @@ def load_weights(
     )
     for slot, leaf, fields in bar:
         place = f"{slot.path}.{leaf}"
+        stacked = slot.index is not None
+        fields = {
+            field: layout.put(
+                array, without_layers(specs[place + field]) if stacked else specs[place + field]
+            )
+            for field, array in fields.items()
+        }
         if slot.index is not None:
             fields = _write({field: leaves[place + field] for field in fields}, fields, np.int32(slot.index))
         leaves |= {place + field: array for field, array in fields.items()}

@@ -295,15 +295,15 @@ def _peft_leaf(leaf: str) -> str:
 
 def adapter_tensors(model) -> dict[str, np.ndarray]:
     """The trained leaves of a `jaxtune.model.Model` under PEFT's names, float32, A as [r, in], B as [out, r]."""
-    tensors = {}
+    tensors, trainable = {}, {path: np.asarray(leaf) for path, leaf in model.trainable.items()}
     for name, slot in _adapted(model).items():
         for leaf in ("lora_A", "lora_B", "lora_magnitude"):
-            if f"{slot.path}.{leaf}" in model.trainable:
-                value = np.asarray(slot.take(model.trainable, leaf))
+            if f"{slot.path}.{leaf}" in trainable:
+                value = slot.take(trainable, leaf)
                 tensors[f"{PEFT_PREFIX}{name}.{_peft_leaf(leaf)}"] = np.ascontiguousarray(value.T)
     for path in (f"{model.module.decoder_path}.embed_tokens.weight", "lm_head.weight"):
-        if path in model.trainable:
-            tensors[f"{PEFT_PREFIX}{path}"] = np.asarray(model.trainable[path])
+        if path in trainable:
+            tensors[f"{PEFT_PREFIX}{path}"] = trainable[path]
     return tensors
 
 

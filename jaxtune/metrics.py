@@ -102,8 +102,15 @@ class Reporter(Protocol):
 class History:
     """output_dir/history.jsonl (one record a line) and the reporters that report_to names."""
 
-    def __init__(self, args: TrainingConfig, past: Iterable[Record] = ()) -> None:
-        """Rewrite history.jsonl with the records before this run (those of the checkpoint it resumes)."""
+    def __init__(self, args: TrainingConfig, past: Iterable[Record] = (), *, writes: bool = True) -> None:
+        """Rewrite history.jsonl with the records before this run (those of the checkpoint it resumes).
+
+        writes: False in all processes of a run but one.
+        """
+        self._writes = writes
+        self._reporters: list[Reporter] = []
+        if not writes:
+            return
         self.path = Path(args.output_dir) / "history.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".jsonl.tmp")
@@ -113,6 +120,8 @@ class History:
 
     def log(self, record: Record) -> None:
         """Append a record; it holds "step"."""
+        if not self._writes:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
         numbers = {_grouped(name): value for name, value in record.items() if isinstance(value, (int, float))}
@@ -193,15 +202,16 @@ def _optional(package: str, reporter: str) -> ModuleType:
 class Progress:
     """A bar in terminals and notebooks; elsewhere, or with disable_tqdm=True, one printed line a log."""
 
-    def __init__(self, args: TrainingConfig, done: int, total: int) -> None:
+    def __init__(self, args: TrainingConfig, done: int, total: int, *, speaks: bool = True) -> None:
+        """speaks: False in all processes of a run but one."""
         from tqdm.auto import tqdm  # decides about notebooks when it is imported
         from tqdm.notebook import tqdm as notebook_bar
 
         seen = issubclass(tqdm, notebook_bar) or (
             sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
         )
-        shown = seen if args.disable_tqdm is None else not args.disable_tqdm
-        self._total = total
+        shown = speaks and (seen if args.disable_tqdm is None else not args.disable_tqdm)
+        self._total, self._speaks = total, speaks
         self._bar = tqdm(
             total=total, initial=done, unit="step", desc="train", dynamic_ncols=True, disable=not shown
         )
@@ -233,7 +243,7 @@ class Progress:
         """Print without breaking the bar."""
         if self._shown:
             self._bar.write(text)
-        else:
+        elif self._speaks:
             print(text, flush=True)
 
     def close(self) -> None:

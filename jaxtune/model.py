@@ -4,6 +4,7 @@ Everything that computes takes `model.graphdef`, `model.trainable` and `model.ba
 together with the config, the tokenizer and the checkpoint they came from.
 """
 
+import copy
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from flax import nnx
 
 from jaxtune import images
 from jaxtune.arguments import sort_out
+from jaxtune.devices import ONE_DEVICE, Layout, device_bytes
 from jaxtune.export import upload
 from jaxtune.export.adapter import save_adapter
 from jaxtune.export.merged import save_merged
@@ -43,7 +45,7 @@ class Model:
     Attributes:
       config: transformers' config. tokenizer, checkpoint (`hub.Checkpoint`), name_or_path: where it came from.
       processor: of text and images, around the tokenizer; None for a model of text.
-      graphdef, trainable, base: the split model; flat dicts path -> array.
+      graphdef, trainable, base: the split model; flat dicts path -> array, that lie as `layout` says.
       lora: LoraConfig, or None. dtype: of activations and unquantised frozen weights. max_seq_length: tokens.
       compute_dtype: "fp8" where products with NF4 weights are taken in it, else None.
       slots: checkpoint module name -> Slot(path, index).
@@ -52,9 +54,9 @@ class Model:
 
     def __init__(
         self, module, trainable: Leaves, base: Leaves, *, checkpoint, tokenizer, max_seq_length: int, recipe,
-        processor=None,
+        processor=None, layout: Layout = ONE_DEVICE,
     ):  # fmt: skip
-        self.module, self.trainable, self.base = module, trainable, base
+        self.module, self.trainable, self.base, self.layout = module, trainable, base, layout
         self.checkpoint, self.tokenizer, self.processor = checkpoint, tokenizer, processor
         self.config, self.name_or_path = checkpoint.config, checkpoint.name_or_path
         self.max_seq_length, self.dtype = max_seq_length, module.dtype
@@ -94,8 +96,8 @@ class Model:
         )
 
     def memory_bytes(self) -> int:
-        """Bytes of all leaves."""
-        return sum(leaf.nbytes for leaf in (*self.base.values(), *self.trainable.values()))
+        """Bytes of all leaves on one device."""
+        return sum(map(device_bytes, (*self.base.values(), *self.trainable.values())))
 
     def logits(
         self, input_ids, attention_mask=None, positions=None, segment_ids=None, **processed
@@ -122,7 +124,8 @@ class Model:
             mask = np.asarray(segment_ids) != 0
             rows = self._image_rows(processed, [row[own] for row, own in zip(ids, mask, strict=True)])
             batch |= images.batch_arrays(family, np.asarray(ids), mask, rows)
-        return _logits(self.graphdef, self.trainable, self.base, batch)
+        one = self.on_one_device()
+        return _logits(self.graphdef, one.trainable, one.base, batch)
 
     def _image_rows(self, processed: Mapping[str, Any], texts: Sequence) -> list[images.Processed]:
         """The images of each text (int [T]), of what the processor gave for all."""
@@ -130,6 +133,19 @@ class Model:
         assert family is not None
         given = {k: _numpy(processed[k]) for k in family.processor_keys if processed.get(k) is not None}
         return family.rows(given, [np.asarray(text) for text in texts])
+
+    def on_one_device(self, number: int = 0) -> "Model":
+        """A handle on copies of the leaves on one of this process's devices (themselves, where a layout has one
+        device), for what does not run on several. Frozen weights that are split are gathered: they have to fit.
+        """
+        if self.layout.mesh is None:
+            return self
+        one = copy.copy(self)
+        one.layout = ONE_DEVICE
+        one.trainable, one.base = (
+            self.layout.on_one_device(leaves, number) for leaves in (self.trainable, self.base)
+        )
+        return one
 
     def for_inference(self) -> "Model":
         """Keeps what `generate` makes of the weights, if it makes a copy of them, for the next call."""

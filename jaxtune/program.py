@@ -33,9 +33,12 @@ def run(arguments: Sequence[str], kind: type[BaseJob], load: Callable[[], Prepar
     # Only now: --help and a mistyped setting should not wait for jax and transformers.
     import datasets
 
+    from jaxtune.cluster import connect
+
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
+        connect(job.cluster)
         train = load()(job)
     except (ValueError, TypeError, OSError) as error:  # what loading and data preparation raise on bad input
         if job.traceback:

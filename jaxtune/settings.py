@@ -93,8 +93,9 @@ def check_types(config: Any) -> None:
         choices = [choice for kind in kinds for choice in get_args(kind) if get_origin(kind) is Literal]
         if (value is None and type(None) in kinds) or (isinstance(value, bool) and bool in kinds):
             continue
-        if choices and value not in choices and not set(map(get_origin, kinds)) & {tuple}:
-            expected = ", ".join(repr(choice) for choice in choices)
+        is_number = int in kinds and isinstance(value, int) and not isinstance(value, bool)
+        if choices and value not in choices and not is_number and not set(map(get_origin, kinds)) & {tuple}:
+            expected = ", ".join([*map(repr, choices), *(["a number"] if int in kinds else [])])
             raise ValueError(f"{field.name}={value!r} is not supported; expected one of {expected}")
         if str in kinds or choices or not set(kinds) & {bool, int, float}:
             continue

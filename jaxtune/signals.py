@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -12,16 +13,18 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopSignals:
     """While entered, the first SIGINT or SIGTERM only sets `received`; the old handlers come back on exit.
 
-    Outside the main thread Python allows no handlers; there it does nothing.
+    Outside the main thread Python allows no handlers; there it does nothing. numbers: the signals; in a run of several
+    processes SIGTERM is jax's, see cluster.is_preempted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: Sequence[signal.Signals] = SIGNALS) -> None:
+        self._numbers = numbers
         self.received: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+            self._previous = {number: signal.signal(number, self._receive) for number in self._numbers}
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -2,6 +2,8 @@
 
     step(trainable, opt_state, base, batch, key) -> (trainable, opt_state, metrics)
 
+On several devices (devices.Layout) each takes its rows, and the gradients are summed once.
+
 `trainable` and `base` are flat dicts path -> array; the base is an argument and never differentiated. A step takes
 G micro-batches [G, B, T] and normalises the loss by the label tokens of all of them.
 """
@@ -14,9 +16,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from jaxtune.devices import ONE_DEVICE, ROWS, STEP_ROWS, WHOLE, Layout
 from jaxtune.kernels import target
 from jaxtune.kernels.cross_entropy import IGNORE, Options, fused_cross_entropy
 from jaxtune.models.decoder import CausalLM
+from jaxtune.models.layers import fold
 from jaxtune.models.names import Leaves, join
 from jaxtune.models.remat import Remat
 
@@ -48,10 +52,18 @@ def default_chunk() -> int:
     return 256 if target.capability() is None and jax.default_backend() == "cpu" else 1024
 
 
-def neftune(x: jax.Array, alpha: float, key: jax.Array) -> jax.Array:
-    """Uniform noise of ±alpha/√(T·D) on embeddings [B, T, D] (NEFTune, arXiv 2310.05914)."""
+def row_keys(key: jax.Array, batch: Batch) -> jax.Array:
+    """A key for each row of a step [G, B], by its place in the step: not by its micro-batch, and not by its device."""
+    shape = batch["input_ids"].shape[:2]
+    numbers = jnp.arange(shape[0] * shape[1])
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers).reshape(shape)
+
+
+def neftune(x: jax.Array, alpha: float, keys: jax.Array) -> jax.Array:
+    """Uniform noise of ±alpha/√(T·D) on embeddings [B, T, D] (NEFTune, arXiv 2310.05914), a key for each row."""
     bound = alpha / (x.shape[1] * x.shape[2]) ** 0.5
-    return x + jax.random.uniform(key, x.shape, jnp.float32, -bound, bound).astype(x.dtype)
+    row = lambda key: jax.random.uniform(key, x.shape[1:], jnp.float32, -bound, bound)  # noqa: E731
+    return x + jax.vmap(row)(keys).astype(x.dtype)
 
 
 def loss_sum(
@@ -67,15 +79,15 @@ def loss_sum(
 ) -> tuple[jax.Array, jax.Array]:
     """(sum of the label tokens' negative log-likelihood, how many were ranked first) of one batch [B, T].
 
-    Images, where the batch has them: see `models.vision_lm.VisionLM.place_images`.
+    key: of noise and dropout, one a row [B]; None: none. Images, where the batch has them: see
+    `models.vision_lm.VisionLM.place_images`.
     """
     module = join(graphdef, trainable, base)
     x = module.embed(batch["input_ids"])
     if key is not None and neftune_alpha is not None:
-        x = neftune(x, neftune_alpha, jax.random.fold_in(key, 0))
-    sight = None if key is None else jax.random.fold_in(key, 2)
-    x, how = module.place_images(x, batch, key=sight, remat=remat)
-    dropout = None if key is None else jax.random.fold_in(key, 1)
+        x = neftune(x, neftune_alpha, fold(key, 0))
+    x, how = module.place_images(x, batch, key=None if key is None else fold(key, 2)[0], remat=remat)
+    dropout = None if key is None else fold(key, 1)
     hidden, _ = module.hidden(
         x,
         batch["positions"],
@@ -104,12 +116,14 @@ def clip(grads: Leaves, max_norm: float | None) -> tuple[Leaves, jax.Array]:
     return jax.tree.map(lambda g: g * factor, grads), norm
 
 
-def compiler_options(remat: Remat, fp8: bool) -> dict[str, bool | str] | None:
+def compiler_options(
+    remat: Remat, fp8: bool, layout: Layout = ONE_DEVICE
+) -> dict[str, bool | str | int] | None:
     """XLA's options for a step on a GPU; see docs/benchmarks.md for what each was worth."""
     if target.capability() is None:
         return None
     # The stacks of what is kept are written whole: no need to fill them with zeros first.
-    options: dict[str, bool | str] = {"xla_gpu_enable_dus_accumulator_zero_init_elimination": True}
+    options: dict[str, bool | str | int] = {"xla_gpu_enable_dus_accumulator_zero_init_elimination": True}
     if (
         remat.offload
     ):  # copies to and from the host run beside the products, which each of these is needed for
@@ -122,9 +136,25 @@ def compiler_options(remat: Remat, fp8: bool) -> dict[str, bool | str] | None:
             # A CUDA graph runs its copies and kernels one after another.
             "xla_gpu_enable_command_buffer": "",
         }
+    if layout.fsdp > 1:  # a layer's codes are gathered, a few at a time, while the layer before is worked on
+        options |= {
+            "xla_gpu_enable_latency_hiding_scheduler": True,
+            "xla_gpu_pipeline_all_gather": "2",  # on; compiler options take the number
+            "xla_gpu_all_gather_combine_threshold_bytes": 1 << 27,
+        }
     if fp8:  # trying Triton's kernels for 8-bit products takes 80 s of compilation
         options["xla_gpu_enable_triton_gemm"] = False
     return options
+
+
+def jit_step(step: TrainStep, model: Trainable, remat: Remat, layout: Layout) -> Any:
+    """A training step, jitted: its first two arguments are donated, and what it returns lies whole on every device."""
+    return jax.jit(
+        step,
+        donate_argnums=(0, 1),
+        out_shardings=layout.sharding(),
+        compiler_options=compiler_options(remat, model.module.fp8, layout),
+    )
 
 
 def make_train_step(
@@ -135,27 +165,28 @@ def make_train_step(
     neftune_alpha: float | None = None,
     remat: Remat = RECOMPUTE_ALL,
     loss_chunk: int | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> TrainStep:
     """The jitted training step of a model; compiled once for each batch shape.
 
     Args:
-      model: gives the graphdef, and its module whether it multiplies in 8 bits.
+      model: gives the module.
       optimizer: acts on the flat trainable leaves.
       max_grad_norm: clip to this global norm.
       neftune_alpha: strength of embedding noise, None for none.
       remat: what each layer keeps for the backward pass; by default its input alone.
       loss_chunk: tokens whose logits exist at a time; None chooses for the machine.
+      layout: where the arguments lie; the result is the same on every one, up to the order of sums.
 
     Returns:
       step(trainable, opt_state, base, batch [G, B, T], key) -> (trainable, opt_state, metrics). The first two are
       donated. metrics, float32 scalars: loss (mean over the step's label tokens), grad_norm (before clipping),
       num_tokens (not padding), num_items (label tokens), accuracy.
     """
-    graphdef = model.graphdef
+    graphdef = layout.graphdef(model.module)
 
-    def step(trainable, opt_state, base, batch, key):
-        items = jnp.sum(targets(batch["labels"], batch["segment_ids"]) != IGNORE)
-        denominator = jnp.maximum(items, 1).astype(jnp.float32)
+    def gradients(trainable, base, batch, keys, denominator):
+        """(gradients, loss, correct) of all devices' rows, from this device's [G, B, T]."""
 
         def loss_fn(trainable, micro, key):
             loss, correct = loss_sum(
@@ -176,8 +207,14 @@ def make_train_step(
             return jax.tree.map(jnp.add, carry, (grads, loss, correct)), None
 
         start = (jax.tree.map(jnp.zeros_like, trainable), jnp.float32(0), jnp.float32(0))
-        keys = jax.random.split(key, batch["labels"].shape[0])
-        (grads, loss, correct), _ = jax.lax.scan(accumulate, start, (batch, keys))
+        return layout.sum(jax.lax.scan(accumulate, start, (batch, keys))[0])
+
+    def step(trainable, opt_state, base, batch, key):
+        items = jnp.sum(targets(batch["labels"], batch["segment_ids"]) != IGNORE)
+        denominator = jnp.maximum(items, 1).astype(jnp.float32)
+        specs = (WHOLE, layout.specs(model.module, base), STEP_ROWS, STEP_ROWS, WHOLE)
+        summed = layout.spread(gradients, specs, WHOLE)
+        grads, loss, correct = summed(trainable, base, batch, row_keys(key, batch), denominator)
         grads, norm = clip(grads, max_grad_norm)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, opt_state, trainable)
@@ -190,18 +227,22 @@ def make_train_step(
         }
         return optax.apply_updates(trainable, updates), opt_state, metrics
 
-    return jax.jit(step, donate_argnums=(0, 1), compiler_options=compiler_options(remat, model.module.fp8))
+    return jit_step(step, model, remat, layout)
 
 
 def make_eval_step(
-    model: Trainable, *, loss_chunk: int | None = None
+    model: Trainable, *, loss_chunk: int | None = None, layout: Layout = ONE_DEVICE
 ) -> Callable[[Leaves, Leaves, Batch], Metrics]:
     """The jitted evaluation of a batch [B, T]: float32 scalars loss_sum, num_items, correct."""
-    graphdef = model.graphdef
+    graphdef = layout.graphdef(model.module)
 
-    def evaluate(trainable, base, batch):
+    def sums(trainable, base, batch):
         loss, correct = loss_sum(graphdef, trainable, base, batch, loss_chunk=loss_chunk)
         items = jnp.sum(targets(batch["labels"], batch["segment_ids"]) != IGNORE)
-        return {"loss_sum": loss, "num_items": items.astype(jnp.float32), "correct": correct}
+        return layout.sum({"loss_sum": loss, "num_items": items.astype(jnp.float32), "correct": correct})
 
-    return jax.jit(evaluate)
+    def evaluate(trainable, base, batch):
+        specs = (WHOLE, layout.specs(model.module, base), ROWS)
+        return layout.spread(sums, specs, WHOLE)(trainable, base, batch)
+
+    return jax.jit(evaluate, out_shardings=layout.sharding())

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import optax
 
+from jaxtune import cluster
 from jaxtune.config import SFTConfig
 from jaxtune.data import (
     Batches,
@@ -109,6 +110,11 @@ class SFTTrainer(Trainer[SFTConfig]):
 
         if collator is not None:
             _refuse_beside_images(args, formatting_func)
+            if model.layout.size > 1:
+                raise ValueError(
+                    f"SFTTrainer: rows with images train on one device, the model is on {model.layout.size}; load it "
+                    "with devices=1"
+                )
 
         def prepare(data: Any, args: SFTConfig) -> Dataset:
             if collator is None:
@@ -142,10 +148,12 @@ class SFTTrainer(Trainer[SFTConfig]):
             max_grad_norm=self.args.max_grad_norm,
             neftune_alpha=self.args.neftune_noise_alpha,
             remat=remat,
+            layout=self.model.layout,
         )
 
     def _data_summary(self) -> dict[str, Any]:
         summary = {
+            "rows of a step (total_batch_size)": self.args.batch_shape(self.model.layout.size)[2],
             "rows of data": len(self.train_dataset),
             "data (digest)": content_digest(self.train_dataset),
         }
@@ -163,18 +171,21 @@ class SFTTrainer(Trainer[SFTConfig]):
         packed = args.packing if train or args.eval_packing is None else args.eval_packing
         if packed:
             dataset = pack(dataset, args.max_length or self.model.max_seq_length, args.packing_strategy)
+        devices = self.model.layout.size
+        steps, height, rows = args.batch_shape(devices)
+        if not train:
+            steps, height, rows = 1, args.per_device_eval_batch_size * devices, None
         how: dict[str, Any] = {
-            "batch_size": args.per_device_train_batch_size if train else args.per_device_eval_batch_size,
-            "accumulation": args.gradient_accumulation_steps if train else 1,
+            "batch_size": height,
+            "accumulation": steps,
             "max_length": args.max_length,
             "packed": packed,
             "seed": args.seed if args.data_seed is None else args.data_seed,
             "shuffle": train and args.train_sampling_strategy == "random",
         }
         if self._collator is None:
-            return Batches(
-                dataset, pad_token_id=text_tokenizer(self.processing_class).pad_token_id or 0, **how
-            )
+            pad = text_tokenizer(self.processing_class).pad_token_id or 0
+            return Batches(dataset, pad_token_id=pad, rows_per_step=rows, part=cluster.part(), **how)
         workers = _workers(self._collator, args)
         return VisionBatches(
             dataset, self._collator, workers=default_workers() if workers is None else workers, **how
@@ -195,7 +206,9 @@ class SFTTrainer(Trainer[SFTConfig]):
         kind, tokenizer = "packed row" if self.args.packing else "row", text_tokenizer(self.processing_class)
         return [
             f"  {kind} {index}: {tokenizer.decode(row[mask][:24])!r}"
-            for index, row, mask in zip(run.batches.rows(n), ids, used, strict=False)  # then come empty rows
+            for index, row, mask in zip(
+                run.batches.own_rows(n), ids, used, strict=False
+            )  # then come empty rows
         ]
 
     # -- evaluation ------------------------------------------------------------------------------------------
@@ -220,7 +233,7 @@ class SFTTrainer(Trainer[SFTConfig]):
             return {name: value for result in results for name, value in result.items()}
         began = time.perf_counter()
         parts = [
-            self._eval_step(self.model.trainable, self.model.base, batch)
+            self._eval_step(self.model.trainable, self.model.base, self.model.layout.put_rows(batch, 0))
             for batch in self._eval_batches(data).eval_batches()
         ]
         totals = {name: math.fsum(float(part[name]) for part in jax.device_get(parts)) for name in parts[0]}
@@ -246,7 +259,7 @@ class SFTTrainer(Trainer[SFTConfig]):
 
     @cached_property
     def _eval_step(self) -> Callable[..., dict[str, jax.Array]]:
-        return make_eval_step(self.model)
+        return make_eval_step(self.model, layout=self.model.layout)
 
 
 def _refuse(**arguments: Any) -> None:
@@ -286,6 +299,11 @@ def _refuse_beside_images(args: SFTConfig, formatting_func: Any) -> None:
         "chat_template_path": (args.chat_template_path, "set processor.chat_template"),
         "eos_token": (args.eos_token, "set processor.tokenizer.eos_token"),
     }
+    if args.total_batch_size is not None and args.total_batch_size % args.per_device_train_batch_size:
+        raise ValueError(
+            f"SFTTrainer: with images total_batch_size={args.total_batch_size} has to be a multiple of "
+            f"per_device_train_batch_size={args.per_device_train_batch_size}"
+        )
     for name, (value, instead) in advice.items():
         if value is not None:
             raise ValueError(f"SFTTrainer: {name} is not for rows with images; {instead}")

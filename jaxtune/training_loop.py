@@ -7,6 +7,7 @@ is a function of (seed, step), and what else decides a step is in the checkpoint
 import abc
 import dataclasses
 import math
+import signal
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,14 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxtune import checkpoint
+from jaxtune import checkpoint, cluster
 from jaxtune.budget import PlannedStep
 from jaxtune.config import Event, TrainingConfig
 from jaxtune.metrics import History, Progress, Record, Speed, TrainerState, peak_memory_gib, plot_curves
 from jaxtune.model import Model
 from jaxtune.models.remat import Remat
 from jaxtune.optim import make_optimizer, make_schedule
-from jaxtune.signals import StopSignals
+from jaxtune.signals import SIGNALS, StopSignals
 from jaxtune.step import TrainStep
 
 CALLBACK_METHODS = ("on_step_end", "on_log", "on_save")
@@ -118,7 +119,7 @@ class Trainer[Config: TrainingConfig](abc.ABC):
         return True
 
     def _batch(self, run: Run, n: int) -> dict[str, Any]:
-        return run.batches.step(n)
+        return self.model.layout.put_rows(run.batches.step(n), 1)
 
     @abc.abstractmethod
     def _window_record(self, window: Mapping[str, list[float]]) -> Record:
@@ -127,6 +128,9 @@ class Trainer[Config: TrainingConfig](abc.ABC):
     def _figures(self, values: Mapping[str, Any]) -> dict[str, float]:
         """What the progress bar shows of a step."""
         return {"loss": values["loss"]}
+
+    def _rows_per_step(self) -> int:
+        return self.args.batch_shape(self.model.layout.size)[2]
 
     def _count_tokens(self, values: Mapping[str, Any]) -> None:
         self.state.num_input_tokens_seen += int(values["num_tokens"])
@@ -168,7 +172,7 @@ class Trainer[Config: TrainingConfig](abc.ABC):
         run = self._begin(resume)
         first = self.state.global_step
         try:
-            with StopSignals() as signals:
+            with StopSignals(SIGNALS if cluster.part()[1] == 1 else [signal.SIGINT]) as signals:
                 self._loop(run, signals)
                 self._finish(run, first, time.perf_counter() - began)
         finally:
@@ -200,6 +204,8 @@ class Trainer[Config: TrainingConfig](abc.ABC):
                 self._count(run, *pending)
             pending = (n, metrics)
 
+            if cluster.is_preempted(n):
+                signals.received = signal.SIGTERM
             stop = signals.received is not None or self.should_stop
             evaluate, save = self._due("eval", n + 1, run), self._due("save", n + 1, run)
             if evaluate or save or stop or not ahead:
@@ -224,12 +230,17 @@ class Trainer[Config: TrainingConfig](abc.ABC):
         warmup = args.num_warmup_steps(num_steps)
         schedule = make_schedule(args.lr_scheduler_type, args.learning_rate, num_steps, warmup)
         optimizer = make_optimizer(args, num_steps, model.trainable)
-        self.opt_state = jax.jit(optimizer.init)(model.trainable)  # one program, not one a shape
+        model.trainable = model.layout.put_leaves(model.module, model.trainable)
+        initial = jax.jit(
+            optimizer.init, out_shardings=model.layout.sharding()
+        )  # one program, not one a shape
+        self.opt_state = initial(model.trainable)
         self._train_step = PlannedStep(
             lambda remat: self._make_step(optimizer, remat),
             model,
             args.remat if args.gradient_checkpointing and model.gradient_checkpointing else "none",
             args.memory_budget_gb,
+            layout=model.layout,
         )
         fingerprint = checkpoint.fingerprint(args, num_steps, model, self._data_summary())
         self.state = TrainerState(max_steps=num_steps)
@@ -241,7 +252,8 @@ class Trainer[Config: TrainingConfig](abc.ABC):
             )
             self.state = dataclasses.replace(state, max_steps=num_steps)
             self._read_state(resume)
-        checkpoint.remove_leftovers(args.output_dir)
+        if cluster.is_first():
+            checkpoint.remove_leftovers(args.output_dir)
         existing = checkpoint.checkpoint_steps(args.output_dir)
         if existing and resume is None:
             warnings.warn(
@@ -254,8 +266,8 @@ class Trainer[Config: TrainingConfig](abc.ABC):
             num_steps=num_steps,
             learning_rates=np.asarray(jax.vmap(schedule)(jnp.arange(num_steps))),
             fingerprint=fingerprint,
-            history=History(args, self.state.log_history),
-            progress=Progress(args, self.state.global_step, num_steps),
+            history=History(args, self.state.log_history, writes=cluster.is_first()),
+            progress=Progress(args, self.state.global_step, num_steps, speaks=cluster.is_first()),
             speed=Speed(),
             saved=[step for step in existing if resume is not None and step <= self.state.global_step],
         )
@@ -309,7 +321,7 @@ class Trainer[Config: TrainingConfig](abc.ABC):
 
     def _finish(self, run: Run, first: int, seconds: float) -> None:
         steps = self.state.global_step - first
-        rows = steps * self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        rows = steps * self._rows_per_step()
         record = {
             "train_runtime": seconds,
             "train_samples_per_second": rows / seconds,
@@ -317,6 +329,8 @@ class Trainer[Config: TrainingConfig](abc.ABC):
             "train_loss": self._mean_loss(),
         }
         self._log(run, record)
+        if not cluster.is_first():
+            return
         title = Path(self.model.name_or_path).name
         name, unit = self.CURVE
         path = Path(self.args.output_dir) / f"{name}.png"
@@ -348,7 +362,10 @@ class Trainer[Config: TrainingConfig](abc.ABC):
     def save_model(self, output_dir: str | None = None) -> None:
         """Write the adapter (or fully trained model) and the tokenizer, as PEFT and transformers read it."""
         folder = Path(output_dir or self.args.output_dir)
-        self.model.save_pretrained(folder)
+        if not cluster.is_first():
+            return
+        model = self.model.on_one_device() if self.model.full_finetuning else self.model
+        model.save_pretrained(folder)
         self.processing_class.save_pretrained(folder)
 
     def _save_checkpoint(self, run: Run) -> None:
@@ -364,9 +381,9 @@ class Trainer[Config: TrainingConfig](abc.ABC):
         )
         run.saved = [*(saved for saved in run.saved if saved != step), step]
         limit = self.args.save_total_limit
-        if limit is not None:
+        if limit is not None and cluster.is_first():
             checkpoint.remove_checkpoints(self.args.output_dir, run.saved[:-limit])
-            run.saved = run.saved[-limit:]
+        run.saved = run.saved if limit is None else run.saved[-limit:]
         self._call("on_save", folder)
         run.speed.resume()
 
@@ -375,7 +392,9 @@ class Trainer[Config: TrainingConfig](abc.ABC):
         self._write_state(folder)
 
 
-def checked_model(model: Any, trainer: str) -> Model:
+def checked_model(model: Any, trainer: str, *, several_hosts: bool = True) -> Model:
+    if cluster.part()[1] > 1 and not several_hosts:
+        raise ValueError(f"{trainer} runs on the devices of one host; this run has several processes")
     if isinstance(model, Model):
         if not model.trainable:
             raise ValueError(

@@ -22,6 +22,7 @@ def test_defaults_are_trls():
             assert (theirs[field.name], field.default) == on_purpose[field.name]
         elif field.name not in (
             "embedding_learning_rate",
+            "total_batch_size",
             "warmup_ratio",
             "logging_dir",
             "remat",

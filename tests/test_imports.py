@@ -14,11 +14,13 @@ PACKAGE = ROOT / "jaxtune"
 STAGES = [
     {"settings", "arguments", "compile_cache"},
     {"config"},
+    {"cluster"},
     {"hub", "formats", "processor"},
     {"images"},
     {"quant"},
     {"kernels"},
     {"models"},
+    {"devices"},
     {"load"},
     {"lora"},
     {"data"},

@@ -123,7 +123,8 @@ def test_dropout_is_on_with_a_key_only(base):
     @jax.jit
     def hidden(key):
         module = join(model.graphdef, model.trainable, model.base)
-        return module.hidden(module.embed(ids), positions, segments, key=key)[0]
+        keys = None if key is None else key[None]  # one a row
+        return module.hidden(module.embed(ids), positions, segments, key=keys)[0]
 
     assert (hidden(None) == hidden(None)).all()
     assert (hidden(jax.random.key(0)) == hidden(jax.random.key(0))).all()
@@ -139,7 +140,7 @@ def test_dropout_keeps_the_mean():
     for leaf, shape in values.items():
         getattr(linear, leaf).set_value(jax.numpy.asarray(rng.normal(size=shape), np.float32))
     x = rng.normal(size=(1, 64)).astype(np.float32)
-    outputs = jax.vmap(lambda key: linear(x, key))(jax.random.split(jax.random.key(0), 4000))
+    outputs = jax.vmap(lambda key: linear(x, key[None]))(jax.random.split(jax.random.key(0), 4000))
     error = np.abs(outputs.mean(0) - linear(x)) / (outputs.std(0) / np.sqrt(4000))
     assert outputs.std(0).min() > 0 and error.max() < 5
 

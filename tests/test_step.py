@@ -23,7 +23,7 @@ def test_no_token_predicts_the_next_document():
 
 def test_noise_is_bounded_as_in_neftune():
     x = jnp.zeros((2, 50, 40))
-    noise = neftune(x, 5.0, jax.random.key(0))
+    noise = neftune(x, 5.0, jax.random.split(jax.random.key(0), 2))
     bound = 5.0 / np.sqrt(50 * 40)
     assert np.abs(noise).max() <= bound and abs(np.asarray(noise).std() - bound / np.sqrt(3)) < 0.02 * bound
 

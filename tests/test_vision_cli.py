@@ -1,4 +1,4 @@
-"""`python -m jaxtune.train` and `python -m jaxtune.evaluate.reading` on a file with image paths and a tiny Qwen2.5-VL."""
+"""`python -m jaxtune.train` and `jaxtune.evaluate.reading` on a file with image paths and a tiny Qwen2.5-VL."""
 
 import json
 

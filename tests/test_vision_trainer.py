@@ -208,3 +208,10 @@ def test_other_families_packed(family, tmp_path):
     )
     want = transformers_loss(theirs, packed._collator, rows(5))
     np.testing.assert_allclose(packed.evaluate()["eval_loss"], want, rtol=tolerances.LOSS)
+
+
+def test_a_step_without_images_is_finite(both, tmp_path):
+    """The tower runs on padding alone, and nothing of that reaches the gradients."""
+    text = make_trainer(both, tmp_path, data=rows()[2::4], per_device_train_batch_size=1, max_steps=1)
+    text.train()
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in text.model.trainable.values())

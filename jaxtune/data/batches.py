@@ -53,6 +53,8 @@ class Batches:
         pad_to_multiple_of: int | None = None,
         together: int = 1,
         numbers: Mapping[str, np.ndarray] | None = None,
+        part: tuple[int, int] = (0, 1),
+        rows_per_step: int | None = None,
     ):
         """
         Args:
@@ -69,6 +71,8 @@ class Batches:
                 that occurs is a compilation.
             together: so many rows that follow each other stay together, in order; batch_size is a multiple.
             numbers: more of each row, name -> float32 [rows]: in a batch [B, 1], 0 in empty rows.
+            part: (i, n): only the i-th of n equal parts of each micro-batch's rows are made, all of one length.
+            rows_per_step: rows of an optimiser step where they are fewer than B * G; empty rows fill it up.
 
         Raises:
             ValueError: no rows, or a row longer than max_length.
@@ -78,6 +82,8 @@ class Batches:
                 "expected rows, batch_size and accumulation of at least 1; came "
                 f"{len(dataset)}, {batch_size} and {accumulation}"
             )
+        if batch_size % part[1]:
+            raise ValueError(f"batch_size={batch_size} does not divide into {part[1]} parts")
         self._ids = ragged_column(dataset, "input_ids")
         self._labels = ragged_column(dataset, "labels")
         self._documents = ragged_column(dataset, "seq_lengths") if packed else None
@@ -90,6 +96,9 @@ class Batches:
         self.batch_size, self.accumulation = batch_size, accumulation
         self.seed, self.shuffle, self.pad_token_id = seed, shuffle, pad_token_id or 0
         self._together, self._numbers = together, dict(numbers or {})
+        self._part = part
+        self.rows_per_step = batch_size * accumulation if rows_per_step is None else rows_per_step
+        """Rows of an optimiser step."""
         if packed:
             self._sizes = np.asarray([self.max_length])
         elif pad_to_multiple_of:
@@ -97,11 +106,6 @@ class Batches:
         else:
             self._sizes = np.asarray(buckets(self.max_length))
         self._order: tuple[int, np.ndarray] | None = None
-
-    @property
-    def rows_per_step(self) -> int:
-        """Rows of an optimiser step, B * G."""
-        return self.batch_size * self.accumulation
 
     @property
     def steps_per_epoch(self) -> int:
@@ -115,20 +119,25 @@ class Batches:
         epoch, within = divmod(number, self.steps_per_epoch)
         return self._epoch_order(epoch)[within * self.rows_per_step : (within + 1) * self.rows_per_step]
 
+    def own_rows(self, number: int) -> np.ndarray:
+        """`rows`, of this process's part: those that `step` returns, before its empty ones."""
+        return self._own(self.rows(number), self.accumulation * self.batch_size)
+
     def step(self, number: int) -> Batch:
         """The batch of optimiser step `number`, counted from 0 over all epochs.
 
         Returns:
-            int32 arrays [G, B, T]: input_ids, labels (-100 = not trained), positions (from 0 in each
-            document) and segment_ids (documents 1, 2, … of a row; 0 = padding); and starts [G, B, M], the first
-            token of each document and of the padding behind the last, -1 in unused places, M the same in every
+            int32 arrays [G, B, T], of B this process's part: input_ids, labels (-100 = not trained), positions (from
+            0 in each document) and segment_ids (documents 1, 2, … of a row; 0 = padding); and starts [G, B, M], the
+            first token of each document and of the padding behind the last, -1 in unused places, M the same in every
             step (1 if rows are not packed: a row is one document). A short last step is filled with empty rows.
         """
-        batch = self.collate(self.rows(number), self.rows_per_step)
-        return {name: array.reshape(self.accumulation, self.batch_size, -1) for name, array in batch.items()}
+        batch = self.collate(self.rows(number), self.accumulation * self.batch_size)
+        return {name: array.reshape(self.accumulation, -1, array.shape[-1]) for name, array in batch.items()}
 
     def eval_batches(self) -> Iterator[Batch]:
-        """All rows once, in the dataset's order, as int32 arrays [B, T]; the last batch is filled with empty rows."""
+        """All rows once, in the dataset's order, as int32 arrays [B, T] (of B this process's part); the last batch is
+        filled with empty rows."""
         for first in range(0, len(self._ids), self.batch_size):
             rows = np.arange(first, min(first + self.batch_size, len(self._ids)))
             yield self.collate(rows, self.batch_size)
@@ -155,21 +164,22 @@ class Batches:
         return self._ids.lengths
 
     def collate(self, rows: np.ndarray, height: int, length: int | None = None) -> Batch:
-        """Rows of the dataset as arrays [height, T].
+        """Rows of the dataset as arrays [height, T], of each micro-batch this process's part.
 
         Args:
+            height: G * B or B.
             length: T, at least that of the longest; None: the smallest bucket that holds it.
         """
-        shape = height, self._bucket(rows) if length is None else length
+        shape = height // self._part[1], self._bucket(rows) if length is None else length
         batch = {
             "input_ids": np.full(shape, self.pad_token_id, np.int32),
             "labels": np.full(shape, IGNORE, np.int32),
             "positions": np.zeros(shape, np.int32),
             "segment_ids": np.zeros(shape, np.int32),
-            "starts": self._empty_starts(height),
-            **{name: np.zeros((height, 1), np.float32) for name in self._numbers},
+            "starts": self._empty_starts(shape[0]),
+            **{name: np.zeros((shape[0], 1), np.float32) for name in self._numbers},
         }
-        for place, row in enumerate(rows):
+        for place, row in enumerate(self._own(rows, height)):
             ids = self._ids.row(row)
             filled = place, slice(len(ids))
             batch["input_ids"][filled] = ids
@@ -184,6 +194,15 @@ class Batches:
                 # the first token of a document has nothing to be predicted from
                 batch["labels"][filled][batch["positions"][filled] == 0] = IGNORE
         return batch
+
+    def _own(self, rows: np.ndarray, height: int) -> np.ndarray:
+        """Those of the rows in [height] places that are in this process's part of their micro-batch, in order."""
+        index, parts = self._part
+        each = self.batch_size // parts
+        places = (
+            np.arange(height).reshape(-1, self.batch_size)[:, index * each : (index + 1) * each].reshape(-1)
+        )
+        return rows[places[places < len(rows)]]
 
     def _empty_starts(self, height: int) -> np.ndarray:
         """int32 [height, M]: rows of one document each, which is what an empty row is."""

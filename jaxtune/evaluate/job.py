@@ -101,6 +101,7 @@ def load_model(settings: "Evaluate") -> tuple[Model, bool]:
         nf4 = checkpoint.adapter is not None or checkpoint.kind == "bnb-4bit"
     model, _ = FastLanguageModel.from_pretrained(
         name,
+        devices=1,
         max_seq_length=settings.max_seq_length,
         load_in_4bit=nf4,
         revision=settings.revision,

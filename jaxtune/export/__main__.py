@@ -109,6 +109,7 @@ def run(job: Export) -> dict:
     name = job.name or (Path(job.model).resolve().name if model_name != job.model else None)
     model, tokenizer = FastLanguageModel.from_pretrained(
         model_name,
+        devices=1,
         max_seq_length=None,
         revision=job.revision,
         token=job.token,

@@ -1,15 +1,14 @@
 """The K-quants in JAX, for a GPU: the algorithms of `export.quantisers`, compiled.
 
 The bytes are not promised to be llama.cpp's: a compiler fuses products with sums into one rounding and turns divisions
-by constants into products, so that a few blocks in a thousand round otherwise, with the same error on the whole. Three
-things keep it at that: sums are written out in order (`_total`), where a rounding decides it is kept (`Exact`), and
-divisions round to the nearest (`_over`). The NumPy path gives the bytes.
+by constants into products, so that a few blocks in a thousand round otherwise, with the same error on the whole. Two
+things keep it at that: sums are written out in order (`_total`), and where a rounding decides it is kept (`Exact`).
+The NumPy path gives the bytes.
 
 Laid out as there: x and w [n, G], G groups of n weights; searches keep their state in [G].
 """
 
 import operator
-from collections.abc import Callable
 from functools import partial, reduce
 from typing import NamedTuple
 
@@ -31,7 +30,6 @@ from jaxtune.export.quantisers import (
 )
 
 Kind = GGMLQuantizationType
-Times = Callable[[jax.Array, jax.Array], jax.Array]
 KINDS = frozenset({Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K})
 # Superblocks compiled for: a tensor goes through in parts of the first size that holds it all, or of the last.
 _SIZES = (1 << 12, 1 << 14, 1 << 16)
@@ -119,29 +117,36 @@ def _rows(levels: jax.Array) -> jax.Array:
 
 
 class Exact(NamedTuple):
-    """Roundings that the compiler may not leave out. zero: a 0 that it does not know, which a detour over the bits of
-    a number is taken with."""
+    """Float32 arithmetic whose roundings the compiler may not leave out.
+
+    zero: a 0 that it does not know. A detour over the bits of a number, with it, keeps that number: a product out of a
+    fused multiply-add, a quotient from being converted to float16 unrounded (which XLA does on a GPU), a conversion to
+    float16 and back from being taken for nothing.
+    """
 
     zero: jax.Array
 
+    def _kept(self, a: jax.Array) -> jax.Array:
+        return lax.bitcast_convert_type(lax.bitcast_convert_type(a, jnp.int32) ^ self.zero, jnp.float32)
+
     def times(self, a: jax.Array, b: jax.Array) -> jax.Array:
-        """a * b, kept out of a fused multiply-add."""
-        return lax.bitcast_convert_type(lax.bitcast_convert_type(a * b, jnp.int32) ^ self.zero, jnp.float32)
+        """a * b."""
+        return self._kept(a * b)
+
+    def over(self, a, b) -> jax.Array:
+        """a / b, to the nearest: a GPU's own division of float32 is two units off."""
+        with jax.enable_x64(True):
+            quotient = (jnp.asarray(a, jnp.float64) / jnp.asarray(b, jnp.float64)).astype(jnp.float32)
+        return self._kept(quotient)
 
     def stored(self, d: jax.Array) -> jax.Array:
-        """What a reader will see of a scale: float16, in float32. On a GPU XLA drops a conversion there and back."""
+        """What a reader will see of a scale: float16, in float32."""
         bits = lax.bitcast_convert_type(d.astype(jnp.float16), jnp.int16) ^ self.zero.astype(jnp.int16)
         return lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
 
 
-def _over(a, b) -> jax.Array:
-    """a / b in float32, rounded to the nearest: a GPU's own division of float32 is two units off."""
-    with jax.enable_x64(True):
-        return (jnp.asarray(a, jnp.float64) / jnp.asarray(b, jnp.float64)).astype(jnp.float32)
-
-
-def _weights(times: Times, x: jax.Array, importance: jax.Array, factor: float, n: int) -> jax.Array:
-    squares = times(x, x)
+def _weights(exact: Exact, x: jax.Array, importance: jax.Array, factor: float, n: int) -> jax.Array:
+    squares = exact.times(x, x)
     rows = squares.T.reshape(8, 32, -1)  # 256 additions in order, in 8 rounds
     sums = lax.fori_loop(
         0, 8, lambda i, total: _total(jnp.concatenate([total[None], rows[i]])), jnp.zeros(len(x))
@@ -158,62 +163,64 @@ def _affine_superblock(exact: Exact, x: jax.Array, importance: jax.Array | None,
         rms = 0 if form.absolute else jnp.sqrt(_total(exact.times(columns, columns)) / form.group)
         w, tries, absolute = rms + jnp.abs(columns), form.tries, form.absolute
     else:
-        w = _weights(exact.times, x, importance, form.sigma2, form.group)
+        w = _weights(exact, x, importance, form.sigma2, form.group)
         tries, absolute = WITH_IMPORTANCE, False
-    scale, low, inv, low_before = _affine(exact.times, columns, w, form.top, tries, absolute)
+    scale, low, inv, low_before = _affine(exact, columns, w, form.top, tries, absolute)
     groups = SUPERBLOCK // form.group
     scales, minima = _columns(scale, groups), _columns(-low, groups)
     if importance is None:
-        (d, ls), (dmin, lm) = (_by_largest(a, form.top_scale) for a in (scales, minima))
+        (d, ls), (dmin, lm) = (_by_largest(exact, a, form.top_scale) for a in (scales, minima))
     else:
         group_weights = _columns(_total(w), groups)
         both = jnp.concatenate([scales, minima], 1), jnp.concatenate([group_weights, group_weights], 1)
-        d, ls = _positive(exact.times, *both, form.top_scale)
+        d, ls = _positive(exact, *both, form.top_scale)
         (d, dmin), (ls, lm) = jnp.split(d, 2), jnp.split(ls, 2, 1)
     step, offset = ((exact.stored(a) * b).T.reshape(-1) for a, b in ((d, ls), (dmin, lm)))
     searched = jnp.rint((columns - low_before) * inv)
-    level = jnp.where(step == 0, searched, jnp.rint(_over(columns + offset, step)))
+    level = jnp.where(step == 0, searched, jnp.rint(exact.over(columns + offset, step)))
     levels = _rows(jnp.clip(level, 0, form.top))
     return (d, dmin), (ls.T.astype(jnp.uint8), lm.T.astype(jnp.uint8), levels)
 
 
-def _affine(times: Times, x, w, top: int, tries: Tries, absolute: bool):
+def _affine(exact: Exact, x, w, top: int, tries: Tries, absolute: bool):
     """As `block_search.affine`; instead of levels, the inverse scale and the minimum that made them.
 
     All products are rounded: levels that are all one higher, with a minimum that is a step lower, have the same error,
     and roundings alone decide between them.
     """
     low = jnp.minimum(x.min(0), 0)
-    flat = ~jnp.isfinite(_over(top, x.max(0) - low))
+    flat = ~jnp.isfinite(exact.over(top, x.max(0) - low))
     high = jnp.where(flat, low + 1, x.max(0))
-    sum_w, sum_x = _total(w), _total(times(w, x))
+    sum_w, sum_x = _total(w), _total(exact.times(w, x))
     numerators = jnp.asarray(tries.numerators(top))
 
     def levels(inv, low):
         return jnp.clip(jnp.rint((x - low) * inv), 0, top)
 
     def error(level, scale, low):
-        difference = times(level, scale) + low - x
-        return _total(times(w, jnp.abs(difference) if absolute else times(difference, difference)))
+        difference = exact.times(level, scale) + low - x
+        return _total(
+            exact.times(w, jnp.abs(difference) if absolute else exact.times(difference, difference))
+        )
 
     def attempt(k, state):
         _, low, least, *_ = state
-        inv = _over(numerators[k], high - low)
+        inv = exact.over(numerators[k], high - low)
         level = levels(inv, low)
-        term = times(w, level)
-        sum_l, sum_l2, sum_xl = _total(term), _total(times(term, level)), _total(times(term, x))
-        determinant = times(sum_w, sum_l2) - times(sum_l, sum_l)
-        new_scale = _over(times(sum_w, sum_xl) - times(sum_x, sum_l), determinant)
-        new_low = _over(times(sum_l2, sum_x) - times(sum_l, sum_xl), determinant)
-        new_scale = jnp.where(new_low > 0, _over(sum_xl, sum_l2), new_scale)
+        term = exact.times(w, level)
+        sum_l, sum_l2, sum_xl = _total(term), _total(exact.times(term, level)), _total(exact.times(term, x))
+        determinant = exact.times(sum_w, sum_l2) - exact.times(sum_l, sum_l)
+        new_scale = exact.over(exact.times(sum_w, sum_xl) - exact.times(sum_x, sum_l), determinant)
+        new_low = exact.over(exact.times(sum_l2, sum_x) - exact.times(sum_l, sum_xl), determinant)
+        new_scale = jnp.where(new_low > 0, exact.over(sum_xl, sum_l2), new_scale)
         new_low = jnp.minimum(new_low, 0)
         new_error = error(level, new_scale, new_low)
         better = (determinant > 0) & (new_error < least)
         new = (new_scale, new_low, new_error, inv, low)
         return tuple(jnp.where(better, a, b) for a, b in zip(new, state))
 
-    first = _over(top, high - low)
-    one = _over(1, first)
+    first = exact.over(top, high - low)
+    one = exact.over(1, first)
     start = (one, low, error(levels(first, low), one, low), first, low)
     scale, best_low, _, inv, low_before = lax.fori_loop(0, len(numerators), attempt, start)
     zero = jnp.zeros_like(low)
@@ -222,10 +229,10 @@ def _affine(times: Times, x, w, top: int, tries: Tries, absolute: bool):
     )
 
 
-def _by_largest(values: jax.Array, top: int) -> tuple[jax.Array, jax.Array]:
+def _by_largest(exact: Exact, values: jax.Array, top: int) -> tuple[jax.Array, jax.Array]:
     largest = jnp.maximum(values.max(0), 0)
-    level = jnp.rint(jnp.where(largest > 0, _over(top, largest), 0) * values)
-    return _over(largest, top), jnp.where(jnp.isfinite(level), jnp.clip(level, 0, top), 0)
+    level = jnp.rint(jnp.where(largest > 0, exact.over(top, largest), 0) * values)
+    return exact.over(largest, top), jnp.where(jnp.isfinite(level), jnp.clip(level, 0, top), 0)
 
 
 def _extreme(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -235,7 +242,7 @@ def _extreme(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(zero, 1, extreme), zero
 
 
-def _symmetric(x, w, half: int):
+def _symmetric(exact: Exact, x, w, half: int):
     """As `block_search.symmetric`."""
     extreme, zero = _extreme(x)
     numerators = jnp.asarray(
@@ -248,30 +255,30 @@ def _symmetric(x, w, half: int):
 
     def attempt(k, state):
         _, best, _ = state
-        inv = _over(numerators[k], extreme)
+        inv = exact.over(numerators[k], extreme)
         sum_lx, sum_l2 = sums(inv)
         better = (sum_l2 > 0) & (sum_lx * sum_lx > best * sum_l2)
-        new_scale = _over(sum_lx, sum_l2)
+        new_scale = exact.over(sum_lx, sum_l2)
         return tuple(jnp.where(better, a, b) for a, b in zip((new_scale, new_scale * sum_lx, inv), state))
 
-    winner = _over(-half, extreme)
+    winner = exact.over(-half, extreme)
     sum_lx, sum_l2 = sums(winner)
-    scale = jnp.where(sum_l2 != 0, _over(sum_lx, sum_l2), 0)
+    scale = jnp.where(sum_l2 != 0, exact.over(sum_lx, sum_l2), 0)
     scale, _, winner = lax.fori_loop(0, len(numerators), attempt, (scale, scale * sum_lx, winner))
     levels = jnp.clip(jnp.rint(x * winner), -half, half - 1) + half
     return jnp.where(zero, 0, scale), jnp.where(zero, 0, levels)
 
 
-def _descend(times: Times, x, w, level, lowest: float, highest: float):
+def _descend(exact: Exact, x, w, level, lowest: float, highest: float):
     """As `block_search._descend`; returns the scale and the levels."""
 
     def sweep(_, state):
         sum_lx, sum_l2, *levels = state
         for i in range(len(x)):
             old, wx = levels[i], w[i] * x[i]
-            rest_lx, rest_l2 = sum_lx - times(wx, old), sum_l2 - times(w[i] * old, old)
-            new = jnp.clip(jnp.rint(_over(x[i] * rest_l2, rest_lx)), lowest, highest)
-            new_lx, new_l2 = rest_lx + times(wx, new), rest_l2 + times(w[i] * new, new)
+            rest_lx, rest_l2 = sum_lx - exact.times(wx, old), sum_l2 - exact.times(w[i] * old, old)
+            new = jnp.clip(jnp.rint(exact.over(x[i] * rest_l2, rest_lx)), lowest, highest)
+            new_lx, new_l2 = rest_lx + exact.times(wx, new), rest_l2 + exact.times(w[i] * new, new)
             better = (rest_lx > 0) & (new != old) & (new_l2 > 0)
             better &= new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2
             levels[i] = jnp.where(better, new, old)
@@ -280,68 +287,68 @@ def _descend(times: Times, x, w, level, lowest: float, highest: float):
 
     start = (_total(w * x * level), _total(w * level * level), *level)
     sum_lx, sum_l2, *levels = lax.fori_loop(0, 5, sweep, start)
-    return jnp.where(sum_l2 > 0, _over(sum_lx, sum_l2), 0), jnp.stack(levels)
+    return jnp.where(sum_l2 > 0, exact.over(sum_lx, sum_l2), 0), jnp.stack(levels)
 
 
-def _symmetric_descent(times: Times, x, half: int):
+def _symmetric_descent(exact: Exact, x, half: int):
     extreme, zero = _extreme(x)
-    level = jnp.clip(jnp.rint(x * _over(-half, extreme)), -half, half - 1)
-    scale, level = _descend(times, x, x * x, level, -half, half - 1)
+    level = jnp.clip(jnp.rint(x * exact.over(-half, extreme)), -half, half - 1)
+    scale, level = _descend(exact, x, x * x, level, -half, half - 1)
     return jnp.where(zero, 0, scale), jnp.where(zero, 0, level + half)
 
 
-def _positive(times: Times, x, w, top: int):
+def _positive(exact: Exact, x, w, top: int):
     """As `block_search.positive`."""
     highest = jnp.maximum(x.max(0), 0)
     zero = highest < SMALLEST
     highest = jnp.where(zero, 1, highest)
 
     def error(inv):
-        difference = x - times(_over(1, inv), jnp.minimum(jnp.rint(inv * x), top))
-        return _total(times(w * difference, difference))
+        difference = x - exact.times(exact.over(1, inv), jnp.minimum(jnp.rint(inv * x), top))
+        return _total(exact.times(w * difference, difference))
 
-    winner = _over(top, highest)
+    winner = exact.over(top, highest)
     least = error(winner)
     for k in (*range(-4, 0), *range(1, 5)):
-        inv = _over(np.float32(0.1) * np.float32(k) + np.float32(top), highest)
+        inv = exact.over(np.float32(0.1) * np.float32(k) + np.float32(top), highest)
         new_error = error(inv)
         winner = jnp.where(new_error < least, inv, winner)
         least = jnp.minimum(new_error, least)
-    scale, level = _descend(times, x, w, jnp.minimum(jnp.rint(winner * x), top), 0, top)
+    scale, level = _descend(exact, x, w, jnp.minimum(jnp.rint(winner * x), top), 0, top)
     return jnp.where(zero, 0, scale), jnp.where(zero, 0, level)
 
 
-def _round_with(x, step, half: int, searched):
-    level = jnp.clip(jnp.rint(_over(x, step)), -half, half - 1) + half
+def _round_with(exact: Exact, x, step, half: int, searched):
+    level = jnp.clip(jnp.rint(exact.over(x, step)), -half, half - 1) + half
     return _rows(jnp.where(step == 0, searched, level))
 
 
 def _q3_k(exact: Exact, x: jax.Array, importance: jax.Array | None):
     columns = _columns(x, 16)
     if importance is None:
-        scale, searched = _symmetric_descent(exact.times, columns, 4)
+        scale, searched = _symmetric_descent(exact, columns, 4)
         scales = _columns(scale, 16)
         largest, _ = _extreme(scales)
         empty = (scales == 0).all(0)
-        inv = _over(-32, largest)
+        inv = exact.over(-32, largest)
         ls = jnp.where(empty, 0, jnp.clip(jnp.rint(inv * scales), -32, 31) + 32)
-        d = jnp.where(empty, 0, _over(1, inv))
+        d = jnp.where(empty, 0, exact.over(1, inv))
     else:
-        w = _weights(exact.times, x, importance, 2, 16)
-        scale, searched = _symmetric(columns, w, 4)
-        d, ls = _symmetric(_columns(scale, 16), _columns(_total(w), 16), 32)
+        w = _weights(exact, x, importance, 2, 16)
+        scale, searched = _symmetric(exact, columns, w, 4)
+        d, ls = _symmetric(exact, _columns(scale, 16), _columns(_total(w), 16), 32)
     step = (exact.stored(d)[:, None] * (ls.T - 32)).reshape(-1)
-    return (d,), (ls.T.astype(jnp.uint8), _round_with(columns, step, 4, searched))
+    return (d,), (ls.T.astype(jnp.uint8), _round_with(exact, columns, step, 4, searched))
 
 
 def _q6_k(exact: Exact, x: jax.Array, importance: jax.Array | None):
     columns = _columns(x, 16)
     w = columns * columns if importance is None else _columns(importance, 16)
-    scale, searched = _symmetric(columns, w, 32)
+    scale, searched = _symmetric(exact, columns, w, 32)
     scales = _columns(scale, 16)
     largest, empty = _extreme(scales)
-    inv = _over(-128, largest)
+    inv = exact.over(-128, largest)
     ls = jnp.minimum(jnp.rint(inv * scales), 127).T
-    d = jnp.where(empty, 0, _over(1, inv))
+    d = jnp.where(empty, 0, exact.over(1, inv))
     step = (exact.stored(d)[:, None] * ls).reshape(-1)
-    return (d,), (ls.astype(jnp.int8), _round_with(columns, step, 32, searched))
+    return (d,), (ls.astype(jnp.int8), _round_with(exact, columns, step, 32, searched))

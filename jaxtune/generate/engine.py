@@ -45,6 +45,7 @@ class Engine:
         read as fast (`kernels.nf4_matmul`).
       max_sequences: rows that run together at most; what memory takes when None. The rest waits for its turn.
       progress: show a bar where that takes long.
+      device: which of its layout's own devices generates, where the model lies on several.
 
     Attributes:
       weights: "merged", "lora", or "auto" while that is not decided.
@@ -57,6 +58,7 @@ class Engine:
         weights: Literal["auto", "merged", "lora"] = "auto",
         max_sequences: int | None = None,
         progress: bool = True,
+        device: int = 0,
     ):
         if weights not in ("auto", "merged", "lora"):
             raise ValueError(f"weights must be 'auto', 'merged' or 'lora', got {weights!r}")
@@ -64,7 +66,7 @@ class Engine:
             raise ValueError(f"max_sequences must be at least 1, got {max_sequences}")
         self.model, self._asked = model, weights
         self.weights: str = weights
-        self._max_sequences, self._progress = max_sequences, progress
+        self._max_sequences, self._progress, self._device = max_sequences, progress, device
         self._loaded: dict[tuple[Mode, bool], Weights] = {}
         self._made_of: list[weakref.ref] = []
         self._programs: set = set()
@@ -299,7 +301,7 @@ class Engine:
         key = mode, codes and mode == "lora"
         if key not in self._loaded:
             make = merged if mode == "merged" else partial(stored, read_codes=codes)
-            self._loaded[key] = make(self.model)
+            self._loaded[key] = make(self.model.on_one_device(self._device))
             self._made_of = [weakref.ref(leaf) for leaf in trained]
         return self._loaded[key]
 

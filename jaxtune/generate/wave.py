@@ -84,9 +84,7 @@ class Wave:
         seated = self._seats.prompts.tolist()
         different = list(dict.fromkeys(prompt for prompt in seated if prompt >= 0))
         ids, (layers, lengths, offsets, seen), hidden = self._prefill(different)
-        if different != seated[: len(different)] or len(lengths) != len(
-            seated
-        ):  # a prompt is in several groups
+        if different + [-1] * (len(lengths) - len(different)) != seated:  # a prompt is in several groups
             group = np.array([different.index(prompt) if prompt >= 0 else 0 for prompt in seated])
             ids, lengths, hidden, offsets = ids[group], lengths[group], hidden[group], offsets[group]
             seen = seen[group]

@@ -17,7 +17,7 @@ from jaxtune.kernels.attention import cudnn_attention, masked_attention, rows, s
 from jaxtune.kernels.cross_entropy import softcapped
 from jaxtune.kernels.keep import keep
 from jaxtune.models import rope
-from jaxtune.models.layers import Embedding, Linear, RMSNorm, apply_gated, apply_together
+from jaxtune.models.layers import Embedding, Linear, RMSNorm, apply_gated, apply_together, fold
 from jaxtune.models.remat import Remat
 from jaxtune.models.rope import Rope, rotate, tables
 from jaxtune.models.shared_prefix import SharedPrefix
@@ -149,7 +149,7 @@ class Cache(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What every layer needs beside x: rope tables, who sees whom, the dropout key, the cache's columns.
+    """What every layer needs beside x: rope tables, who sees whom, each row's dropout key, the cache's columns.
 
     local: cos and sin of the layers with a window, where they have their own.
     starts: int32 [B, M], the first token of each document of a row (kernels.attention.packed_layout), M = 1 where a
@@ -335,13 +335,12 @@ def run_segment(
     """
     graph, state = nnx.split(layers)
     repeats = jax.tree.leaves(state)[0].shape[0]
-    keys = None if ctx.key is None else jax.random.split(ctx.key, repeats)
 
     def body(x, inputs):
-        state, key, caches, features = inputs
-        new = []
-        for i, layer in enumerate(nnx.merge(graph, state)):
-            inner = None if key is None else jax.random.fold_in(key, i)
+        state, repeat, caches, features = inputs
+        new, period = [], nnx.merge(graph, state)
+        for i, layer in enumerate(period):
+            inner = None if ctx.key is None else fold(ctx.key, repeat * len(period) + i)
             x, kv = layer(x, ctx._replace(key=inner), None if caches is None else caches[i])
             x = x if deep is None else Deep(features[i], deep.slots).add(x)
             new.append(kv)
@@ -349,7 +348,9 @@ def run_segment(
 
     if remat is not None:
         body = jax.checkpoint(body, prevent_cse=False, policy=remat.policy())
-    return jax.lax.scan(body, x, (state, keys, caches, None if deep is None else deep.features))
+    return jax.lax.scan(
+        body, x, (state, jnp.arange(repeats), caches, None if deep is None else deep.features)
+    )
 
 
 class Decoder(nnx.Module):
@@ -409,7 +410,7 @@ class CausalLM(nnx.Module):
     def head(self) -> jax.Array:
         """The output matrix [V, D] in the compute dtype."""
         holder = self.decoder.embed_tokens if self.lm_head is None else self.lm_head
-        weight = holder.weight[...]
+        weight = holder.matrix()
         return (weight if isinstance(holder.weight, nnx.Param) else jax.lax.stop_gradient(weight)).astype(
             self.dtype
         )
@@ -447,7 +448,7 @@ class CausalLM(nnx.Module):
         Args:
           positions, segment_ids: int32 [B, T].
           starts: int32 [B, M], see Context.
-          key: dropout key; None at evaluation.
+          key: of dropout, one a row [B]; None at evaluation.
           remat: what to keep for the backward pass; None where there is none.
           shared: the layout where rows hold one prompt and several completions; segment_ids and starts are then its.
           rope_positions: int32 [B, T, 3], time, height and width of each token, where they are not its position.
@@ -461,7 +462,7 @@ class CausalLM(nnx.Module):
             ctx = ctx._replace(kv_positions=cache.positions, kv_segments=cache.segment_ids, index=cache.index)
         kept = []
         for i, segment in enumerate(self.decoder.layers):
-            inner = ctx if key is None else ctx._replace(key=jax.random.fold_in(key, i))
+            inner = ctx if key is None else ctx._replace(key=fold(key, i))
             caches = None if cache is None else cache.layers[i]
             added = None if deep is None else deep.of(self.plan[i])
             x, new = run_segment(segment, x, inner, caches, remat, added)

@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, D model, H heads, K kv heads, h head_dim, F ffn, V vo
 """
 
 import zlib
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,21 @@ class Frozen(nnx.Variable):
     """A weight that is loaded and never trained."""
 
 
+def fold(keys: jax.Array, number) -> jax.Array:
+    """A key for each row [B], or one for what has no rows -> other ones. Rows have keys of their own, so that what is
+    dropped from a row does not depend on the rows beside it, on this device or on others."""
+    return (jax.vmap(jax.random.fold_in, (0, None)) if keys.ndim else jax.random.fold_in)(keys, number)
+
+
+def whole(x: jax.Array, mesh_axis: str | None, dim: int = 0) -> jax.Array:
+    """The array of which this device holds its part along `dim` (devices.Layout); x itself where mesh_axis is None."""
+    return x if mesh_axis is None else jax.lax.all_gather(x, mesh_axis, axis=dim, tiled=True)
+
+
 class NF4Weight(nnx.Module):
     """The four leaves of an NF4 matrix [out, in]."""
+
+    mesh_axis: str | None = None  # over which rows of codes and absmax are split
 
     def __init__(self, out_features: int, in_features: int, double_quant: bool = True):
         blocks = out_features * in_features // BLOCK
@@ -40,8 +54,8 @@ class NF4Weight(nnx.Module):
     def nf4(self) -> NF4:
         nested = self.absmax_scale is not None
         return NF4(
-            self.codes[...],
-            self.absmax[...],
+            whole(self.codes[...], self.mesh_axis),
+            whole(self.absmax[...], self.mesh_axis),
             self.absmax_scale[...] if nested else None,
             self.absmax_offset[...] if nested else None,
         )
@@ -57,6 +71,7 @@ class Linear(nnx.Module):
     dropout: float = 0.0
     dropout_salt: int = 0
     fp8: bool = False  # whether the product with the frozen weight is taken in 8-bit floats (kernels.fp8)
+    mesh_axis: str | None = None  # over which the rows of a frozen 16-bit weight are split
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype):
         self.in_features, self.out_features = in_features, out_features
@@ -76,9 +91,14 @@ class Linear(nnx.Module):
         self.dropout, self.dropout_salt = dropout, zlib.crc32(name.encode())
 
     def _stored(self):
-        return self.weight.nf4() if isinstance(self.weight, NF4Weight) else self.weight[...]
+        return self.weight.nf4() if isinstance(self.weight, NF4Weight) else self.matrix()
+
+    def matrix(self) -> jax.Array:
+        """The weight [out, in] where it is not quantised."""
+        return whole(self.weight[...], self.mesh_axis)
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """x [B, …, in] -> [B, …, out]; key: of dropout, one a row [B]."""
         return apply_together([self], x, key)[0]
 
     def is_plain(self, key: jax.Array | None) -> bool:
@@ -104,7 +124,8 @@ class Linear(nnx.Module):
     def _adapt(self, x: jax.Array, y: jax.Array, key: jax.Array | None) -> jax.Array:
         dropped = x
         if key is not None and self.dropout > 0:
-            keep = jax.random.bernoulli(jax.random.fold_in(key, self.dropout_salt), 1 - self.dropout, x.shape)
+            draw = partial(jax.random.bernoulli, p=1 - self.dropout, shape=x.shape[key.ndim :])
+            keep = (jax.vmap(draw) if key.ndim else draw)(fold(key, self.dropout_salt))
             dropped = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
         adapter = self.adapter(x.dtype)
         assert adapter is not None
@@ -173,6 +194,8 @@ def apply_gated(linears: list[Linear], x: jax.Array, key: jax.Array | None) -> j
 class Embedding(nnx.Module):
     """Rows of a [V, D] table."""
 
+    mesh_axis: str | None = None  # over which the columns of a frozen table are split
+
     def __init__(self, vocab_size: int, width: int, *, dtype):
         self.weight = Frozen(Shape((vocab_size, width), dtype))
 
@@ -180,7 +203,14 @@ class Embedding(nnx.Module):
         weight = self.weight[...]
         if not isinstance(self.weight, nnx.Param):
             weight = jax.lax.stop_gradient(weight)
-        return weight[ids].astype(dtype)
+        if self.mesh_axis is None:
+            return weight[ids].astype(dtype)
+        columns = weight[whole(ids, self.mesh_axis)].astype(dtype)  # [all devices' B, T, part of D]
+        return jax.lax.all_to_all(columns, self.mesh_axis, split_axis=0, concat_axis=2, tiled=True)
+
+    def matrix(self) -> jax.Array:
+        """The whole table [V, D]."""
+        return whole(self.weight[...], self.mesh_axis, 1)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, *, plus_one: bool) -> jax.Array:

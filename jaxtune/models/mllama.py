@@ -98,8 +98,9 @@ class CrossAttention(nnx.Module):
             self.q_proj(x, key).reshape(1, -1, self.o_proj.in_features // self.head_dim, self.head_dim)
         )
         states = cross.states.reshape(1, -1, x.shape[-1])
+        of_images = None if key is None else key[0]  # they have no rows
         k, v = (
-            proj(states, key).reshape(1, states.shape[1], -1, self.head_dim)
+            proj(states, of_images).reshape(1, states.shape[1], -1, self.head_dim)
             for proj in (self.k_proj, self.v_proj)
         )
         mask = cross.seen.reshape(1, 1, q.shape[1], -1)

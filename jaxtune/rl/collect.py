@@ -38,12 +38,18 @@ class Policy:
     reference: Leaves | None
 
     def log_probs(self, batch: dict[str, np.ndarray]) -> np.ndarray:
-        return np.asarray(self.score(self.model.trainable, self.model.base, batch))
+        return self._scored(self.model.trainable, self.model.base, batch)
 
     def ref_log_probs(self, batch: dict[str, np.ndarray]) -> np.ndarray:
         if self.reference is not None:
-            return np.asarray(self.score(self.reference, self.model.base, batch))
-        return np.asarray(self.score(self.model.trainable, without_adapter(self.model.base), batch))
+            return self._scored(self.reference, self.model.base, batch)
+        return self._scored(self.model.trainable, without_adapter(self.model.base), batch)
+
+    def _scored(self, trainable: Leaves, base: Leaves, batch: dict[str, np.ndarray]) -> np.ndarray:
+        layout = self.model.layout
+        return np.asarray(
+            self.score(layout.put_leaves(self.model.module, trainable), base, layout.put_rows(batch, 1))
+        )
 
 
 @dataclasses.dataclass

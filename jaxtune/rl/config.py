@@ -327,6 +327,14 @@ class GRPOConfig(TrainingConfig):
             given["generation_kwargs"] = {**chosen, **(given.get("generation_kwargs") or {})}
         return given
 
+    def on_devices(self, devices: int) -> "GRPOConfig":
+        """The same run with micro-batches that are those of all devices together."""
+        return dataclasses.replace(
+            self,
+            per_device_train_batch_size=self.per_device_train_batch_size * devices,
+            per_device_eval_batch_size=self.per_device_eval_batch_size * devices,
+        )
+
     @property
     def generation_steps(self) -> int:
         """Forward passes that one generation is for."""

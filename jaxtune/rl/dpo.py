@@ -77,7 +77,7 @@ class DPOTrainer(Trainer[DPOConfig]):
             optimizers=optimizers,
             peft_config=peft_config,
         )
-        model = checked_model(model, "DPOTrainer")
+        model = checked_model(model, "DPOTrainer", several_hosts=False)
         args = _resolved_args(args, model, beta=beta, max_length=max_length)
         if max_prompt_length is not None:
             warnings.warn("DPOTrainer: max_prompt_length is not used; max_length cuts", stacklevel=2)
@@ -85,7 +85,7 @@ class DPOTrainer(Trainer[DPOConfig]):
             raise ValueError(f"eval_strategy={args.eval_strategy!r} needs an eval_dataset; got None")
         super().__init__(model, args, None, None, processing_class or tokenizer or model.tokenizer, callbacks)
         self._loss = args.loss_options()
-        self._reference = reference_leaves(model)
+        self._reference = reference_leaves(model.on_one_device())
         if train_dataset is not None:
             self.train_dataset = self._prepared(train_dataset, train=True)
         if isinstance(eval_dataset, Mapping):
@@ -115,8 +115,9 @@ class DPOTrainer(Trainer[DPOConfig]):
         usual = args.per_device_train_batch_size if train else args.per_device_eval_batch_size
         batches = self._batches(pairs, args.precompute_ref_batch_size or usual, shuffle=False)
         log_probs = make_pair_log_probs(self.model, self._loss)
-        base = without_adapter(self.model.base) if self._reference is None else self.model.base
-        leaves = self.model.trainable if self._reference is None else self._reference
+        one = self.model.on_one_device()
+        base = without_adapter(one.base) if self._reference is None else one.base
+        leaves = one.trainable if self._reference is None else self._reference
         progress = tqdm(batches.eval_batches(), "Reference", disable=bool(args.disable_tqdm))
         parts = [np.asarray(log_probs(leaves, base, batch)) for batch in progress]
         return np.concatenate(parts)[: len(pairs)]
@@ -144,7 +145,7 @@ class DPOTrainer(Trainer[DPOConfig]):
         args = self.args
         return self._batches(
             self.train_dataset,
-            args.per_device_train_batch_size,
+            args.per_device_train_batch_size * self.model.layout.size,
             shuffle=args.train_sampling_strategy == "random",
             accumulation=args.gradient_accumulation_steps,
         )
@@ -155,9 +156,11 @@ class DPOTrainer(Trainer[DPOConfig]):
 
     def _batch(self, run: Run, n: int) -> dict[str, Any]:
         accumulation = np.full(run.batches.accumulation, self._filled(run, n), np.float32)
-        batch = {**run.batches.step(n), "accumulation": accumulation}
-        reference = self._reference if "ref_log_probs" not in batch else None
-        return batch if reference is None else {**batch, "reference": reference}
+        layout = self.model.layout
+        batch = layout.put_rows({**run.batches.step(n), "accumulation": accumulation}, 1)
+        if "ref_log_probs" in batch or self._reference is None:
+            return batch
+        return {**batch, "reference": layout.put_leaves(self.model.module, self._reference)}
 
     # -- step ------------------------------------------------------------------------------------------------
 
@@ -169,6 +172,7 @@ class DPOTrainer(Trainer[DPOConfig]):
             max_grad_norm=self.args.max_grad_norm,
             dropout=not self.args.disable_dropout,
             remat=remat,
+            layout=self.model.layout,
         )
 
     def _values(self, n: int, metrics: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -229,9 +233,9 @@ class DPOTrainer(Trainer[DPOConfig]):
 
     def _evaluated(self, batches: Batches) -> dict[str, float | None]:
         began = time.perf_counter()
-        found, pairs = [], []
+        found, pairs, one = [], [], self.model.on_one_device()
         for batch in batches.eval_batches():
-            leaves = (self.model.trainable, self.model.base, self._reference)
+            leaves = (one.trainable, one.base, self._reference)
             found.append(self._eval_step(*leaves, batch))
             pairs.append(np.count_nonzero(batch["segment_ids"][:, 0]) / 2)
         parts = jax.device_get(found)

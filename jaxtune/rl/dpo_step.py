@@ -11,15 +11,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
+from jaxtune.devices import ONE_DEVICE, ROWS, WHOLE, Layout
 from jaxtune.kernels.cross_entropy import IGNORE, Options, TokenScores, token_scores
+from jaxtune.models.decoder import CausalLM
 from jaxtune.models.names import Leaves, join
 from jaxtune.models.remat import Remat
 from jaxtune.rl.losses.dpo import DPOLossOptions, dpo_loss, sequence_log_probs
 from jaxtune.rl.reference import without_adapter
 from jaxtune.rl.step import update
-from jaxtune.step import RECOMPUTE_ALL, Batch, Trainable, TrainStep, compiler_options, default_chunk, targets
+from jaxtune.step import RECOMPUTE_ALL, Batch, Trainable, TrainStep, default_chunk, jit_step, targets
 
 Metrics = dict[str, jax.Array]
 
@@ -32,25 +33,40 @@ class Scored(NamedTuple):
 
 
 def score(
-    graphdef: nnx.GraphDef,
+    model: Trainable,
     trainable: Leaves,
     base: Leaves,
     batch: Batch,
     *,
     key: jax.Array | None = None,
-    remat: Remat | None = None,
-    chunk: int | None = None,
+    layout: Layout = ONE_DEVICE,
+    **how: Any,
 ) -> Scored:
-    """Scores of the tokens that have a label, each where it is predicted.
+    """Scores of the tokens that have a label, each where it is predicted; every device runs the model on its rows.
 
     Args:
       batch: input_ids, labels, positions, segment_ids int32 [2B, T], starts int32 [2B, 1]; the rows of a pair together.
-      key: of dropout; None: none. remat, chunk: what the backward pass keeps; tokens whose logits exist at a time.
+      key: of dropout, one a row; None: none. how: remat and chunk, what the backward pass keeps, and tokens whose
+        logits exist at a time.
     """
-    batch = {
-        name: _halves(batch[name]) for name in ("input_ids", "labels", "positions", "segment_ids", "starts")
-    }
-    module = join(graphdef, trainable, base)
+    graphdef = layout.graphdef(model.module)
+    inputs = {name: batch[name] for name in ("input_ids", "labels", "positions", "segment_ids", "starts")}
+
+    def own(trainable, base, batch, key):
+        return _score_rows(join(graphdef, trainable, base), batch, key, **how)
+
+    specs = (WHOLE, layout.specs(model.module, base), ROWS, ROWS)
+    return jax.tree.map(_halves, layout.spread(own, specs, ROWS)(trainable, base, inputs, key))
+
+
+def _score_rows(
+    module: CausalLM,
+    batch: Batch,
+    key: jax.Array | None,
+    remat: Remat | None = None,
+    chunk: int | None = None,
+) -> Scored:
+    """`score`, in the order of the batch."""
     hidden, _ = module.hidden(
         module.embed(batch["input_ids"]),
         batch["positions"],
@@ -79,14 +95,15 @@ def pair_log_probs(scored: Scored, options: DPOLossOptions) -> jax.Array:
 
 
 def preference_loss(
-    graphdef: nnx.GraphDef,
+    model: Trainable,
     trainable: Leaves,
     base: Leaves,
     reference: Leaves | None,
     batch: Batch,
     options: DPOLossOptions,
     *,
-    chunk: int | None = None,
+    key: jax.Array | None = None,
+    remat: Remat | None = None,
     **how: Any,
 ) -> tuple[jax.Array, Metrics]:
     """(loss, metrics) of one micro-batch, the metrics with TRL's names and NaN where it has no pair.
@@ -94,14 +111,14 @@ def preference_loss(
     Args:
       reference: what is trained, as it was at the start; None: the reference is the model without its adapter.
       batch: what `score` takes and, instead of running the reference, ref_log_probs float32 [2B, 1].
-      how: key and remat, for `score`.
+      key, remat, how: for `score`; how (chunk, layout) for that of the reference too.
     """
-    scored = score(graphdef, trainable, base, batch, chunk=chunk, **how)
+    scored = score(model, trainable, base, batch, key=key, remat=remat, **how)
     if "ref_log_probs" in batch:
         ref = _halves(batch["ref_log_probs"][:, 0])
     else:
         leaves = (trainable, without_adapter(base)) if reference is None else (reference, base)
-        ref = pair_log_probs(score(graphdef, *jax.lax.stop_gradient(leaves), batch, chunk=chunk), options)
+        ref = pair_log_probs(score(model, *jax.lax.stop_gradient(leaves), batch, **how), options)
     loss, metrics = dpo_loss(
         scored.tokens.log_probs, scored.mask, ref, options, log_sum_sq_probs=scored.tokens.log_sum_sq_probs
     )
@@ -130,6 +147,7 @@ def make_dpo_step(
     dropout: bool = False,
     remat: Remat = RECOMPUTE_ALL,
     chunk: int | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> TrainStep:
     """The jitted DPO step of a model; compiled once for each batch shape.
 
@@ -137,6 +155,7 @@ def make_dpo_step(
       options: of the loss.
       dropout: whether the adapter's dropout is on.
       remat, chunk: what the backward pass keeps; tokens whose logits exist at a time.
+      layout: where the arguments lie.
 
     Returns:
       step(trainable, opt_state, base, batch, key) -> (trainable, opt_state, metrics), the first two donated. batch:
@@ -144,7 +163,6 @@ def make_dpo_step(
       the reference is not the model without its adapter, reference: its leaves. metrics: loss (mean over the
       micro-batches that have pairs), grad_norm, num_tokens, and those of preference_loss, [G] each.
     """
-    graphdef = model.graphdef
 
     def step(trainable, opt_state, base, batch, key):
         batch = dict(batch)
@@ -152,25 +170,23 @@ def make_dpo_step(
 
         def loss_fn(trainable, micro, key):
             key = key if dropout else None
-            loss, metrics = preference_loss(
-                graphdef, trainable, base, reference, micro, options, key=key, remat=remat, chunk=chunk
-            )
+            how: dict[str, Any] = {"key": key, "remat": remat, "chunk": chunk, "layout": layout}
+            loss, metrics = preference_loss(model, trainable, base, reference, micro, options, **how)
             return loss / micro["accumulation"], metrics
 
         return update(loss_fn, optimizer, max_grad_norm, trainable, opt_state, batch, key)
 
-    return jax.jit(step, donate_argnums=(0, 1), compiler_options=compiler_options(remat, model.module.fp8))
+    return jit_step(step, model, remat, layout)
 
 
 def make_dpo_eval(
     model: Trainable, options: DPOLossOptions, *, chunk: int | None = None
 ) -> Callable[[Leaves, Leaves, Leaves | None, Batch], Metrics]:
     """The jitted loss and metrics of one batch [2B, T]: (trainable, base, reference, batch) -> float32 scalars."""
-    graphdef = model.graphdef
 
     @jax.jit
     def evaluate(trainable, base, reference, batch):
-        loss, metrics = preference_loss(graphdef, trainable, base, reference, batch, options, chunk=chunk)
+        loss, metrics = preference_loss(model, trainable, base, reference, batch, options, chunk=chunk)
         return metrics | {"loss": loss}
 
     return evaluate
@@ -180,10 +196,9 @@ def make_pair_log_probs(
     model: Trainable, options: DPOLossOptions, *, chunk: int | None = None
 ) -> Callable[[Leaves, Leaves, Batch], jax.Array]:
     """The jitted log-probabilities of the completions of a batch [2B, T]: float32 [B, 2], chosen and rejected."""
-    graphdef = model.graphdef
 
     @jax.jit
     def log_probs(trainable, base, batch):
-        return pair_log_probs(score(graphdef, trainable, base, batch, chunk=chunk), options).reshape(2, -1).T
+        return pair_log_probs(score(model, trainable, base, batch, chunk=chunk), options).reshape(2, -1).T
 
     return log_probs

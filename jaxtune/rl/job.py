@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import jax
 from rich.console import Console
 
 from jaxtune.data import load_dataset
@@ -39,16 +38,13 @@ def prepare(job: GRPOJob) -> Prepared:
     Raises:
         ValueError, TypeError, OSError: something that cannot be used; the message says why.
     """
-    console, device = make_console(), jax.devices()[0]
-    console.print(
-        f"[bold]jaxtune[/bold]: {job.model.model_name} on {device.device_kind} ({jax.device_count()})"
-    )
+    console = make_console()
     functions = [reward_function(name) for name in job.data.reward_funcs] or [
         arithmetic.correct,
         arithmetic.short,
     ]
     train_rows, held_out = load_rows(job.data, job.model.token)
-    model, tokenizer = load_model(job)
+    model, tokenizer = load_model(job, console)
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=functions,

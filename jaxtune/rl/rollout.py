@@ -2,7 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
+
+import jax
+import numpy as np
 
 from jaxtune.generate import Engine, Sampling, plan
 from jaxtune.generate.weights import merged_bytes
@@ -105,28 +109,51 @@ def chosen_sampling(args: GRPOConfig) -> ChosenSampling:
 
 
 class EngineRollout:
-    """The embedded engine."""
+    """The embedded engine, one on each device: each answers its part of the prompts."""
 
     makes_prompt_ids = False
 
     def __init__(self, model: Model, args: GRPOConfig):
         self._model = model
-        self._engine = Engine(model, weights=args.rollout_weights, progress=False)
+        self._devices = model.layout.own_devices
+        self._engines = [
+            Engine(model, weights=args.rollout_weights, progress=False, device=i)
+            for i in range(len(self._devices))
+        ]
         self._chosen = chosen_sampling(args)
 
     def sync(self, step: int) -> None:
-        self._engine.sync()
+        for engine in self._engines:
+            engine.sync()
 
     def generate(self, request: Request) -> Completions:
         assert request.prompt_ids is not None
-        made = self._engine.generate(
-            request.prompt_ids[:: request.group],
-            n=request.group,
-            sampling=self._chosen.sampling,
-            max_new_tokens=min(request.max_new_tokens, self._chosen.max_new_tokens),
-            seed=request.seed + self._chosen.seed,
-            stop_strings=self._chosen.stop_strings,
-        )
+        prompts = request.prompt_ids[:: request.group]
+        everything = np.arange(len(prompts))
+
+        def answers(part: np.ndarray, engine: Engine) -> list[Any]:
+            made = engine.generate(
+                [prompts[i] for i in part],
+                n=request.group,
+                sampling=self._chosen.sampling,
+                max_new_tokens=min(request.max_new_tokens, self._chosen.max_new_tokens),
+                seed=request.seed + self._chosen.seed,
+                stop_strings=self._chosen.stop_strings,
+                streams=[(int(i), 0) for i in part],
+            )
+            return list(made)
+
+        def on(device: jax.Device, part: np.ndarray, engine: Engine) -> list[Any]:
+            with jax.default_device(device):
+                return answers(part, engine) if len(part) else []
+
+        count = len(self._engines)
+        if count == 1:
+            made = answers(everything, self._engines[0])
+        else:
+            with ThreadPoolExecutor(count) as pool:
+                found = pool.map(on, self._devices, np.array_split(everything, count), self._engines)
+            made = [one for part in found for one in part]
         return Completions(
             prompt_ids=request.prompt_ids,
             completion_ids=[one.token_ids for one in made],
@@ -134,21 +161,23 @@ class EngineRollout:
         )
 
     def pause(self) -> None:
-        self._engine.close()  # the copy of the weights: the next policy's is another one
+        self.close()  # the copy of the weights: the next policy's is another one
 
     def forecast(self, groups: int, group: int, prompt: int) -> str:
         columns, own = (
             plan.bucket(prompt, plan.PROMPT_COLUMNS),
             plan.bucket(self._chosen.max_new_tokens, plan.OWN_COLUMNS),
         )
-        need = self._engine.forecast(plan.bucket(groups), group, columns, own).total
+        groups = -(-groups // len(self._engines))
+        need = self._engines[0].forecast(plan.bucket(groups), group, columns, own).total
         return (
             f"{groups} x {group} completions of {self._chosen.max_new_tokens} tokens: {need / 1e9:.1f} GB, in waves "
             f"where less is free; a merged copy of the weights: {merged_bytes(self._model) / 1e9:.1f} GB"
         )
 
     def close(self) -> None:
-        self._engine.close()
+        for engine in self._engines:
+            engine.close()
 
 
 class FunctionRollout:

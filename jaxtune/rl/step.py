@@ -6,6 +6,8 @@
 A row of a batch is a prompt, its completion and padding, and what belongs to a completion's token stands where that
 token is predicted, one place before it; or a prompt stands once before its completions (groups.GroupCollator). What
 predicts nothing is left out of the head's product, so the prompt costs no logits.
+
+On several devices each runs the model on its rows; the loss is one of all rows, so that it is that of one device.
 """
 
 from collections.abc import Callable
@@ -16,15 +18,20 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from jaxtune.devices import ONE_DEVICE, ROWS, STEP_ROWS, WHOLE, Layout
 from jaxtune.kernels.cross_entropy import IGNORE, Options, token_log_probs
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.names import Leaves, join
 from jaxtune.models.remat import Remat
 from jaxtune.models.shared_prefix import SharedPrefix
 from jaxtune.rl.losses.grpo import GRPOLossOptions, active_entropy, grpo_loss
-from jaxtune.step import RECOMPUTE_ALL, Batch, Trainable, TrainStep, clip, compiler_options, default_chunk
+from jaxtune.step import RECOMPUTE_ALL, Batch, Trainable, TrainStep, clip, default_chunk, jit_step, row_keys
 
 Score = Callable[[Leaves, Leaves, Batch], jax.Array]
+# What the model reads of a batch; the rest is for the loss.
+MODEL_INPUTS = frozenset(
+    "input_ids positions segment_ids starts mask row_positions row_segments row_starts".split()
+)
 
 
 def log_probs(
@@ -43,7 +50,7 @@ def log_probs(
     Args:
       batch: as experience.Collator or groups.GroupCollator lays it out; one micro-batch.
       temperature: logits are divided by it.
-      key: of dropout; None: none.
+      key: of dropout, one a row of input_ids; None: none.
       chunk: tokens whose logits exist at a time.
     """
     module = join(graphdef, trainable, base)
@@ -80,20 +87,29 @@ def _predictors(
     return shared.predictors(hidden), ids[:, shared.prompt :].reshape(height, completion)
 
 
-def make_score(model: Trainable, temperature: float, *, chunk: int | None = None) -> Score:
-    """The jitted log-probabilities of M micro-batches, one after the other; no dropout, nothing is differentiated."""
-    graphdef = model.graphdef
+def model_inputs(batch: Batch) -> Batch:
+    return {name: array for name, array in batch.items() if name in MODEL_INPUTS}
 
-    @jax.jit
-    def score(trainable, base, batch):
+
+def make_score(
+    model: Trainable, temperature: float, *, chunk: int | None = None, layout: Layout = ONE_DEVICE
+) -> Score:
+    """The jitted log-probabilities of M micro-batches, one after the other; no dropout, nothing is differentiated."""
+    graphdef = layout.graphdef(model.module)
+
+    def scores(trainable, base, batch):
         one = lambda micro: log_probs(graphdef, trainable, base, micro, temperature, chunk=chunk)[0]  # noqa: E731
         return jax.lax.map(one, batch)
 
-    return score
+    def score(trainable, base, batch):
+        specs = (WHOLE, layout.specs(model.module, base), STEP_ROWS)
+        return layout.spread(scores, specs, STEP_ROWS)(trainable, base, model_inputs(batch))
+
+    return jax.jit(score, out_shardings=layout.sharding())
 
 
 def policy_loss(
-    graphdef: nnx.GraphDef,
+    model: Trainable,
     trainable: Leaves,
     base: Leaves,
     batch: Batch,
@@ -102,10 +118,18 @@ def policy_loss(
     *,
     steps_per_generation: int,
     train: bool,
+    key: jax.Array | None = None,
+    layout: Layout = ONE_DEVICE,
     **how: Any,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(loss, metrics) of one micro-batch [B, T]; `how` goes to log_probs. See make_grpo_step for the batch."""
-    new, entropies = log_probs(graphdef, trainable, base, batch, temperature, **how)
+    """(loss, metrics) of one micro-batch [B, T]; key and `how` go to log_probs. See make_grpo_step for the batch."""
+    graphdef = layout.graphdef(model.module)
+
+    def own(trainable, base, batch, key):
+        return log_probs(graphdef, trainable, base, batch, temperature, key=key, **how)
+
+    specs = (WHOLE, layout.specs(model.module, base), ROWS, ROWS)
+    new, entropies = layout.spread(own, specs, ROWS)(trainable, base, model_inputs(batch), key)
     value, metrics = grpo_loss(
         new,
         batch["advantages"],
@@ -141,6 +165,7 @@ def update(
     Args:
       loss_fn: (trainable, micro-batch, key) -> (loss, metrics).
       batch: arrays with the micro-batches in front, among them segment_ids.
+      key: each row of input_ids gets one of its own.
 
     Returns:
       (trainable, opt_state, metrics): loss (the sum), grad_norm before clipping, num_tokens, and what loss_fn gives:
@@ -153,8 +178,7 @@ def update(
         return jax.tree.map(jnp.add, carry, (grads, value)), metrics
 
     start = (jax.tree.map(jnp.zeros_like, trainable), jnp.float32(0))
-    keys = jax.random.split(key, batch["input_ids"].shape[0])
-    (grads, value), metrics = jax.lax.scan(accumulate, start, (batch, keys))
+    (grads, value), metrics = jax.lax.scan(accumulate, start, (batch, row_keys(key, batch)))
     grads, norm = clip(grads, max_grad_norm)
     with jax.named_scope("optimizer"):
         updates, opt_state = optimizer.update(grads, opt_state, trainable)
@@ -177,6 +201,7 @@ def make_grpo_step(
     dropout: bool = True,
     remat: Remat = RECOMPUTE_ALL,
     chunk: int | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> TrainStep:
     """The jitted GRPO step of a model; compiled once for each batch shape.
 
@@ -186,6 +211,7 @@ def make_grpo_step(
       steps_per_generation: micro-batches of a generation.
       dropout: whether the adapter's dropout is on.
       remat, chunk: what the backward pass keeps; tokens whose logits exist at a time.
+      layout: where the arguments lie.
 
     Returns:
       step(trainable, opt_state, base, batch, key) -> (trainable, opt_state, metrics), the first two donated. batch:
@@ -193,11 +219,10 @@ def make_grpo_step(
       entropy_coef [A]; old_log_probs, ref_log_probs, sampling_log_probs [A, B, T] where the loss needs them.
       metrics: loss, grad_norm, num_tokens, and those of grpo_loss, [A] each.
     """
-    graphdef = model.graphdef
 
     def loss_fn(trainable, base, micro, key):
         return policy_loss(
-            graphdef,
+            model,
             trainable,
             base,
             micro,
@@ -208,25 +233,29 @@ def make_grpo_step(
             key=key if dropout else None,
             remat=remat,
             chunk=chunk,
+            layout=layout,
         )
 
     def step(trainable, opt_state, base, batch, key):
         loss_of = lambda trainable, micro, key: loss_fn(trainable, base, micro, key)  # noqa: E731
         return update(loss_of, optimizer, max_grad_norm, trainable, opt_state, batch, key)
 
-    return jax.jit(step, donate_argnums=(0, 1), compiler_options=compiler_options(remat, model.module.fp8))
+    return jit_step(step, model, remat, layout)
 
 
 def make_grpo_eval(
-    model: Trainable, loss: GRPOLossOptions, *, temperature: float, chunk: int | None = None
+    model: Trainable,
+    loss: GRPOLossOptions,
+    *,
+    temperature: float,
+    chunk: int | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> Callable[[Leaves, Leaves, Batch], dict[str, jax.Array]]:
     """The jitted loss and metrics of one batch [B, T], as TRL computes them in evaluation."""
-    graphdef = model.graphdef
 
-    @jax.jit
     def evaluate(trainable, base, batch):
         value, metrics = policy_loss(
-            graphdef,
+            model,
             trainable,
             base,
             batch,
@@ -235,7 +264,8 @@ def make_grpo_eval(
             steps_per_generation=1,
             train=False,
             chunk=chunk,
+            layout=layout,
         )
         return {**metrics, "loss": value}
 
-    return evaluate
+    return jax.jit(evaluate, out_shardings=layout.sharding())

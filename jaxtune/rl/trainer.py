@@ -101,8 +101,8 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             peft_config=peft_config,
             environment_factory=environment_factory,
         )
-        model = checked_model(model, "GRPOTrainer")
-        args = _checked_args(args)
+        model = checked_model(model, "GRPOTrainer", several_hosts=False)
+        args = _checked_args(args).on_devices(model.layout.size)
         processing_class = processing_class or tokenizer or model.tokenizer
         rewards = RewardRunner(reward_funcs or (), Path(args.output_dir) / "completions", args.reward_timeout)
         self.rollout = rollout or make_rollout(model, args, rollout_func, self)
@@ -168,7 +168,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             end_ids=frozenset(ends),
             collator=groups if args.shared_prefix else collator,
             eval_collator=collator,
-            policy=Policy(model, make_score(model, args.temperature), self._reference),
+            policy=Policy(model, make_score(model, args.temperature, layout=model.layout), self._reference),
             loss=self._loss,
             state=lambda: self.state,
         )
@@ -214,6 +214,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         completion = min(args.max_completion_length, self.model.max_seq_length - longest)
         rows = blank_rows(args.per_device_train_batch_size, longest, completion, names)
         batch = self._collated([(rows, range(len(rows)))] * self._plan.accumulation)
+        batch = self.model.layout.put_rows(batch, 1)
         arguments = (self.model.trainable, self.opt_state, self.model.base, batch, jax.random.key(0))
         self._train_step.prepare(arguments)
         line = self.rollout.forecast(self._plan.unique, self._plan.group, longest)
@@ -305,7 +306,11 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             max_grad_norm=self.args.max_grad_norm,
             dropout=not self.args.disable_dropout,
             remat=remat,
+            layout=self.model.layout,
         )
+
+    def _rows_per_step(self) -> int:
+        return self.args.batch_shape(1)[2]  # args are those of all devices
 
     def _values(self, n: int, metrics: Mapping[str, np.ndarray]) -> dict[str, Any]:
         count = len(self._plan.micros(n))
@@ -426,7 +431,8 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             batch["accumulation"] = np.float32(1)
             if self._has_entropy_bonus:
                 batch["entropy_coef"] = np.float32(self._entropy.coef)
-            loss = jax.device_get(self._eval_step(self.model.trainable, self.model.base, batch))
+            one = self.model.on_one_device()  # its rows need not divide among devices
+            loss = jax.device_get(self._eval_step(one.trainable, one.base, batch))
             for name, value in {**metrics, **loss}.items():
                 gathered.setdefault(name, []).append(float(value))
             if self.args.log_completions:

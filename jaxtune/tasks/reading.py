@@ -84,7 +84,7 @@ def make_tokenizer() -> Any:
 
 
 def make_model(folder: str | Path, seed: int = 0) -> Path:
-    """A Hugging Face folder of a Qwen2.5-VL with 1 million random weights, its tokenizer and its image processor."""
+    """A Hugging Face folder of a Qwen2.5-VL with 1.5 million random weights, its tokenizer and its image processor."""
     from transformers import Qwen2_5_VLConfig, Qwen2VLImageProcessorPil
 
     folder = Path(folder)

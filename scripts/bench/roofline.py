@@ -9,8 +9,10 @@ runs at the same time (`kept` copies mostly do).
 """
 
 import collections
+import math
 import re
 import sys
+from collections.abc import Iterator
 from typing import NamedTuple
 
 BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8, "u8": 1, "s8": 1, "pred": 1,
@@ -18,16 +20,27 @@ BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, 
 SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 INSTRUCTION = re.compile(r"^(ROOT )?%?([\w.\-]+) = (\([^=]*?\)|\S+) ([\w\-]+)\((.*)$")
 FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "iota", "after-all", "partition-id"}
+# (-start where XLA lets it run beside other kernels)
+COLLECTIVES = {
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "ragged-all-to-all",
+}
 SKINNY = 64  # a product with a side this short is an adapter's
 
 
 class Ceilings(NamedTuple):
-    """bytes/s of a copy (read + written), operations/s of bf16 products, of fp8 products, of attention."""
+    """bytes/s of a copy (read + written), operations/s of bf16 products, of fp8 products, of attention, and bytes/s
+    that a GPU gets from others of its host."""
 
     bandwidth: float = 4.3e12
     bf16: float = 800e12
     fp8: float = 1450e12
     attention: float = 580e12
+    link: float = 450e9  # NVLink 4, one direction
 
 
 H200 = Ceilings()  # as measured on one, see docs/benchmarks.md
@@ -181,25 +194,61 @@ def kernels(text: str, ceilings: Ceilings = H200, unknown_trips: int = 8) -> lis
             rate = ceilings.fp8 if "f8e" in types[hero.operands[0]] else rate
         elif i.op.startswith("copy"):
             kind = "copies"
-        seconds = times * max(moved / ceilings.bandwidth, flops / rate)
-        kind = kind if kind in ("attention", "lora") else kind_of(i, name, kind)
+        bandwidth = ceilings.bandwidth
+        if is_collective(i):
+            kind, moved, bandwidth = "collectives", sum(received(i).values()), ceilings.link
+        seconds = times * max(moved / bandwidth, flops / rate)
+        kind = kind if kind in ("attention", "lora", "collectives") else kind_of(i, name, kind)
         found.append(Kernel(i.name, kind, times, moved, flops, seconds, name, hero.name))
 
-    def walk(computation: str, times: int) -> None:
-        types = {i.name: i.type for i in computations[computation]}
-        for i in computations[computation]:
-            if i.op == "while":
-                trips = re.search(r'known_trip_count":\{"n":"(\d+)"', i.text)
-                walk(called(i, "body"), times * (int(trips[1]) if trips else unknown_trips))
-            elif i.op == "call":
-                walk(called(i, "to_apply"), times)
-            elif "AllocateBuffer" in i.text:
-                continue
-            elif i.op not in FREE and i.op != "conditional" and not i.op.endswith("-done"):
-                add(i, types, times)
-
-    walk(entry, 1)
+    for i, types, times in executed(computations, entry, unknown_trips):
+        if "AllocateBuffer" not in i.text:
+            add(i, types, times)
     return found
+
+
+def executed(
+    computations: dict[str, list[Instruction]], computation: str, unknown_trips: int, times: int = 1
+) -> Iterator[tuple[Instruction, dict[str, str], int]]:
+    """(instruction, types of those beside it, how often it runs) of a computation and of what it calls."""
+    types = {i.name: i.type for i in computations[computation]}
+    for i in computations[computation]:
+        if i.op == "while":
+            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', i.text)
+            trips = int(trips[1]) if trips else unknown_trips
+            yield from executed(computations, called(i, "body"), unknown_trips, times * trips)
+        elif i.op == "call":
+            yield from executed(computations, called(i, "to_apply"), unknown_trips, times)
+        elif i.op == "async-start":
+            yield from executed(computations, called(i, "calls"), unknown_trips, times)
+        elif i.op not in FREE and i.op != "conditional" and not i.op.endswith("-done"):
+            yield i, types, times
+
+
+def is_collective(i: Instruction) -> bool:
+    return i.op.removesuffix("-start") in COLLECTIVES
+
+
+def received(i: Instruction) -> dict[str, float]:
+    """Bytes of each dtype that a collective leaves on a device; a sum of N parts sends and receives twice that."""
+    found = shapes(i.type)
+    if i.type.startswith("(("):  # of one that starts: what it takes, then what it gives
+        found = found[len(found) // 2 :]
+    count: collections.Counter[str] = collections.Counter()
+    for dtype, dims in found:
+        count[dtype] += math.prod(dims) * BYTES[dtype]
+    return dict(count)
+
+
+def traffic(text: str, unknown_trips: int = 8) -> dict[tuple[str, str], float]:
+    """(collective, dtype) -> bytes that all of them leave on a device in one run of an optimised HLO module."""
+    computations, entry = parse(text)
+    total: collections.Counter[tuple[str, str]] = collections.Counter()
+    for i, _, times in executed(computations, entry, unknown_trips):
+        if is_collective(i):
+            for dtype, count in received(i).items():
+                total[i.op.removesuffix("-start"), dtype] += times * count
+    return dict(total)
 
 
 def by_kind(rows: list[Kernel]) -> dict[str, float]:

@@ -2,18 +2,23 @@
 
     python scripts/bench/step.py --batch 4x2048 1x8192 --remat auto all+offload
     python scripts/bench/step.py --batch 4x2048 --remat none --profile
+    python scripts/bench/step.py --batch 4x2048 --remat none --devices 4 --layout data fsdp
+    python scripts/bench/step.py --model 70b --batch 1x8192 --remat auto --devices 2 --layout fsdp
     python scripts/bench/step.py --compile_for_h200        # no GPU needed, only jax[cuda13]: memory and the floor
 
 On a GPU, first the ceilings of that very machine (copy, bf16 product), then for each batch and each choice of `remat`:
 median and spread of the step, tokens/s, memory forecast and peak, and the floor: what each kind of kernel must cost at
 those ceilings (roofline.py). --profile adds what each kind took and the kernels furthest above their floor; the step
 then runs without CUDA graphs, which hide the names (about 1 % slower). Batches that do not fit are reported as such.
-Peaks are the process's so far: give batches and choices in the order of their size.
+Peaks are the process's so far: give batches and choices in the order of their size. On several GPUs the batch is that
+of each; `data` is a copy of the base on each, `fsdp` one over all, 2x4 two copies, each over four. What collectives
+leave on a GPU in a step is said by kind and dtype.
 """
 
 import argparse
 import collections
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -30,6 +35,8 @@ import roofline
 # hidden, ffn, layers, heads, kv heads, head_dim, vocabulary, tied
 MODELS = {
     "llama-3.1-8b": (4096, 14336, 32, 32, 8, 128, 128256, False),
+    "70b": (8192, 28672, 80, 64, 8, 128, 128256, False),
+    "405b": (16384, 53248, 126, 128, 8, 128, 128256, False),
     "llama-3.2-1b": (2048, 8192, 16, 32, 8, 64, 128256, True),
     "smollm2-135m": (576, 1536, 30, 9, 3, 64, 49152, True),
     "tiny": (256, 512, 2, 4, 2, 64, 1024, False),  # for trying the scripts on a CPU
@@ -53,6 +60,8 @@ class Result:
 
     batch: str
     remat: str
+    layout: str
+    devices: int
     compile_s: float
     needs_gb: float
     host_gb: float
@@ -62,18 +71,21 @@ class Result:
     tokens_per_second: float | None = None
     peak_gb: float | None = None
     loss: float | None = None
+    traffic_mb: dict[str, float] | None = None
     took_ms: dict[str, float] | None = None
     kernels: list[dict[str, Any]] | None = None
 
     def line(self) -> str:
         floor = sum(self.floor_ms.values())
-        text = f"{self.batch:>9s} {self.remat:22s} needs {self.needs_gb:7.2f} GB  floor {floor:8.1f} ms"
+        what = f"{self.batch:>9s} {self.layout:5s} {self.remat:22s}"
+        text = f"{what} needs {self.needs_gb:7.2f} GB  floor {floor:8.1f} ms"
         if self.median_ms is None or self.spread_ms is None:
             return text
         low, high = self.spread_ms
+        each = f" ({(self.tokens_per_second or 0) / self.devices:.0f} a GPU)" if self.devices > 1 else ""
         return (
-            f"{text}  took {self.median_ms:8.1f} ms ({low:.1f} to {high:.1f})  {self.tokens_per_second:8.0f} tokens/s  "
-            f"peak {self.peak_gb:6.2f} GB"
+            f"{text}  took {self.median_ms:8.1f} ms ({low:.1f} to {high:.1f})  {self.tokens_per_second:8.0f} tokens/s"
+            f"{each}  peak {self.peak_gb:6.2f} GB"
         )
 
 
@@ -93,12 +105,23 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--compile_for_h200", action="store_true")
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--layout", nargs="+", default=["data"], help="data, fsdp, or data x fsdp as 2x4")
     parser.add_argument("--out", default=".", help="folder for step.json and the programs' HLO")
     return parser.parse_args()
 
 
+def mesh_shape(layout: str, devices: int) -> tuple[int, int]:
+    """(data, fsdp) that a word of --layout means."""
+    words = {"data": (devices, 1), "fsdp": (1, devices)}
+    data, fsdp = words[layout] if layout in words else map(int, layout.split("x"))
+    if data * fsdp != devices:
+        raise SystemExit(f"--layout {layout} is not --devices {devices}")
+    return data, fsdp
+
+
 class Bench:
-    """Model, optimizer and the leaves (shapes, or random arrays on the device)."""
+    """Model, optimizer and the leaves (shapes, or random arrays on the devices)."""
 
     def __init__(self, args: argparse.Namespace):
         import jax
@@ -108,6 +131,7 @@ class Bench:
 
         from jaxtune import lora, models
         from jaxtune.config import SFTConfig
+        from jaxtune.devices import ONE_DEVICE
         from jaxtune.models.names import leaf_shapes, trainable_paths
         from jaxtune.optim import make_optimizer
 
@@ -117,7 +141,7 @@ class Bench:
             num_key_value_heads=kv, head_dim=head_dim, vocab_size=vocab, tie_word_embeddings=tied,
             max_position_embeddings=131072, rope_theta=500000.0,
         )  # fmt: skip
-        self.ceilings = roofline.H200
+        self.ceilings, self.layout, self.layout_name = roofline.H200, ONE_DEVICE, "data"
         self.args, self.config = args, config
         self.module = models.build(config, jnp.bfloat16, nf4=True, fp8=args.compute_dtype == "fp8")
         lora.attach(self.module, lora.LoraConfig(r=args.rank))
@@ -131,29 +155,46 @@ class Bench:
             graphdef=nnx.graphdef(self.module), module=self.module, dtype=self.module.dtype
         )
 
+    def lay_out(self, name: str, devices: list) -> None:
+        """Where `fill` and the steps put things."""
+        import numpy as np
+        from jax.sharding import Mesh
+
+        from jaxtune.devices import AXES, ONE_DEVICE, Layout
+
+        self.layout_name, self.layout = name, ONE_DEVICE
+        if len(devices) > 1:
+            shape = mesh_shape(name, len(devices))
+            self.layout = Layout(Mesh(np.asarray(devices).reshape(shape), AXES))
+
     def fill(self) -> None:
-        """Random leaves on the device; the adapter's B is not zero, so that every gradient is one."""
+        """Random leaves on the devices; the adapter's B is not zero, so that every gradient is one."""
         import jax
         import jax.numpy as jnp
 
+        from jaxtune.models.names import leaf_shapes
+
         def random(key, shape):
-            if shape.dtype == jnp.uint8:
-                return jax.random.bits(key, shape.shape, jnp.uint8)
+            if shape.dtype == jnp.uint8:  # the same in every layer
+                return jnp.broadcast_to(jax.random.bits(key, shape.shape[1:], jnp.uint8), shape.shape)
             return (0.02 * jax.random.normal(key, shape.shape, jnp.float32)).astype(shape.dtype)
 
-        make = jax.jit(random, static_argnums=1)
+        shapes = leaf_shapes(self.module)
+        specs, sharding = self.layout.specs(self.module, shapes), self.layout.sharding
+        paths = list(self.base), list(self.trainable)
+        self.base = self.trainable = self.state = None  # those of an earlier layout go first
         leaves = {}
-        for i, (path, shape) in enumerate((self.trainable | self.base).items()):
+        for i, (path, shape) in enumerate(shapes.items()):
+            make = jax.jit(random, static_argnums=1, out_shardings=sharding(specs[path]))
             leaves[path] = make(jax.random.key(i), shape)
-        self.base = {path: leaves[path] for path in self.base}
-        self.trainable = {path: leaves[path] for path in self.trainable}
-        self.state = jax.jit(self.optimizer.init)(self.trainable)
+        self.base, self.trainable = ({path: leaves[path] for path in part} for part in paths)
+        self.state = jax.jit(self.optimizer.init, out_shardings=sharding())(self.trainable)
 
     def batch(self, rows: int, tokens: int) -> dict[str, Any]:
-        """Random ids, every token but each document's first a label."""
+        """Of `rows` on each device; random ids, every token but each document's first a label."""
         import numpy as np
 
-        documents = self.args.documents
+        documents, rows = self.args.documents, rows * self.layout.size
         length = -(-tokens // documents)
         positions = np.broadcast_to(np.arange(tokens) % length, (1, rows, tokens)).astype(np.int32)
         ids = np.random.default_rng(0).integers(4, 32000, positions.shape).astype(np.int32)
@@ -166,8 +207,10 @@ class Bench:
         from jaxtune.budget import PlannedStep
         from jaxtune.step import make_train_step
 
-        make = lambda remat: make_train_step(self.model, self.optimizer, remat=remat)  # noqa: E731
-        return PlannedStep(make, self.model, remat)
+        make = lambda remat: make_train_step(  # noqa: E731
+            self.model, self.optimizer, remat=remat, layout=self.layout
+        )
+        return PlannedStep(make, self.model, remat, layout=self.layout)
 
 
 def measure(bench: Bench, name: str, remat: str, compiled, seconds: float, ceilings) -> Result:
@@ -175,13 +218,26 @@ def measure(bench: Bench, name: str, remat: str, compiled, seconds: float, ceili
     from jaxtune.budget import peak_bytes
 
     out = Path(bench.args.out)
-    text = compiled.as_text()
-    (out / f"step_{name}_{remat.replace('+', '_')}.hlo.txt").write_text(text)
+    text, devices = compiled.as_text(), bench.layout.size
+    several = f"_{bench.layout_name}_{devices}" if devices > 1 else ""
+    (out / f"step_{name}_{remat.replace('+', '_')}{several}.hlo.txt").write_text(text)
     rows, tokens = map(int, name.split("x"))
     floor = roofline.by_kind(roofline.kernels(text, ceilings, unknown_trips=-(-rows * tokens // 1024)))
+    traffic = {" ".join(kind): round(count / 1e6, 3) for kind, count in roofline.traffic(text).items()}
     host = compiled.memory_analysis().host_temp_size_in_bytes / 1e9
     milliseconds = {kind: round(value * 1e3, 2) for kind, value in floor.items()}
-    return Result(name, remat, round(seconds, 1), peak_bytes(compiled) / 1e9, host, milliseconds)
+    result = Result(
+        name,
+        remat,
+        bench.layout_name,
+        devices,
+        round(seconds, 1),
+        peak_bytes(compiled) / 1e9,
+        host,
+        milliseconds,
+    )
+    result.traffic_mb = traffic or None
+    return result
 
 
 def run(bench: Bench, result: Result, compiled, batch) -> None:
@@ -204,7 +260,8 @@ def run(bench: Bench, result: Result, compiled, batch) -> None:
     result.median_ms = statistics.median(times)
     result.spread_ms = (min(times), max(times))
     result.tokens_per_second = batch["input_ids"].size / result.median_ms * 1e3
-    result.peak_gb = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    result.peak_gb = max(peaks) / 1e9
     if bench.args.profile:
         result.took_ms, result.kernels = profile(step, compiled.as_text(), bench.ceilings)
 
@@ -310,27 +367,38 @@ def without_a_gpu(args: argparse.Namespace) -> list[Result]:
     import jax
     from jax.experimental import topologies
 
+    from jaxtune.devices import STEP_ROWS, WHOLE
     from jaxtune.kernels import target
+    from jaxtune.models.remat import Remat
+    from jaxtune.step import make_train_step
 
-    device = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1").devices[0]
-    place = jax.sharding.SingleDeviceSharding(device)
+    topology = f"1x1x{args.devices}"
+    devices = topologies.get_topology_desc(platform="cuda", target_config=H200, topology=topology).devices
     bench, results = Bench(args), []
-    for name in args.batch:
-        rows, tokens = map(int, name.split("x"))
-        leaves = (bench.trainable, bench.state, bench.base, bench.batch(rows, tokens), jax.random.key(0))
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), leaves)
-        for remat in args.remat:
-            from jaxtune.models.remat import Remat
-            from jaxtune.step import make_train_step
+    for layout, name in itertools.product(args.layout, args.batch):
+        bench.lay_out(layout, devices)
 
+        def placed(tree, spec):
+            place = bench.layout.sharding(spec) or jax.sharding.SingleDeviceSharding(devices[0])
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+        specs = bench.layout.specs(bench.module, bench.base)
+        base = {path: placed(leaf, specs[path]) for path, leaf in bench.base.items()}
+        whole = (placed(leaves, WHOLE) for leaves in (bench.trainable, bench.state, jax.random.key(0)))
+        trainable, state, key = whole
+        batch = placed(bench.batch(*map(int, name.split("x"))), STEP_ROWS)
+        for remat in args.remat:
             began = time.perf_counter()
             with target.tracing_for((9, 0)):
-                step: Any = make_train_step(bench.model, bench.optimizer, remat=Remat.parse(remat))
-                compiled = step.trace(*shapes).lower(lowering_platforms=("cuda",)).compile()
+                step: Any = make_train_step(
+                    bench.model, bench.optimizer, remat=Remat.parse(remat), layout=bench.layout
+                )
+                traced = step.trace(trainable, state, base, batch, key)
+                compiled = traced.lower(lowering_platforms=("cuda",)).compile()
             results.append(
                 measure(bench, name, remat, compiled, time.perf_counter() - began, roofline.Ceilings())
             )
-            print(results[-1].line(), flush=True)
+            report(results[-1])
     return results
 
 
@@ -347,31 +415,46 @@ def on_this_device(args: argparse.Namespace) -> list[Result]:
     print(f"{device.device_kind}, jax {jax.__version__}: {measured if gpu else 'floors below are an H200s'}")
     bench, results = Bench(args), []
     bench.ceilings = ceilings
-    bench.fill()
-    for name in args.batch:
-        batch = bench.batch(*map(int, name.split("x")))
-        for remat in args.remat:
-            planned = bench.planned(remat)
-            call = (bench.trainable, bench.state, bench.base, batch, jax.random.key(0))
-            try:
-                began = time.perf_counter()
-                compiled = planned.compile(call)
-                result = measure(bench, name, remat, compiled, time.perf_counter() - began, ceilings)
-                run(bench, result, compiled, batch)
-            except (MemoryError, jax.errors.JaxRuntimeError) as error:
-                print(f"{name:>9s} {remat:22s} does not run: {str(error).splitlines()[0][:120]}", flush=True)
-                bench.fill()  # a failed step has taken the donated leaves with it
-                continue
-            results.append(result)
-            print(result.line(), flush=True)
-            if result.took_ms:
-                print("          took  ", result.took_ms, "\n          floor ", result.floor_ms, flush=True)
-                for row in sorted(result.kernels or [], key=lambda k: k["floor"] - k["ms"])[:25]:
-                    print(
-                        f"          {row['ms']:8.2f} ms, floor {row['floor']:8.2f}  {row['kind']:13s} "
-                        f"{row['kernel'][:40]:40s} {row['op'][-60:]}"
-                    )
+    for layout in args.layout:
+        bench.lay_out(layout, jax.devices()[: args.devices])
+        bench.fill()
+        for name, remat in itertools.product(args.batch, args.remat):
+            result = attempt(bench, name, remat)
+            if result is not None:
+                results.append(result)
+                report(result)
     return results
+
+
+def attempt(bench: Bench, name: str, remat: str) -> Result | None:
+    """Compiled, run and measured; None where that does not fit."""
+    import jax
+
+    batch = bench.layout.put_rows(bench.batch(*map(int, name.split("x"))), 1)
+    call = (bench.trainable, bench.state, bench.base, batch, jax.random.key(0))
+    try:
+        began = time.perf_counter()
+        compiled = bench.planned(remat).compile(call)
+        result = measure(bench, name, remat, compiled, time.perf_counter() - began, bench.ceilings)
+        run(bench, result, compiled, batch)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        print(f"{name:>9s} {remat:22s} does not run: {str(error).splitlines()[0][:120]}", flush=True)
+        bench.fill()  # a failed step has taken the donated leaves with it
+        return None
+    return result
+
+
+def report(result: Result) -> None:
+    print(result.line(), flush=True)
+    if result.traffic_mb:
+        print("          collectives, MB ", result.traffic_mb, flush=True)
+    if result.took_ms:
+        print("          took  ", result.took_ms, "\n          floor ", result.floor_ms, flush=True)
+        for row in sorted(result.kernels or [], key=lambda k: k["floor"] - k["ms"])[:25]:
+            print(
+                f"          {row['ms']:8.2f} ms, floor {row['floor']:8.2f}  {row['kind']:13s} "
+                f"{row['kernel'][:40]:40s} {row['op'][-60:]}"
+            )
 
 
 def main() -> None:

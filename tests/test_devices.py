@@ -1,0 +1,279 @@
+"""Several devices give what one gives: the runs of devices_program, on 8 devices that a CPU plays; and what is sent."""
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from devices_program import GRPO_LAYOUTS, LAYOUTS
+from tolerances import DEVICES
+
+from jaxtune.checkpoint import checkpoint_steps
+from jaxtune.cluster import launcher
+from jaxtune.config import ClusterArguments, LoadArguments, SFTConfig
+from jaxtune.data import Batches
+from jaxtune.devices import ONE_DEVICE, make_layout
+from jaxtune.fast import FastLanguageModel
+from jaxtune.metrics import read_history
+
+ROOT = Path(__file__).resolve().parents[1]
+spec = importlib.util.spec_from_file_location("roofline", ROOT / "scripts" / "bench" / "roofline.py")
+assert spec is not None and spec.loader is not None
+roofline = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(roofline)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model_dir) -> Path:
+    return tiny_model_dir("llama")
+
+
+def environment(devices: int) -> dict[str, str]:
+    """Of a program whose CPU plays so many devices."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
+
+
+@pytest.fixture(scope="module")
+def out(folder, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("devices")
+    done = subprocess.run(
+        [sys.executable, "tests/devices_program.py", str(folder), str(out)],
+        capture_output=True, text=True, cwd=ROOT, timeout=900, env=environment(8),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def results(out) -> dict[str, np.ndarray]:
+    with np.load(out / "results.npz") as file:
+        return dict(file)
+
+
+def assert_same(got: np.ndarray, want: np.ndarray) -> None:
+    assert np.linalg.norm(got - want) <= DEVICES * np.linalg.norm(want)
+
+
+SEVERAL = [f"{data}x{fsdp}" for data, fsdp, _ in LAYOUTS if data * fsdp > 1]
+
+
+@pytest.mark.parametrize("name", [*SEVERAL, "resumed"])
+def test_ten_steps_are_those_of_one_device(results, name):
+    """Packing, accumulation, dropout, noise, steps that do not fill the devices; resumed: half on 4, half on 2."""
+    assert len(results["sft 1x1 loss"]) == 10
+    assert_same(results[f"sft {name} loss"], results["sft 1x1 loss"])
+    assert_same(results[f"sft {name} weights"], results["sft 1x1 weights"])
+
+
+def test_evaluation_is_that_of_one_device(results):
+    for name in ("8x1", "1x8"):
+        assert_same(results[f"eval {name}"], results["eval 1x1"])
+
+
+@pytest.mark.parametrize("name", [f"{data}x{fsdp}" for data, fsdp in GRPO_LAYOUTS[1:]])
+def test_a_grpo_step_is_that_of_one_device(results, name):
+    assert_same(results[f"grpo {name} metrics"], results["grpo 1x1 metrics"])
+    assert_same(results[f"grpo {name} weights"], results["grpo 1x1 weights"])
+
+
+@pytest.fixture(scope="module")
+def leaves(folder):
+    """(those that fsdp splits, bytes by dtype; the trained ones, bytes) of the program's model."""
+    from devices_program import TARGETS
+
+    model, _ = FastLanguageModel.from_pretrained(folder, dtype="float32", max_seq_length=64)
+    model = FastLanguageModel.get_peft_model(model, r=4, target_modules=TARGETS)
+    codes = sum(x.nbytes for path, x in model.base.items() if path.endswith((".codes", ".absmax")))
+    whole = {path: model.base[path].nbytes for path in ("model.embed_tokens.weight", "lm_head.weight")}
+    return codes, whole, sum(x.nbytes for x in model.trainable.values())
+
+
+def test_memory_of_the_base_falls_with_fsdp(results, leaves):
+    codes, whole, _ = leaves
+    split = codes + sum(whole.values())
+    for fsdp in (2, 4, 8):
+        assert results[f"bytes 1x{fsdp}"] == results["bytes 1x1"] - split * (fsdp - 1) // fsdp
+    assert results["bytes 8x1"] == results["bytes 1x1"]
+
+
+SCALARS = {("all-reduce", "s32"): 8}  # label tokens, tokens
+
+
+def test_data_sends_gradients_only(out, leaves):
+    _, _, trained = leaves
+    sent = roofline.traffic((out / "program 4x1.txt").read_text())
+    assert sent == SCALARS | {("all-reduce", "f32"): trained + 8}  # loss and accuracy
+
+
+def test_fsdp_gathers_codes_and_no_weights_of_layers(out, leaves):
+    """Two micro-batches, each forwards and backwards: four times the codes. Floats: the head once, and the embedded
+    tokens (not their table)."""
+    codes, whole, trained = leaves
+    rows = 2 * 4  # micro-batches, devices
+    sent = roofline.traffic((out / "program 1x4.txt").read_text())
+    assert sent == SCALARS | {
+        ("all-reduce", "f32"): trained + 8,
+        ("all-gather", "u8"): 4 * codes,
+        ("all-gather", "f32"): whole["lm_head.weight"],
+        ("all-gather", "s32"): rows * 64 * 4,
+        ("all-to-all", "f32"): 2 * 64 * 128 * 4,
+    }
+
+
+def test_a_batch_is_the_sum_of_its_parts():
+    """What each process makes, side by side, is what one makes; also where rows are missing."""
+    from datasets import Dataset
+
+    rows = [{"input_ids": [i] * (i + 1), "labels": [i] * (i + 1)} for i in range(11)]
+
+    def batches(part, **changes):
+        how = {"batch_size": 4, "accumulation": 2, "max_length": 16, "packed": False, "rows_per_step": 7}
+        return Batches(Dataset.from_list(rows), part=part, **how | changes)
+
+    one, parts = batches((0, 1)), [batches((i, 2)) for i in range(2)]
+    assert one.steps_per_epoch == 2
+    for n in range(4):
+        made = [part.step(n) for part in parts]
+        for name, array in one.step(n).items():
+            np.testing.assert_array_equal(np.concatenate([part[name] for part in made], axis=1), array)
+        assert sorted(np.concatenate([part.own_rows(n) for part in parts])) == sorted(one.rows(n))
+    for both in zip(one.eval_batches(), *(part.eval_batches() for part in parts), strict=True):
+        np.testing.assert_array_equal(
+            np.concatenate([b["input_ids"] for b in both[1:]]), both[0]["input_ids"]
+        )
+    with pytest.raises(ValueError, match="batch_size=4 does not divide into 3 parts"):
+        batches((0, 3))
+
+
+def test_total_batch_size_decides_accumulation():
+    args = SFTConfig(per_device_train_batch_size=2, gradient_accumulation_steps=3)
+    assert args.batch_shape(1) == (3, 2, 6) and args.batch_shape(4) == (3, 8, 24)
+    args = SFTConfig(per_device_train_batch_size=2, total_batch_size=12)
+    assert [args.batch_shape(n) for n in (1, 2, 4)] == [(6, 2, 12), (3, 4, 12), (2, 8, 12)]
+
+
+def test_layouts_that_cannot_be():
+    assert make_layout(0) is ONE_DEVICE  # a CPU host has one unless more are asked for
+    with pytest.raises(ValueError, match="devices=2: there are 1"):
+        make_layout(0, devices=2)
+    with pytest.raises(ValueError, match="data=2 × fsdp=1 is not devices=1"):
+        make_layout(0, devices=1, data=2, fsdp=1)
+    for wrong in ({"fsdp": 0}, {"data": -1}, {"devices": 0}):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            LoadArguments(**wrong)
+    with pytest.raises(ValueError, match="expected one of 'auto', a number"):
+        LoadArguments(fsdp="all")  # pyrefly: ignore
+
+
+def run_processes(
+    folder: Path, out: Path, count: int, layout: tuple[int, int, int], action: str
+) -> list[tuple]:
+    """(exit status, output, seconds after the first that ended) of each process of processes_program; 4 devices in all
+    where they are two."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    env = environment(2 if count == 2 else 1) | {"JAX_COORDINATOR_BIND_ADDRESS": address}
+    words = [sys.executable, "tests/processes_program.py", str(folder), str(out), address]
+    logs = [(out.parent / f"{action}{number}.txt").open("w+") for number in range(count)]
+    running = [
+        subprocess.Popen(
+            [*words, str(number), str(count), *map(str, layout), action],
+            stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=env,
+        )
+        for number, log in enumerate(logs)
+    ]  # fmt: skip
+    ended: dict[int, float] = {}
+    began = time.monotonic()
+    while len(ended) < count and time.monotonic() - began < 300:
+        ended |= {
+            i: time.monotonic() for i, p in enumerate(running) if i not in ended and p.poll() is not None
+        }
+        time.sleep(0.1)
+    for process in running:
+        process.kill()
+    found = []
+    for number, (process, log) in enumerate(zip(running, logs, strict=True)):
+        log.seek(0)
+        found.append((process.wait(), log.read(), ended.get(number, np.inf) - min(ended.values(), default=0)))
+        log.close()
+    return found
+
+
+def test_two_processes(folder, results, tmp_path):
+    """Two processes of two devices each. One is killed; they go on and one is told to end; one alone goes on from
+    there. Every step of theirs is that of one device."""
+    from processes_program import TIMEOUT
+
+    out = tmp_path / "run"
+    lost, killed = run_processes(folder, out, 2, (4, 1, 2), "kill")
+    assert killed[0] == -9
+    assert lost[0] != 0 and lost[2] < 2 * TIMEOUT + 5
+    assert "tasks are unhealthy (stopped sending heartbeats):\n1" in lost[1], lost[1][-3000:]
+    assert checkpoint_steps(out) == [5]
+    losses = {record["step"]: record["loss"] for record in read_history(out / "history.jsonl")}
+
+    for status, log, _ in run_processes(folder, out, 2, (1, 4, 3), "term"):
+        assert status == 128 + 15, log[-3000:]
+    last = checkpoint_steps(out)[-1]
+    assert last in (7, 8, 9)
+    again = {r["step"]: r["loss"] for r in read_history(out / "history.jsonl") if "loss" in r}
+    assert list(again) == list(range(1, last + 1))
+
+    ((status, log, _),) = run_processes(folder, out, 1, (1, 1, 4), "all")
+    assert status == 0, log[-3000:]
+    assert_same(np.load(out / "weights.npy"), results["sft 1x1 weights"])
+    for found in (losses, again):
+        assert_same(np.asarray(list(found.values())), results["sft 1x1 loss"][: len(found)])
+
+
+def test_launchers_and_their_settings(monkeypatch):
+    for name in ("SLURM_NTASKS", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "JOB_COMPLETION_INDEX"):
+        monkeypatch.delenv(name, raising=False)
+    assert launcher() is None
+    for name, variables in {
+        "SLURM (srun)": {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"},
+        "Open MPI": {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"},
+        "MPI": {"PMI_SIZE": "2", "PMI_RANK": "1"},
+        "Kubernetes": {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"},
+        None: {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
+    }.items():
+        with monkeypatch.context() as patch:
+            for variable, value in variables.items():
+                patch.setenv(variable, value)
+            assert launcher() == name
+    with pytest.raises(ValueError, match="need a coordinator"):
+        ClusterArguments(num_processes=2)
+    with pytest.raises(ValueError, match="must be HOST:PORT"):
+        ClusterArguments("host")
+
+
+def test_rollouts_are_split_by_prompts():
+    """Each device's engine gets a part of the prompts and says which; the answers come back in the order of all."""
+    from types import SimpleNamespace
+
+    import jax
+
+    from jaxtune.rl.config import GRPOConfig
+    from jaxtune.rl.rollout import EngineRollout, Request, chosen_sampling
+
+    class Engine:
+        def generate(self, prompts, *, n, streams, **_):
+            assert [[p] for p, _ in streams] == prompts
+            return [
+                SimpleNamespace(token_ids=[p, j], logprobs=[0.0, 0.0]) for p, _ in streams for j in range(n)
+            ]
+
+    for engines in (1, 2, 3):
+        rollout = EngineRollout.__new__(EngineRollout)
+        rollout._chosen = chosen_sampling(GRPOConfig())
+        rollout._devices, rollout._engines = [jax.devices()[0]] * engines, [Engine() for _ in range(engines)]
+        ids = [[p] for p in (0, 0, 1, 1)]
+        made = rollout.generate(Request([""] * 4, ids, group=2, seed=0, max_new_tokens=4))
+        assert made.completion_ids == [[0, 0], [0, 1], [1, 0], [1, 1]]
