@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from tolerances import BF16
 
-from jaxtune.kernels.attention import cudnn_attention, masked_attention, segment_attention, window_attention
+from jaxtune.kernels.attention import (
+    cudnn_attention,
+    image_attention,
+    masked_attention,
+    segment_attention,
+    window_attention,
+)
 from jaxtune.kernels.linear import Adapter, adapted_linear, reference
 from jaxtune.quant import quantize_nf4
 
@@ -35,10 +41,10 @@ def relative(got, want) -> float:
 
 
 def compare_attention(
-    rows: int, tokens: int, positions, segments, starts, window, seed: int
+    rows: int, tokens: int, positions, segments, starts, window, seed: int, h: int = H
 ) -> dict[str, float]:
     """Relative errors of output and gradients in bfloat16 beside the masked reference in float32."""
-    q, k, v = (random(seed + i, rows, tokens, heads, H) for i, heads in enumerate((HEADS, KV, KV)))
+    q, k, v = (random(seed + i, rows, tokens, heads, h) for i, heads in enumerate((HEADS, KV, KV)))
     d_out = random(seed + 3, *q.shape)
     low = [x.astype(jnp.bfloat16) for x in (q, k, v)]
 
@@ -62,6 +68,21 @@ def test_causal_attention(rows, window):
     positions = jnp.broadcast_to(jnp.arange(512), shape)
     errors = compare_attention(rows, 512, positions, jnp.ones(shape, jnp.int32), None, window, seed=rows)
     assert max(errors.values()) <= BF16, errors
+
+
+@pytest.mark.parametrize("h", [64, 72])
+def test_attention_of_whole_images(h):
+    """SigLIP's: 27 x 27 patches, heads of 64 or 72."""
+    q, k, v, d_out = (random(30 + i, 2, 729, HEADS, h) for i in range(4))
+    low = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+    exact = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, implementation="xla")  # noqa: E731
+    with jax.default_matmul_precision("highest"):
+        want, vjp = jax.vjp(exact, *(x.astype(jnp.float32) for x in low))
+        want_grads = vjp(d_out)
+    got, vjp = jax.vjp(image_attention, *low)
+    pairs = zip((got, *vjp(d_out.astype(jnp.bfloat16))), (want, *want_grads), strict=True)
+    errors = [relative(*pair) for pair in pairs]
+    assert max(errors) <= BF16, errors
 
 
 @pytest.mark.parametrize("kind", ["images", "windows"])
@@ -104,6 +125,16 @@ def test_attention_of_patches(kind):
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("name", PACKED)
 def test_packed_attention(name, window):
+    check_packed(name, window, H)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_heads_of_256(window):
+    """Gemma's."""
+    check_packed("two rows, unequal", window, 256)
+
+
+def check_packed(name, window, h):
     rows, spare = PACKED[name]
     tokens, slots = sum(rows[0]), max(2, *map(len, rows)) + spare
     starts = np.full((len(rows), slots), -1, np.int32)
@@ -112,7 +143,7 @@ def test_packed_attention(name, window):
         starts[row, : len(lengths)] = np.cumsum([0, *lengths[:-1]])
         positions[row] = np.concatenate([np.arange(n) for n in lengths])
         segments[row] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
-    errors = compare_attention(len(rows), tokens, positions, segments, jnp.asarray(starts), window, seed=7)
+    errors = compare_attention(len(rows), tokens, positions, segments, jnp.asarray(starts), window, 7, h)
     assert max(errors.values()) <= BF16, errors
 
 

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from jax._src.cudnn.fused_attention_stablehlo import _fix_seqlen_offsets
 
-from jaxtune.kernels.attention import packed_layout, rows, segment_attention, window_attention
+from jaxtune.kernels import target
+from jaxtune.kernels.attention import (
+    image_attention,
+    masked_attention,
+    packed_layout,
+    rows,
+    segment_attention,
+    window_attention,
+)
 
 HEADS, KV, H = 4, 2, 8
 # Per row the lengths of its documents; a row's last may be padding.
@@ -91,3 +99,42 @@ def test_rows_that_are_not_there():
     weights = jnp.arange(1.0, 13).reshape(2, 2, 3)
     gradient = jax.grad(lambda x: jnp.sum(rows(x, numbers) * weights))(x)
     np.testing.assert_array_equal(gradient, [weights[1, 1], 0 * x[0], weights[0, 0], 0 * x[0]])
+
+
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("window", [None, 4])
+def test_softcaps_and_tokens_that_see_what_is_behind_them(softcap, window):
+    """Of one block within a document; grouped kv heads."""
+    rng = np.random.default_rng(1)
+    q, (k, v) = rng.standard_normal((1, 9, HEADS, H)), rng.standard_normal((2, 1, 9, KV, H))
+    segments, blocks = np.array([1] * 6 + [2] * 3), np.array([0, 3, 3, 3, 0, 4, 4, 4, 0])
+    distance = np.arange(9)[:, None] - np.arange(9)
+    allowed = (distance >= 0) | ((blocks[:, None] == blocks) & (blocks > 0))
+    allowed &= (segments[:, None] == segments) & (distance < (window or 9))
+    scores = np.einsum("qkgd,skd->kgqs", q[0].reshape(9, KV, -1, H), k[0]) / np.sqrt(H)
+    scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
+    weights = np.exp(np.where(allowed, scores, -np.inf))
+    weights /= weights.sum(-1, keepdims=True)
+    want = np.einsum("kgqs,skd->qkgd", weights, v[0]).reshape(1, 9, HEADS, H)
+    places, groups = jnp.arange(9)[None], jnp.asarray(segments)[None]
+    got = masked_attention(
+        *(jnp.asarray(x, jnp.float32) for x in (q, k, v)),
+        q_positions=places,
+        kv_positions=places,
+        q_segments=groups,
+        kv_segments=groups,
+        window=window,
+        softcap=softcap,
+        blocks=jnp.asarray(blocks)[None],
+    )
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_whole_images_are_cudnns_on_a_gpu():
+    """Lowered for Hopper, heads of 72 as in SigLIP's largest tower: not causal, and no [S, S] array."""
+    x = jax.ShapeDtypeStruct((2, 144, 2, 72), jnp.bfloat16)
+    loss = lambda q, k, v: image_attention(q, k, v).astype(jnp.float32).sum()  # noqa: E731
+    with target.tracing_for((9, 0)):
+        lowered = jax.jit(jax.grad(loss, (0, 1, 2))).trace(x, x, x).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    assert "__cudnn$fmhaSoftmaxBackward" in text and "NO_MASK" in text and "144x144x" not in text
