@@ -1,9 +1,9 @@
 """Unsloth's QLoRA step on the weights' shape of step.py, to stand beside it: tokens a second and memory.
 
-    python -P scripts/bench/unsloth_step.py --batch 2x2048 4x2048 --checkpointing off
-    python -P scripts/bench/unsloth_step.py --batch 4x2048 1x131072 --checkpointing unsloth --steps 2
+    python scripts/bench/unsloth_step.py --batch 2x2048 4x2048 --checkpointing off
+    python scripts/bench/unsloth_step.py --batch 4x2048 1x131072 --checkpointing unsloth --steps 2
 
-Needs Unsloth and its PyTorch, not jaxtune (-P, because transformers would take this folder's kernels.py for a package).
+Needs Unsloth and its PyTorch, not jaxtune.
 A checkpoint of random bfloat16 weights (16 GB) is written to --folder the first time. LoRA of rank 16 on all seven
 projections, 8-bit AdamW, loss over every token; `unsloth` is its default (checkpointing with inputs offloaded to the
 host), `off` keeps every activation.

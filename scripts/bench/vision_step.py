@@ -1,8 +1,8 @@
 """A QLoRA step of a Qwen2.5-VL-7B-shaped model on images: jaxtune beside transformers + PEFT + bitsandbytes.
 
-    python -P scripts/bench/vision_step.py jaxtune --remat auto all
-    python -P scripts/bench/vision_step.py peer --checkpointing off on      # torch, peft, bitsandbytes; not jaxtune
-    python -P scripts/bench/vision_step.py jaxtune --compile_for_h200       # no GPU needed, only jax[cuda13]: memory
+    python scripts/bench/vision_step.py jaxtune --remat auto all
+    python scripts/bench/vision_step.py peer --checkpointing off on      # torch, peft, bitsandbytes; not jaxtune
+    python scripts/bench/vision_step.py jaxtune --compile_for_h200       # no GPU needed, only jax[cuda13]: memory
 
 Random weights; 4 rows of one image of 672x672 pixels (2,304 patches, 576 tokens) and 256 tokens of text; LoRA of rank
 16 on attention and MLPs of tower and decoder, 8-bit AdamW, loss over the text, bfloat16. Tokens are those of the rows,
@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import step
 
 SIDE, PATCH, MERGE = 672, 14, 2
 TEXT = {
@@ -94,8 +95,6 @@ def timed(step: Callable[[], Any], count: int) -> list[float]:
 
 
 def jaxtune(args: argparse.Namespace) -> None:
-    import step
-
     if args.compile_for_h200:
         os.environ |= {"CUDA_VISIBLE_DEVICES": "-1", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
         os.environ |= {"JAXTUNE_COMPILE_CACHE": "0", "XLA_FLAGS": "--xla_gpu_autotune_level=0"}
@@ -106,10 +105,10 @@ def jaxtune(args: argparse.Namespace) -> None:
     from jaxtune.models.remat import Remat
     from jaxtune.step import make_train_step
 
-    bench = vision_bench(args, step.Bench)
+    bench = VisionBench(args)
     batch, key = vision_batch(args, bench.config), jax.random.key(0)
 
-    def make(remat):
+    def make(remat: Remat) -> Any:
         return make_train_step(bench.model, bench.optimizer, remat=remat)
 
     if args.compile_for_h200:
@@ -148,33 +147,35 @@ def jaxtune(args: argparse.Namespace) -> None:
         report(f"jaxtune, {name}", times, batch["input_ids"].size, peak)
 
 
-def vision_bench(args: argparse.Namespace, kind: type) -> Any:
+class VisionBench(step.Bench):
     """step.py's bench with a vision-language model in it."""
-    import jax
-    import jax.numpy as jnp
-    from flax import nnx
 
-    from jaxtune import lora, models
-    from jaxtune.config import SFTConfig
-    from jaxtune.devices import ONE_DEVICE
-    from jaxtune.models.names import leaf_shapes, trainable_paths
-    from jaxtune.optim import make_optimizer
+    def __init__(self, args: argparse.Namespace):
+        import jax
+        import jax.numpy as jnp
+        from flax import nnx
 
-    bench = kind.__new__(kind)
-    bench.layout, bench.config = ONE_DEVICE, config(args.layers)
-    bench.module = models.build(bench.config, jnp.bfloat16, nf4=True)
-    parts = dict.fromkeys(("vision", "language", "attention", "mlp"), True)
-    targets = lora.chosen_targets(bench.module, None, sees=True, **parts)
-    lora.attach(bench.module, lora.LoraConfig(r=16, target_modules=targets))
-    shapes, trained = leaf_shapes(bench.module), trainable_paths(bench.module)
-    bench.trainable = {path: s for path, s in shapes.items() if path in trained}
-    bench.base = {path: s for path, s in shapes.items() if path not in trained}
-    bench.optimizer = make_optimizer(SFTConfig(optim="adamw_8bit", learning_rate=2e-4), 1000, bench.trainable)
-    bench.state = jax.eval_shape(bench.optimizer.init, bench.trainable)
-    bench.model = SimpleNamespace(
-        graphdef=nnx.graphdef(bench.module), module=bench.module, dtype=bench.module.dtype, layout=ONE_DEVICE
-    )
-    return bench
+        from jaxtune import lora, models
+        from jaxtune.config import SFTConfig
+        from jaxtune.devices import ONE_DEVICE
+        from jaxtune.models.names import leaf_shapes, trainable_paths
+        from jaxtune.optim import make_optimizer
+
+        self.layout, self.config = ONE_DEVICE, config(args.layers)
+        self.module = models.build(self.config, jnp.bfloat16, nf4=True)
+        parts = dict.fromkeys(("vision", "language", "attention", "mlp"), True)
+        targets = lora.chosen_targets(self.module, None, sees=True, **parts)
+        lora.attach(self.module, lora.LoraConfig(r=16, target_modules=targets))
+        shapes, trained = leaf_shapes(self.module), trainable_paths(self.module)
+        self.trainable = {path: s for path, s in shapes.items() if path in trained}
+        self.base = {path: s for path, s in shapes.items() if path not in trained}
+        self.optimizer = make_optimizer(
+            SFTConfig(optim="adamw_8bit", learning_rate=2e-4), 1000, self.trainable
+        )
+        self.state = jax.eval_shape(self.optimizer.init, self.trainable)
+        self.model = SimpleNamespace(
+            graphdef=nnx.graphdef(self.module), module=self.module, dtype=self.module.dtype, layout=ONE_DEVICE
+        )
 
 
 def vision_batch(args: argparse.Namespace, hf: Any) -> dict[str, Any]:

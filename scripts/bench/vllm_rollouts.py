@@ -1,6 +1,6 @@
 """vLLM's rollouts of the same shape as generate.py's, in an environment that has vLLM.
 
-    python -P scripts/bench/vllm_rollouts.py --sequences 8 64 256 512       # Llama-3.1-8B, 512 + 1,024 tokens
+    python scripts/bench/vllm_rollouts.py --sequences 8 64 256 512       # Llama-3.1-8B, 512 + 1,024 tokens
 
 Random weights, temperature 1, log-probs of the sampled tokens, prefix caching, nothing stops early, prompts as token
 ids; tokens/s is new tokens over the whole call, prefill included. One H200, vLLM 0.24: 70 s to start, 70 s for these.

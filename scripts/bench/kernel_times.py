@@ -1,6 +1,6 @@
 """Each kernel of a step by itself on a GPU: its time beside the plain version's and beside the machine's limit.
 
-    python scripts/bench/kernels.py [--rows 4096 8192] [--only linear attention]
+    python scripts/bench/kernel_times.py [--rows 4096 8192] [--only linear attention]
 
 The limit of a line is the larger of its bytes over the copy bandwidth and its operations over the rate of a bf16
 product, both measured first on the same machine. Shapes are Llama-3.1-8B's. `decode` is the few rows of generation,
@@ -190,7 +190,7 @@ def main() -> None:
     )
     parser.add_argument("--rows", nargs="+", type=int, default=[8192], help="tokens")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--out", default=".", help="folder for kernels.json")
+    parser.add_argument("--out", default=".", help="folder for kernel_times.json")
     args = parser.parse_args()
     ceilings = ceilings_here()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {ceilings}")
@@ -207,7 +207,7 @@ def main() -> None:
                     f"{rows:6d} {case.name:56s} {median:10.1f} us ({low:.1f} to {high:.1f})  limit {limit:9.1f}",
                     flush=True,
                 )
-    Path(args.out, "kernels.json").write_text(json.dumps(results, indent=1))
+    Path(args.out, "kernel_times.json").write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
