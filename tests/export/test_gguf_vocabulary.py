@@ -3,7 +3,6 @@
 import json
 import logging
 import unicodedata
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -35,7 +34,7 @@ CHATML = (
 def keys_of(tokenizer, *, rows=None, family=llama.GGUF, generation=None, **ids):
     """The vocabulary's keys without their prefix."""
     ids = {"bos_token_id": None, "eos_token_id": 0} | ids
-    config = SimpleNamespace(vocab_size=rows or len(tokenizer), **ids)
+    config = transformers.PretrainedConfig(vocab_size=rows or len(tokenizer), **ids)
     keys = vocabulary(tokenizer, config, family, generation=generation or {})
     return {key.removeprefix("tokenizer.").removeprefix("ggml."): value for key, value in keys.items()}
 
@@ -293,7 +292,7 @@ def test_more_tokens_than_rows_and_too_many_ends():
 
 
 def test_a_named_pre_tokenizer_is_taken():
-    config = SimpleNamespace(vocab_size=700, bos_token_id=None, eos_token_id=0)
+    config = transformers.PretrainedConfig(vocab_size=700, bos_token_id=None, eos_token_id=0)
     tokenizer = fast(byte_level(split_steps(r"\p{L}+|\p{N}{2}")))
     keys = vocabulary(tokenizer, config, llama.GGUF, generation={}, pre_tokenizer="falcon")
     assert keys["tokenizer.ggml.pre"] == "falcon" and keys["tokenizer.ggml.add_bos_token"] is False
@@ -308,7 +307,9 @@ def test_reading_a_vocabulary_back(tmp_path, kind):
         pre = PRE_TOKENIZERS["llama-bpe"]
         core = byte_level(split_steps(*pre.splits), ignore_merges=True)
         tokenizer, _ = with_added_tokens(fast(core, eos_token="<|im_end|>"))
-    keys = vocabulary(tokenizer, SimpleNamespace(vocab_size=len(tokenizer)), llama.GGUF, generation={})
+    keys = vocabulary(
+        tokenizer, transformers.PretrainedConfig(vocab_size=len(tokenizer)), llama.GGUF, generation={}
+    )
     metadata = {"general.architecture": "llama", "llama.context_length": 64} | keys
     again = load_tokenizer(
         {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in metadata.items()},
