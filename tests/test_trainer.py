@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxtune import checkpoint
 from jaxtune.config import SFTConfig
@@ -35,9 +36,11 @@ def compile_once(tmp_path_factory):
     before = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
+    compilation_cache.reset_cache()  # JAX looks for a cache once in a process
     yield settings["jax_compilation_cache_dir"]
     for name, value in before.items():
         jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
