@@ -222,7 +222,7 @@ def test_two_processes(folder, results, tmp_path):
     for status, log, _ in run_processes(folder, out, 2, (1, 4, 3), "term"):
         assert status == 128 + 15, log[-3000:]
     last = checkpoint_steps(out)[-1]
-    assert last in (7, 8, 9)
+    assert 7 <= last <= 10  # how far the other was ahead when it heard of it
     again = {r["step"]: r["loss"] for r in read_history(out / "history.jsonl") if "loss" in r}
     assert list(again) == list(range(1, last + 1))
 
