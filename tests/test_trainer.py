@@ -37,6 +37,7 @@ def compile_once(tmp_path_factory):
     for name, value in settings.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()  # JAX looks for a cache once in a process
+    jax.clear_caches()  # of what other tests may have compiled in another way
     yield settings["jax_compilation_cache_dir"]
     for name, value in before.items():
         jax.config.update(name, value)
