@@ -5,16 +5,14 @@ is kept).
 """
 
 import dataclasses
-import os
-import shlex
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from jaxtune.evaluate.command import run_command
 from jaxtune.evaluate.config import EvaluateConfig
 
 DESCRIPTION = """Let a model answer questions, check the answers, and tell accuracy, pass@k and maj@k (majority vote).
@@ -73,45 +71,21 @@ class Evaluate:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one evaluation; returns the exit status."""
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that there is no PyTorch
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    try:
-        settings = tyro.cli(
-            Evaluate,
-            prog="python -m jaxtune.evaluate",
-            description=DESCRIPTION,
-            args=given,
-            use_underscores=True,
-            config=(tyro.conf.OmitArgPrefixes,),
-        )
-    except (ValueError, TypeError) as error:
-        return _fail(error)
 
-    # Only now: --help and a mistyped setting should not wait for jax and transformers.
-    from jaxtune.evaluate.job import run
+    def work(settings: Evaluate, command: str) -> None:
+        # Only now: --help and a mistyped setting should not wait for jax and transformers.
+        from jaxtune.evaluate.job import run
 
-    try:
-        run(settings, f"python -m jaxtune.evaluate {shlex.join(_without_token(given))}")
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if settings.traceback:
-            raise
-        return _fail(error)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on with what is missing", file=sys.stderr)
-        return 130
-    return 0
+        run(settings, command)
 
-
-def _without_token(given: Sequence[str]) -> list[str]:
-    """The arguments without the access token, which is written nowhere."""
-    kept = [one for i, one in enumerate(given) if i == 0 or given[i - 1] != "--token"]
-    return [one for one in kept if one != "--token" and not one.startswith("--token=")]
-
-
-def _fail(error: Exception) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
+    return run_command(
+        "jaxtune.evaluate",
+        Evaluate,
+        DESCRIPTION,
+        work,
+        arguments,
+        stopped="stopped; the same command goes on with what is missing",
+    )
 
 
 if __name__ == "__main__":

@@ -4,15 +4,14 @@ Exit status: 0 done, 2 a setting, model or data set that cannot be used (one lin
 """
 
 import dataclasses
-import os
-import shlex
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+
+from jaxtune.evaluate.command import run_command
 
 DESCRIPTION = """Let models read images, and tell word and character error rates, side by side.
 
@@ -75,35 +74,20 @@ class Reading:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one comparison; returns the exit status."""
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that there is no PyTorch
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    try:
-        settings = tyro.cli(
-            Reading,
-            prog="python -m jaxtune.evaluate.reading",
-            description=DESCRIPTION,
-            args=given,
-            use_underscores=True,
-        )
-    except (ValueError, TypeError) as error:
-        return _fail(error)
 
-    # Only now: --help and a mistyped setting should not wait for jax and transformers.
-    from jaxtune.evaluate.reading.job import run
+    def work(settings: Reading, command: str) -> None:
+        # Only now: --help and a mistyped setting should not wait for jax and transformers.
+        from jaxtune.evaluate.reading.job import run
 
-    try:
-        run(settings, f"python -m jaxtune.evaluate.reading {shlex.join(given)}")
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if settings.traceback:
-            raise
-        return _fail(error)
-    return 0
+        run(settings, command)
 
-
-def _fail(error: Exception) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
+    return run_command(
+        "jaxtune.evaluate.reading",
+        Reading,
+        DESCRIPTION,
+        work,
+        arguments,
+    )
 
 
 if __name__ == "__main__":
