@@ -120,29 +120,36 @@ class Exact(NamedTuple):
     """Float32 arithmetic whose roundings the compiler may not leave out.
 
     zero: a 0 that it does not know. A detour over the bits of a number, with it, keeps that number: a product out of a
-    fused multiply-add, a quotient from being converted to float16 unrounded (which XLA does on a GPU), a conversion to
-    float16 and back from being taken for nothing.
+    fused multiply-add, a conversion to float16 and back from being taken for nothing. A GPU's own division and root of
+    float32 are units off; in float64 they are not, if what follows is kept from them: LLVM narrows the division of two
+    widened numbers back to float32, and XLA converts a float64 to float16 in one step.
     """
 
     zero: jax.Array
 
     def _kept(self, a: jax.Array) -> jax.Array:
-        return lax.bitcast_convert_type(lax.bitcast_convert_type(a, jnp.int32) ^ self.zero, jnp.float32)
+        bits = jnp.dtype(f"int{8 * a.dtype.itemsize}")
+        return lax.bitcast_convert_type(lax.bitcast_convert_type(a, bits) ^ self.zero.astype(bits), a.dtype)
 
     def times(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """a * b."""
         return self._kept(a * b)
 
     def over(self, a, b) -> jax.Array:
-        """a / b, to the nearest: a GPU's own division of float32 is two units off."""
+        """a / b, to the nearest."""
         with jax.enable_x64(True):
-            quotient = (jnp.asarray(a, jnp.float64) / jnp.asarray(b, jnp.float64)).astype(jnp.float32)
+            quotient = self._kept(jnp.asarray(a, jnp.float64) / jnp.asarray(b, jnp.float64)).astype(jnp.float32)
         return self._kept(quotient)
+
+    def root(self, a: jax.Array) -> jax.Array:
+        """√a, to the nearest."""
+        with jax.enable_x64(True):
+            root = self._kept(jnp.sqrt(a.astype(jnp.float64))).astype(jnp.float32)
+        return self._kept(root)
 
     def stored(self, d: jax.Array) -> jax.Array:
         """What a reader will see of a scale: float16, in float32."""
-        bits = lax.bitcast_convert_type(d.astype(jnp.float16), jnp.int16) ^ self.zero.astype(jnp.int16)
-        return lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
+        return self._kept(d.astype(jnp.float16)).astype(jnp.float32)
 
 
 def _weights(exact: Exact, x: jax.Array, importance: jax.Array, factor: float, n: int) -> jax.Array:
@@ -152,7 +159,7 @@ def _weights(exact: Exact, x: jax.Array, importance: jax.Array, factor: float, n
         0, 8, lambda i, total: _total(jnp.concatenate([total[None], rows[i]])), jnp.zeros(len(x))
     )
     sigma2 = factor * sums / SUPERBLOCK
-    return _columns(importance * jnp.sqrt(sigma2[:, None] + squares), n)
+    return _columns(importance * exact.root(sigma2[:, None] + squares), n)
 
 
 def _affine_superblock(exact: Exact, x: jax.Array, importance: jax.Array | None, kind: Kind):
@@ -160,7 +167,7 @@ def _affine_superblock(exact: Exact, x: jax.Array, importance: jax.Array | None,
     form = AFFINE[kind]
     columns = _columns(x, form.group)
     if importance is None:
-        rms = 0 if form.absolute else jnp.sqrt(_total(exact.times(columns, columns)) / form.group)
+        rms = 0 if form.absolute else exact.root(_total(exact.times(columns, columns)) / form.group)
         w, tries, absolute = rms + jnp.abs(columns), form.tries, form.absolute
     else:
         w = _weights(exact, x, importance, form.sigma2, form.group)

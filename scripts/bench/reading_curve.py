@@ -1,0 +1,236 @@
+"""A model that has never seen an image learns to read: SmolLM2 behind a random tower, then QLoRA on formulas.
+
+    python scripts/bench/reading_curve.py SMOLLM2_FOLDER --out reading --ocr ocr_synth --latex latex_ocr
+    python scripts/bench/reading_curve.py SMOLLM2_FOLDER --steps 4 --latex_steps 2 --batch 4 --rows 40 --limit 4  # CPU
+
+1. All weights are trained on lines that Pillow renders (words, sums, invoices, letters at random). What is read is the
+   folder --ocr: 200 images of words and numbers, none of whose texts is trained on.
+2. The result is loaded in NF4 and gets adapters on all layers, vision's too. Trained on the rows of --latex whose split
+   is "train", read on those of "test".
+
+Folders hold metadata.jsonl (image, text, split). Writes curves.json and curves.png: the character error rate and the
+share of exact readings along the way.
+"""
+
+import argparse
+import io
+import json
+import multiprocessing
+import random
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from make_smolvlm import make
+from PIL import Image, ImageDraw, ImageFont
+
+from jaxtune import FastVisionModel, SFTConfig, SFTTrainer, VisionDataCollator
+from jaxtune.evaluate.reading import error_rates, examples, read_images
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ASK_TEXT, ASK_LATEX = "Write out the text.", "Write the formula in LaTeX."
+LABEL = re.compile(r"\\label\{[^}]*\}")  # of a formula in LaTeX; no image shows it
+DARK = [(0, 0, 0), (30, 40, 90), (110, 20, 20), (20, 80, 40), (60, 60, 60)]
+LIGHT = [(255, 255, 255), (255, 248, 225), (232, 240, 255), (238, 238, 238)]
+
+
+def render(text: str, chance: random.Random) -> Image.Image:
+    """The text in dark on light, with a margin."""
+    font = ImageFont.load_default(size=chance.randint(12, 26))
+    box = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), text, font=font)
+    left, top, right, bottom = (chance.randint(4, 24) for _ in range(4))
+    size = int(box[2]) + left + right, int(box[3]) + top + bottom
+    picture = Image.new("RGB", size, chance.choice(LIGHT))
+    ImageDraw.Draw(picture).multiline_text((left, top), text, fill=chance.choice(DARK), font=font)
+    return picture
+
+
+def line(words: list[str], chance: random.Random) -> str:
+    """A text to render."""
+    kind = chance.random()
+    if kind < 0.35:
+        return " ".join(chance.choices(words, k=chance.randint(1, 3)))
+    if kind < 0.55:
+        return f"{chance.randrange(100)} {chance.choice('+-*')} {chance.randrange(100)} = ?"
+    if kind < 0.75:
+        cents = chance.randrange(100000)
+        return f"Invoice {chance.randrange(1000, 10000)}\nTotal: ${cents // 100}.{cents % 100:02d}"
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:$=+-?()"
+    return "".join(chance.choices(letters, k=chance.randint(1, 10)))
+
+
+def conversation(image: Any, question: str, text: str) -> dict[str, Any]:
+    asked = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    answer = [{"type": "text", "text": text}]
+    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
+
+
+def rendered_row(job: tuple[int, list[str], set[str]]) -> dict[str, Any]:
+    """The row of a number: an image in PNG's bytes, as `datasets` stores them."""
+    number, words, kept_out = job
+    chance = random.Random(number)
+    text = line(words, chance)
+    while text in kept_out:
+        text = line(words, chance)
+    file = io.BytesIO()
+    render(text, chance).save(file, "PNG", compress_level=1)
+    return conversation({"bytes": file.getvalue()}, ASK_TEXT, text)
+
+
+def rendered_rows(tokenizer: Any, count: int, kept_out: set[str], workers: int) -> list[dict[str, Any]]:
+    vocabulary = (tokenizer.convert_tokens_to_string([token]).strip() for token in sorted(tokenizer.vocab))
+    words = sorted(
+        {word for word in vocabulary if word.isascii() and word.isalpha() and 3 <= len(word) <= 10}
+    )
+    words = [word for word in words if word.lower() not in kept_out]
+    jobs = ((number, words, kept_out) for number in range(count))
+    with multiprocessing.get_context("spawn").Pool(max(workers, 1)) as pool:
+        return list(pool.imap(rendered_row, jobs, chunksize=500))
+
+
+def folder_rows(folder: Path, question: str, split: str | None = None) -> list[dict[str, Any]]:
+    lines = map(json.loads, (folder / "metadata.jsonl").read_text("utf-8").splitlines())
+    chosen = [row for row in lines if split is None or row["split"] == split]
+    texts = [LABEL.sub("", row["text"]).strip() for row in chosen]
+    return [conversation(str(folder / row["image"]), question, text) for row, text in zip(chosen, texts)]
+
+
+class Curve:
+    """Reads the images every so many steps, as a callback of the trainer."""
+
+    def __init__(self, model: Any, processor: Any, rows: list[dict], every: int, max_new_tokens: int):
+        self.model, self.processor, self.asked = model, processor, examples(rows)
+        self.every, self.max_new_tokens = every, max_new_tokens
+        self.points: list[dict[str, float]] = []
+        self.said: list[str] = []
+        self.began = time.perf_counter()
+        self.read(0, None)
+
+    def on_step_end(self, trainer: Any, metrics: Any) -> None:
+        step = trainer.state.global_step
+        if step % self.every == 0 or step == trainer.args.max_steps:
+            self.read(step, float(metrics["loss"]))
+
+    def read(self, step: int, loss: float | None) -> None:
+        FastVisionModel.for_inference(self.model)
+        options = {"max_new_tokens": self.max_new_tokens, "batch_size": 100, "progress": False}
+        self.said = read_images(self.model, self.processor, self.asked, **options)
+        rates = error_rates([one.reference for one in self.asked], self.said)
+        seconds = time.perf_counter() - self.began
+        point = {"step": step, "seconds": seconds, "loss": loss, "cer": rates.cer, "exact": rates.exact}
+        self.points.append(point)
+        print(
+            f"step {step:5d}, {seconds:4.0f} s: loss {loss}, CER {rates.cer:.1%}, exact {rates.exact:.1%}",
+            flush=True,
+        )
+        FastVisionModel.for_training(self.model)
+
+    def show(self, count: int = 5) -> None:
+        for one, said in list(zip(self.asked, self.said))[:count]:
+            print(f"  {one.reference!r}\n  read as {said!r}")
+
+
+def train(
+    model: Any, processor: Any, rows: list[dict], curve: Curve, given: argparse.Namespace, **options: Any
+) -> None:
+    collator = VisionDataCollator(
+        model, processor, resize="max", train_on_responses_only=True, num_proc=given.workers
+    )
+    args = SFTConfig(
+        output_dir=str(given.out / "run"),
+        lr_scheduler_type="cosine",
+        warmup_ratio=0.05,
+        logging_steps=50,
+        save_strategy="no",
+        report_to="none",
+        seed=given.seed,
+        **options,
+    )
+    trainer = SFTTrainer(
+        model=model,
+        tokenizer=processor,
+        data_collator=collator,
+        train_dataset=rows,
+        args=args,
+        callbacks=[curve],
+    )
+    trainer.train()
+    curve.show()
+
+
+def draw(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
+    figure, axes = plt.subplots(1, len(curves), figsize=(5 * len(curves), 3.2), squeeze=False)
+    for axis, (name, points) in zip(axes[0], curves.items()):
+        steps = [point["step"] for point in points]
+        axis.plot(
+            steps, [100 * min(point["cer"], 1.5) for point in points], "o-", ms=3, label="character errors"
+        )
+        axis.plot(steps, [100 * point["exact"] for point in points], "s-", ms=3, label="read exactly")
+        axis.set(title=name, xlabel="step", ylabel="%", ylim=(0, 155))
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("smollm2", type=Path)
+    parser.add_argument("--ocr", type=Path, help="read after part 1; without it rendered lines")
+    parser.add_argument("--latex", type=Path, help="of part 2, which is left out without it")
+    parser.add_argument("--out", type=Path, default=Path("reading"))
+    parser.add_argument("--steps", type=int, default=3500)
+    parser.add_argument("--latex_steps", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=120000, help="rendered lines to train on")
+    parser.add_argument("--limit", type=int, default=200, help="images that are read for a point")
+    parser.add_argument("--learning_rate", type=float, default=5e-4)
+    parser.add_argument("--latex_learning_rate", type=float, default=1e-3)
+    parser.add_argument("--every", type=int, default=250, help="steps between points")
+    parser.add_argument("--side", type=int, default=256)
+    parser.add_argument("--workers", type=int, default=0, help="processes that prepare images")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    folder = make(given.smollm2, given.out / "random", side=given.side, seed=given.seed)
+    options: dict[str, Any] = {"max_seq_length": 512}
+    model, processor = FastVisionModel.from_pretrained(
+        str(folder), load_in_4bit=False, full_finetuning=True, **options
+    )
+    held_out = folder_rows(given.ocr, ASK_TEXT) if given.ocr else []
+    kept_out = {row["messages"][1]["content"][0]["text"] for row in held_out}
+    count = given.rows + (0 if held_out else given.limit)
+    rows = rendered_rows(processor.tokenizer, count, kept_out, given.workers)
+    held_out, rows = (held_out, rows) if held_out else (rows[given.rows :], rows[: given.rows])
+    curve = Curve(model, processor, held_out[: given.limit], given.every, 24)
+    train(
+        model, processor, rows, curve, given,
+        max_length=160, per_device_train_batch_size=given.batch, max_steps=given.steps,
+        learning_rate=given.learning_rate, gradient_checkpointing=False,
+    )  # fmt: skip
+    curves = {"rendered lines, all weights": curve.points}
+    if given.latex:
+        model.save_pretrained(given.out / "reads")
+        processor.save_pretrained(given.out / "reads")
+        model, processor = FastVisionModel.from_pretrained(
+            str(given.out / "reads"), load_in_4bit=True, **options
+        )
+        model = FastVisionModel.get_peft_model(model, r=32, lora_alpha=32, random_state=given.seed)
+        asked = folder_rows(given.latex, ASK_LATEX, "test")[: given.limit]
+        curve = Curve(model, processor, asked, max(given.every // 3, 1), 192)
+        train(
+            model, processor, folder_rows(given.latex, ASK_LATEX, "train"), curve, given,
+            max_length=384, per_device_train_batch_size=max(given.batch // 4, 1), max_steps=given.latex_steps,
+            learning_rate=given.latex_learning_rate, gradient_checkpointing=False,
+        )  # fmt: skip
+        curves["formulas, QLoRA"] = curve.points
+    (given.out / "curves.json").write_text(json.dumps(curves, indent=1))
+    draw(curves, given.out / "curves.png")
+
+
+if __name__ == "__main__":
+    main()
