@@ -110,6 +110,17 @@ class ImageEncoder:
         pixels = {PIXELS: arrays[PIXELS].astype(np.dtype(getattr(ml_dtypes, self.dtype, self.dtype)))}
         return ImageArrays(arrays | pixels, rope)
 
+    def prompt(self, document: Document) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Tokens int32 [T] of a document, and what the processor gave of its images, {} where it has none.
+
+        Raises:
+            ImageError: as `encode`.
+        """
+        with _Naming(document):
+            ids, _, _, row = self._processed(document, self._pictures(document))
+            check_row(self.family, ids, row)
+        return ids, {} if row is None else row
+
     def processed(self, examples: Sequence[Document], **options: Any) -> Any:
         """The processor's own output for some documents; options as its call takes them."""
         texts = ["".join(self._texts(document)) for document in examples]
