@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import datasets
 import numpy as np
 
-from jaxtune.data import load_dataset
+from jaxtune.data import has_images, load_dataset
 from jaxtune.rl.config import GRPOConfig
 
 if TYPE_CHECKING:
@@ -203,6 +203,11 @@ def prepare_prompts(
     if "prompt" not in rows.column_names:
         raise ValueError(
             f"GRPO needs a column 'prompt' (text, or a list of messages); the data has {', '.join(rows.column_names)}"
+        )
+    if has_images(rows[0]):
+        raise ValueError(
+            "the data has images, and the model takes none; load one with FastVisionModel, or remove the columns "
+            "image and images"
         )
     if not tokenise:
         return Prompts(rows, None)
