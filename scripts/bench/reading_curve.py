@@ -212,22 +212,6 @@ def main() -> None:
         max_length=160, per_device_train_batch_size=given.batch, max_steps=given.steps,
         learning_rate=given.learning_rate, gradient_checkpointing=False,
     )  # fmt: skip
-    curves = {"rendered lines, all weights": curve.points}
-    if given.latex:
-        model.save_pretrained(given.out / "reads")
-        processor.save_pretrained(given.out / "reads")
-        model, processor = FastVisionModel.from_pretrained(
-            str(given.out / "reads"), load_in_4bit=True, **options
-        )
-        model = FastVisionModel.get_peft_model(model, r=32, lora_alpha=32, random_state=given.seed)
-        asked = folder_rows(given.latex, ASK_LATEX, "test")[: given.limit]
-        curve = Curve(model, processor, asked, max(given.every // 3, 1), 192)
-        train(
-            model, processor, folder_rows(given.latex, ASK_LATEX, "train"), curve, given,
-            max_length=384, per_device_train_batch_size=max(given.batch // 4, 1), max_steps=given.latex_steps,
-            learning_rate=given.latex_learning_rate, gradient_checkpointing=False,
-        )  # fmt: skip
-        curves["formulas, QLoRA"] = curve.points
     (given.out / "curves.json").write_text(json.dumps(curves, indent=1))
     draw(curves, given.out / "curves.png")
 

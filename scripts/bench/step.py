@@ -266,11 +266,30 @@ def run(bench: Bench, result: Result, compiled, batch) -> None:
         result.took_ms, result.kernels = profile(step, compiled.as_text(), bench.ceilings)
 
 
-def device_events(trace) -> Iterator[tuple[str, float, float]]:
-    """(HLO instruction or kernel name, start, end) in nanoseconds of what ran on the GPU."""
-    for plane in trace.planes:
-        if "/device:GPU" not in plane.name:
+COLLECTIVE = re.compile(
+    "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|nccl", re.IGNORECASE
+)
+
+
+def exposed(events: list[tuple[str, float, float]]) -> tuple[float, float]:
+    """Milliseconds of collectives in sorted events, and those of them in which nothing else ran."""
+    total = alone = 0.0
+    others = [event for event in events if not COLLECTIVE.search(event[0])]
+    for name, start, end in events:
+        if not COLLECTIVE.search(name):
             continue
+        total, at = total + end - start, start
+        for _, begin, stop in others:
+            if stop <= at or begin >= end:
+                continue
+            alone, at = alone + max(0.0, begin - at), max(at, stop)
+        alone += max(0.0, end - at)
+    return total / 1e6, alone / 1e6
+
+
+def device_events(trace) -> Iterator[tuple[str, float, float]]:
+    """(HLO instruction or kernel name, start, end) in nanoseconds of what ran on the first GPU."""
+    for plane in [plane for plane in trace.planes if "/device:GPU" in plane.name][:1]:
         for line in plane.lines:
             if line.name.startswith("Stream"):
                 for event in line.events:
@@ -317,6 +336,8 @@ def profile(
         busy += max(0.0, stop - max(start, end))
         end = max(end, stop)
     kinds["gaps"] = (end - events[0][1] - busy) / 1e6
+    if any(COLLECTIVE.search(name) for name, _, _ in events):
+        kinds["collectives"], kinds["collectives alone"] = exposed(events)
     return {kind: round(value, 2) for kind, value in kinds.most_common()}, table
 
 
