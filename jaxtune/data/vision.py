@@ -228,6 +228,11 @@ class VisionDataCollator:
         rows, row, folder = self._rows[number]
         return self._read(rows[row], row, folder)
 
+    def row(self, number: int) -> Any:
+        """A row as it came, its images not decoded, by the same number."""
+        rows, row, _ = self._rows[number]
+        return rows[row]
+
     def known(self, number: int) -> Known:
         """What was found of a row when its images were checked."""
         return self._known[number]

@@ -21,15 +21,17 @@ import numpy as np
 import optax
 
 from jaxtune.checkpoint import leaves_checksum
+from jaxtune.data.responses import chat_tokenizer, text_tokenizer
 from jaxtune.metrics import Record, mean
 from jaxtune.model import Model
 from jaxtune.models.remat import Remat
 from jaxtune.rl.collect import Collector, Policy
 from jaxtune.rl.completions import CompletionLog
 from jaxtune.rl.config import GRPOConfig
-from jaxtune.rl.data import Plan, Prompts, make_plan, prepare_prompts
+from jaxtune.rl.data import GRPOBatches, Plan, Prompts, make_plan, prepare_prompts
 from jaxtune.rl.experience import Collator, Experience, blank_rows
 from jaxtune.rl.groups import GroupCollator
+from jaxtune.rl.images import PromptImages, largest_shapes, planned_shapes, with_images
 from jaxtune.rl.losses.grpo import GRPOLossOptions, adapted_entropy_coef
 from jaxtune.rl.reference import reference_leaves
 from jaxtune.rl.reward_runner import RewardRunner
@@ -103,18 +105,25 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         )
         model = checked_model(model, "GRPOTrainer", several_hosts=False)
         args = _checked_args(args).on_devices(model.layout.size)
-        processing_class = processing_class or tokenizer or model.tokenizer
+        processing_class = processing_class or tokenizer or model.processor or model.tokenizer
+        text = chat_tokenizer(processing_class)
         rewards = RewardRunner(reward_funcs or (), Path(args.output_dir) / "completions", args.reward_timeout)
         self.rollout = rollout or make_rollout(model, args, rollout_func, self)
         tools = list(tools or ())
         if tools:
-            self.rollout = with_tools(self.rollout, processing_class, tools, args, model.max_seq_length)
+            self.rollout = with_tools(self.rollout, text, tools, args, model.max_seq_length)
         if eval_dataset is None and (args.eval_strategy != "no" or args.eval_on_start):
             raise ValueError(f"eval_strategy={args.eval_strategy!r} needs an eval_dataset; got None")
 
+        self._images = images = (
+            None if model.processor is None else PromptImages(model, processing_class, args)
+        )
+
         def prepare(data: Any) -> Prompts:
             tokenise, limit = not self.rollout.makes_prompt_ids, model.max_seq_length
-            return prepare_prompts(data, processing_class, args, limit=limit, tokenise=tokenise, tools=tools)
+            if images is not None and images.concern(data, tools):
+                return images.prepare(data, limit=limit, tokenise=tokenise)
+            return prepare_prompts(data, text, args, limit=limit, tokenise=tokenise, tools=tools)
 
         self._prepare = prepare
         self._prompts: Any = None if train_dataset is None else prepare(train_dataset)
@@ -140,7 +149,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         return CompletionLog(folder, names, args.num_completions_to_print, args.log_unique_prompts)
 
     def _make_collector(self, rewards: RewardRunner) -> Collector:
-        args, tokenizer, model = self.args, self.processing_class, self.model
+        args, tokenizer, model = self.args, text_tokenizer(self.processing_class), self.model
         weights = args.reward_weights or (1.0,) * len(rewards.names)
         if len(weights) != len(rewards.names):
             raise ValueError(
@@ -156,7 +165,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             if longest
             else model.max_seq_length
         )
-        collator = Collator(limit, pad)
+        rows = Collator(limit, pad)
         groups = GroupCollator(longest or limit, args.max_completion_length, pad, args.num_generations)
         ends = {*model.stop_ids(), tokenizer.pad_token_id} - {None}
         return Collector(
@@ -166,8 +175,14 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             rewards=rewards,
             weights=np.asarray(weights, np.float32),
             end_ids=frozenset(ends),
-            collator=groups if args.shared_prefix else collator,
-            eval_collator=collator,
+            collator=with_images(
+                groups if args.shared_prefix else rows,
+                self._images,
+                lambda: planned_shapes(self._prompts, self._plan, args),
+            ),
+            eval_collator=with_images(
+                rows, self._images, lambda: largest_shapes(self._eval_prompts.values(), args)
+            ),
             policy=Policy(model, make_score(model, args.temperature, layout=model.layout), self._reference),
             loss=self._loss,
             state=lambda: self.state,
@@ -212,7 +227,8 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         }
         names = [name for name, is_needed in needed.items() if is_needed]
         completion = min(args.max_completion_length, self.model.max_seq_length - longest)
-        rows = blank_rows(args.per_device_train_batch_size, longest, completion, names)
+        seen = self._prompts.documents is not None
+        rows = blank_rows(args.per_device_train_batch_size, longest, completion, names, images=seen)
         batch = self._collated([(rows, range(len(rows)))] * self._plan.accumulation)
         batch = self.model.layout.put_rows(batch, 1)
         arguments = (self.model.trainable, self.opt_state, self.model.base, batch, jax.random.key(0))
@@ -223,7 +239,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
 
     # -- batches ---------------------------------------------------------------------------------------------
 
-    def _make_batches(self) -> "GRPOBatches":
+    def _make_batches(self) -> GRPOBatches:
         self._held, self._entropy = {}, EntropyControl(self.args.entropy_coef)
         self._collector.synced = None
         return GRPOBatches(self._plan, self._step_batch)
@@ -427,7 +443,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             numbers = range(first, min(first + height // group, len(prompts)))
             experience, samples, metrics = self._collector.evaluation(prompts, numbers)
             batch = self._collector.eval_collator([(experience, range(len(experience)))], len(experience))
-            batch = {name: value[0] for name, value in batch.items()}
+            batch = jax.tree.map(lambda x: x[0], batch)
             batch["accumulation"] = np.float32(1)
             if self._has_entropy_bonus:
                 batch["entropy_coef"] = np.float32(self._entropy.coef)
@@ -443,21 +459,6 @@ class GRPOTrainer(Trainer[GRPOConfig]):
     @cached_property
     def _eval_step(self) -> Callable[..., dict[str, jax.Array]]:
         return make_grpo_eval(self.model, self._loss, temperature=self.args.temperature)
-
-
-@dataclasses.dataclass
-class GRPOBatches:
-    """The batches of a plan; making one may make completions."""
-
-    plan: Plan
-    make: Callable[[int], dict[str, np.ndarray]]
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.plan.steps_per_epoch
-
-    def step(self, number: int) -> dict[str, np.ndarray]:
-        return self.make(number)
 
 
 def _loss_options(args: GRPOConfig) -> GRPOLossOptions:
