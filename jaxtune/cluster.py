@@ -6,6 +6,8 @@ folder that all see.
 """
 
 import os
+import pickle
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -70,6 +72,39 @@ def smallest(number: int) -> int:
     if jax.process_count() == 1:
         return number
     return int(np.min(multihost_utils.process_allgather(np.int64(number))))
+
+
+def gathered[T](make: Callable[[], T]) -> list[T]:
+    """What `make` gives in each process, in their order: anything that can be pickled.
+
+    Raises:
+      Exception: that of this process, or RuntimeError where another's failed; so all go on or none does.
+    """
+    try:
+        made, failure = make(), None
+    except Exception as error:
+        made, failure = None, error
+        if jax.process_count() == 1:
+            raise
+    if jax.process_count() == 1:
+        return [made]
+    found = _all_bytes(
+        pickle.dumps((made, None if failure is None else f"{type(failure).__name__}: {failure}"))
+    )
+    if failure is not None:
+        raise failure
+    answers = [pickle.loads(one) for one in found]
+    for number, (_, message) in enumerate(answers):
+        if message is not None:
+            raise RuntimeError(f"process {number} failed: {message}")
+    return [value for value, _ in answers]
+
+
+def _all_bytes(own: bytes) -> list[bytes]:
+    """Those of each process."""
+    lengths = multihost_utils.process_allgather(np.int64(len(own)))
+    padded = np.frombuffer(own.ljust(int(lengths.max()), b"\0"), np.uint8)
+    return [row[:n].tobytes() for row, n in zip(multihost_utils.process_allgather(padded), lengths)]
 
 
 def is_preempted(step: int) -> bool:

@@ -118,6 +118,11 @@ class Layout:
             dict(batch),
         )
 
+    def put_all_rows(self, batch: Mapping[str, Any], rows_dim: int) -> dict[str, Any]:
+        """A batch of the rows of all processes, which each of them has; else as `put_rows`."""
+        rows = PartitionSpec(*[None] * rows_dim, AXES)
+        return jax.tree.map(lambda x: self.put(x, rows if np.ndim(x) > rows_dim else WHOLE), dict(batch))
+
     @property
     def own_devices(self) -> list[jax.Device]:
         """This process's."""

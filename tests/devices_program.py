@@ -13,7 +13,16 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image
 
-from jaxtune import DPOConfig, DPOTrainer, FastLanguageModel, FastVisionModel, SFTConfig, SFTTrainer
+from jaxtune import (
+    DPOConfig,
+    DPOTrainer,
+    FastLanguageModel,
+    FastVisionModel,
+    GRPOConfig,
+    GRPOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 from jaxtune.optim import make_optimizer
 from jaxtune.rl.experience import Collator, Experience
 from jaxtune.rl.losses.grpo import GRPOLossOptions
@@ -155,6 +164,29 @@ def dpo(folder: str, out: Path, data: int, fsdp: int) -> dict[str, np.ndarray]:
     return found | {"metrics": np.asarray([*margins, trainer.evaluate()["eval_loss"]])}
 
 
+def letters(completion_ids, **_) -> list[float]:
+    """Something that differs between completions."""
+    return [sum(ids) % 97 / 97 for ids in completion_ids]
+
+
+def grpo_run(folder: str, out: Path, data: int, **settings) -> dict[str, np.ndarray]:
+    """Three steps of two generations, each of four prompts; the reference is not the model without its adapter."""
+    args = GRPOConfig(
+        str(out), max_steps=3, per_device_train_batch_size=8 // data, num_generations=4, steps_per_generation=2,
+        max_completion_length=8, beta=0.04, scale_rewards="batch", learning_rate=1e-3, remat="all", logging_steps=1,
+        disable_tqdm=True, save_steps=1, **settings,
+    )  # fmt: skip
+    prompts = [{"prompt": text} for text in rows(9)["text"]]
+    trainer = GRPOTrainer(load(folder, data, 1), [letters], args, prompts, prompts[:2])
+    trainer.train()
+    figures = [
+        [record[name] for name in ("reward", "reward_std", "kl", "completions/mean_length", "num_tokens")]
+        for record in trainer.state.log_history if "reward" in record
+    ]  # fmt: skip
+    found = measured(trainer) | {"metrics": np.asarray(figures)}
+    return found | {"eval": np.asarray(trainer.evaluate()["eval_reward"])}
+
+
 def program(folder: str, data: int, fsdp: int) -> str:
     """The compiled text of an SFT step of two micro-batches with a row a device."""
     from jaxtune.step import make_train_step
@@ -194,6 +226,7 @@ def main() -> None:
         keep(f"vision {data}x{fsdp}", vision(vision_folder, out / "vision", data, fsdp, height))
     for data, fsdp in DPO_LAYOUTS:
         keep(f"dpo {data}x{fsdp}", dpo(folder, out / "dpo", data, fsdp))
+    keep("grpo run", grpo_run(folder, out / "grpo", 1))
     np.savez(out / "results.npz", **results)
 
 

@@ -4,6 +4,7 @@ python tests/processes_program.py MODEL OUT HOST:PORT NUMBER COUNT DATA FSDP HEI
 
 ACTION: "all" trains to the end; "kill": the last process is killed while all save the second checkpoint; "term": it is
 told to end after step 6. Resumes from the last checkpoint of OUT where there is one. OUT/weights.npy: what was trained.
+"rl": GRPO and DPO, OUT/results.npz.
 """
 
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from devices_program import flat, sft
+from devices_program import dpo, flat, grpo_run, sft
 from saves_program import kill_around_arrays
 
 from jaxtune.checkpoint import checkpoint_steps
@@ -34,11 +35,27 @@ class Preemption:
             time.sleep(3)
 
 
+def rl(folder: str, out: Path, data: int, fsdp: int) -> None:
+    """GRPO, the same again from its first checkpoint, and DPO."""
+    results = {}
+    for name, settings in {
+        "run": {},
+        "resumed": {"resume_from_checkpoint": str(out / "grpo" / "checkpoint-1")},
+    }.items():
+        found = grpo_run(folder, out / "grpo", data, **settings)
+        results |= {f"grpo {name} {key}": value for key, value in found.items()}
+    results |= {f"dpo 1x1 {key}": value for key, value in dpo(folder, out / "dpo", data, fsdp).items()}
+    if is_first():
+        np.savez(out / "results.npz", **results)
+
+
 def main() -> None:
     folder, out, coordinator = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
     number, count, data, fsdp, height = map(int, sys.argv[4:9])
     connect(ClusterArguments(coordinator, count, number, TIMEOUT))
     jax.config.update("jax_disable_most_optimizations", True)
+    if sys.argv[9] == "rl":
+        return rl(folder, out, data, fsdp)
     action = sys.argv[9] if number == count - 1 else "all"
     if action == "kill":
         kill_around_arrays(before=False, after_saves=1)

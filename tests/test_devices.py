@@ -297,6 +297,19 @@ def test_two_processes(folder, programs, results, tmp_path):
         assert_same(np.asarray(list(found.values())), results["sft 1x1 loss"][: len(found)])
 
 
+def test_two_processes_do_grpo_and_dpo(folder, programs, results, tmp_path):
+    """Completions, rewards, losses and weights are those of one device; also from a checkpoint inside a generation."""
+    out = tmp_path / "rl"
+    for status, log, _ in run_processes(folder, out, programs, 2, (4, 1, 2), "rl"):
+        assert status == 0, log[-3000:]
+    with np.load(out / "results.npz") as found:
+        for name in ("loss", "weights", "metrics", "eval"):
+            assert_same(found[f"grpo run {name}"], results[f"grpo run {name}"])
+            assert_same(found[f"grpo resumed {name}"], results[f"grpo run {name}"])
+        for name in ("loss", "weights", "metrics"):
+            assert_same(found[f"dpo 1x1 {name}"], results[f"dpo 1x1 {name}"])
+
+
 def test_launchers_and_their_settings(monkeypatch):
     for name in ("SLURM_NTASKS", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "JOB_COMPLETION_INDEX"):
         monkeypatch.delenv(name, raising=False)

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from tqdm.auto import tqdm
 
+from jaxtune import cluster
 from jaxtune.checkpoint import leaves_checksum
 from jaxtune.data import PAIR_COLUMNS, Batches, content_digest, pair_rows, prepare_preferences
 from jaxtune.metrics import Record, mean
@@ -77,7 +78,7 @@ class DPOTrainer(Trainer[DPOConfig]):
             optimizers=optimizers,
             peft_config=peft_config,
         )
-        model = checked_model(model, "DPOTrainer", several_hosts=False)
+        model = checked_model(model, "DPOTrainer")
         args = _resolved_args(args, model, beta=beta, max_length=max_length)
         if max_prompt_length is not None:
             warnings.warn("DPOTrainer: max_prompt_length is not used; max_length cuts", stacklevel=2)
@@ -122,8 +123,8 @@ class DPOTrainer(Trainer[DPOConfig]):
         parts = [np.asarray(log_probs(leaves, base, batch)) for batch in progress]
         return np.concatenate(parts)[: len(pairs)]
 
-    def _batches(self, pairs: Dataset, size: int, *, shuffle: bool, accumulation: int = 1) -> Batches:
-        """Batches of `size` pairs."""
+    def _batches(self, pairs: Dataset, size: int, *, shuffle: bool, **how: Any) -> Batches:
+        """Batches of `size` pairs; how: as of Batches."""
         args, numbers = self.args, {}
         if args.precompute_ref_log_probs and set(REF_COLUMNS) <= set(pairs.column_names):
             both = np.asarray([pairs[name][:] for name in REF_COLUMNS], np.float32)  # [2, N]
@@ -131,7 +132,6 @@ class DPOTrainer(Trainer[DPOConfig]):
         return Batches(
             pair_rows(pairs, args.max_length),
             batch_size=2 * size,
-            accumulation=accumulation,
             max_length=args.max_length,
             packed=False,
             seed=args.seed if args.data_seed is None else args.data_seed,
@@ -139,6 +139,7 @@ class DPOTrainer(Trainer[DPOConfig]):
             pad_token_id=self.processing_class.pad_token_id or 0,
             together=2,
             numbers=numbers,
+            **how,
         )
 
     def _make_batches(self) -> Batches:
@@ -148,6 +149,7 @@ class DPOTrainer(Trainer[DPOConfig]):
             args.per_device_train_batch_size * self.model.layout.size,
             shuffle=args.train_sampling_strategy == "random",
             accumulation=args.gradient_accumulation_steps,
+            part=cluster.part(),
         )
 
     def _filled(self, run: Run, n: int) -> int:
