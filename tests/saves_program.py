@@ -70,6 +70,7 @@ def process(case: str, number: int, out: Path, timeout: int, port: int) -> None:
     os.environ["JAX_COORDINATOR_BIND_ADDRESS"] = f"127.0.0.1:{port}"
     cluster.connect(ClusterArguments(f"127.0.0.1:{port}", 2, number, timeout))
     layout = make_layout(0)
+    assert cluster.smallest(78 * 10**9 + number) == 78 * 10**9  # more than 32 bits hold
     for step in (1, 2):
         if step == 2 and number == MOMENTS[case]:
             if case == "in a sum over devices":

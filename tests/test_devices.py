@@ -310,6 +310,51 @@ def test_two_processes_do_grpo_and_dpo(folder, programs, results, tmp_path):
             assert_same(found[f"dpo 1x1 {name}"], results[f"dpo 1x1 {name}"])
 
 
+def test_the_command_of_two_processes(folder, programs, tmp_path):
+    """As docs/devices.md prints it, in two shells: the first speaks and writes."""
+    rows = [{"text": f"the number {i} is " + "long " * i} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "run.yaml").write_text(
+        f"model_name: {folder}\ndataset: {tmp_path / 'rows.jsonl'}\noutput_dir: {tmp_path / 'run'}\nmax_steps: 2\n"
+        "max_seq_length: 64\nper_device_train_batch_size: 1\nsave_strategy: 'no'\nr: 4\ntarget_modules: [q_proj]\n"
+        "remat: all\nlogging_steps: 1\ndtype: float32\n"
+    )
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    words = f"-m jaxtune.train --config {tmp_path / 'run.yaml'} --total_batch_size 4 --coordinator {address}".split()
+    env = environment(1, programs) | {"JAX_COORDINATOR_BIND_ADDRESS": address}
+    running = [
+        subprocess.Popen(
+            [sys.executable, *words, "--num_processes", "2", "--process_id", str(number)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=env,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    (said, log), (silent, other) = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0], log[-2000:] + other[-2000:]
+    assert "(2, 2 processes)" in said and "2 devices (data=2, fsdp=1" in said and "jaxtune" not in silent
+    history = read_history(tmp_path / "run" / "history.jsonl")
+    assert [record["step"] for record in history if "loss" in record] == [1, 2]
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_what_fails_in_one_process_fails_in_all(monkeypatch):
+    """So that all can save, and none waits for one that has gone."""
+    import pickle
+
+    from jaxtune import cluster
+
+    assert cluster.gathered(lambda: 3) == [3]
+    monkeypatch.setattr(cluster.jax, "process_count", lambda: 2)
+    for other, error, message in (
+        ((None, "RewardError: bad"), RuntimeError, "process 1 failed: RewardError: bad"),
+        ((5, None), ZeroDivisionError, "division"),
+    ):
+        monkeypatch.setattr(cluster, "_all_bytes", lambda own, other=other: [own, pickle.dumps(other)])
+        with pytest.raises(error, match=message):
+            cluster.gathered(lambda other=other: 1 if other[1] else 1 / 0)
+    assert cluster.gathered(lambda: 3) == [3, 5]
+
+
 def test_launchers_and_their_settings(monkeypatch):
     for name in ("SLURM_NTASKS", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "JOB_COMPLETION_INDEX"):
         monkeypatch.delenv(name, raising=False)
