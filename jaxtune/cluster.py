@@ -83,7 +83,7 @@ def gathered[T](make: Callable[[], T]) -> list[T]:
     failure, made, message = None, None, None
     try:
         made = make()
-    except Exception as error:  # noqa: BLE001 - the others have to hear of any
+    except Exception as error:  # noqa: BLE001  the others have to hear of any
         failure, message = error, f"{type(error).__name__}: {error}"
     found = [pickle.loads(one) for one in _all_bytes(pickle.dumps((made, message)))]
     if failure is not None:

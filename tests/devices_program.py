@@ -170,17 +170,17 @@ def letters(completion_ids, **_) -> list[float]:
 
 
 def grpo_run(folder: str, out: Path, data: int, **settings) -> dict[str, np.ndarray]:
-    """Three steps of two generations, each of four prompts; the reference is not the model without its adapter."""
+    """Three steps of two generations, each of four prompts."""
     args = GRPOConfig(
         str(out), max_steps=3, per_device_train_batch_size=8 // data, num_generations=4, steps_per_generation=2,
-        max_completion_length=8, beta=0.04, scale_rewards="batch", learning_rate=1e-3, remat="all", logging_steps=1,
+        max_completion_length=8, scale_rewards="batch", learning_rate=1e-3, remat="all", logging_steps=1,
         disable_tqdm=True, save_steps=1, **settings,
     )  # fmt: skip
     prompts = [{"prompt": text} for text in rows(9)["text"]]
     trainer = GRPOTrainer(load(folder, data, 1), [letters], args, prompts, prompts[:2])
     trainer.train()
     figures = [
-        [record[name] for name in ("reward", "reward_std", "kl", "completions/mean_length", "num_tokens")]
+        [record[name] for name in ("reward", "reward_std", "entropy", "completions/mean_length", "num_tokens")]
         for record in trainer.state.log_history if "reward" in record
     ]  # fmt: skip
     found = measured(trainer) | {"metrics": np.asarray(figures)}

@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -353,6 +354,20 @@ def test_what_fails_in_one_process_fails_in_all(monkeypatch):
         with pytest.raises(error, match=message):
             cluster.gathered(lambda other=other: 1 if other[1] else 1 / 0)
     assert cluster.gathered(lambda: 3) == [3, 5]
+
+
+def test_rollouts_that_several_hosts_do_not_make(monkeypatch):
+    from types import SimpleNamespace
+
+    from jaxtune.rl import sources
+    from jaxtune.rl.config import GRPOConfig
+
+    monkeypatch.setattr(sources.cluster, "part", lambda: (0, 2))
+    model: Any = SimpleNamespace(layout=SimpleNamespace(fsdp=2))
+    with pytest.raises(ValueError, match="use_vllm=True is for the GPUs of one host"):
+        sources.make_rollout(model, GRPOConfig(use_vllm=True), None, None)
+    with pytest.raises(ValueError, match="fsdp=2: in a run of several processes"):
+        sources.make_rollout(model, GRPOConfig(), None, None)
 
 
 def test_launchers_and_their_settings(monkeypatch):
