@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxtune import cluster
 from jaxtune.images import check_row
 from jaxtune.models.names import Leaves
 from jaxtune.rl.advantages import ZERO_STD, Advantages, compute_advantages
@@ -49,7 +50,7 @@ class Policy:
     def _scored(self, trainable: Leaves, base: Leaves, batch: dict[str, np.ndarray]) -> np.ndarray:
         layout = self.model.layout
         return np.asarray(
-            self.score(layout.put_leaves(self.model.module, trainable), base, layout.put_rows(batch, 1))
+            self.score(layout.put_leaves(self.model.module, trainable), base, layout.put_all_rows(batch, 1))
         )
 
 
@@ -114,7 +115,25 @@ class Collector:
     def _samples(
         self, prompts: Prompts, numbers: Sequence[int], group: int, seed: int
     ) -> tuple[list[Sample], Metrics]:
-        """Rewarded completions of some prompts, `group` of each together; and what reward functions logged."""
+        """Rewarded completions of some prompts, `group` of each together; and what reward functions logged. On several
+        hosts each makes those of its part of the prompts, and then all have all."""
+        index, count = cluster.part()
+        parts = np.array_split(np.asarray(numbers), count)
+        first = sum(map(len, parts[:index]))
+        made = cluster.gathered(lambda: self._own_samples(prompts, parts[index], group, seed, first))
+        metrics: dict[str, list[float]] = {}
+        for _, logged in made:
+            for name, value in logged.items():
+                metrics.setdefault(name, []).append(value)
+        samples = [sample for part, _ in made for sample in part]
+        return samples, {name: float(np.mean(values)) for name, values in metrics.items()}
+
+    def _own_samples(
+        self, prompts: Prompts, numbers: Sequence[int], group: int, seed: int, first: int
+    ) -> tuple[list[Sample], Metrics]:
+        """Those of prompts of which the first is number `first` of the request of all processes."""
+        if not len(numbers):
+            return [], {}
         step = self.state().global_step
         if self.synced != step:
             self.rollout.sync(step)
@@ -131,6 +150,7 @@ class Collector:
             seed=seed,
             max_new_tokens=self.args.max_completion_length,
             images=None if seen is None else [one.row for one in seen],
+            first=first,
         )
         made = self.rollout.generate(request)
         _check(made, prompts, request)

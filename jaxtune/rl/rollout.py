@@ -23,7 +23,8 @@ class Request:
     """Completions that are wanted.
 
     prompts: each `group` times, the same ones together. prompt_ids: their tokens, None where a Rollout makes them.
-    seed: decides every random number. max_new_tokens: of a completion. images: of each prompt, what the processor gave
+    seed: decides every random number, with a prompt's place, which is counted from `first`: on several hosts each makes
+    a part of the prompts. max_new_tokens: of a completion. images: of each prompt, what the processor gave
     of them; None where no prompt has any.
     """
 
@@ -33,6 +34,7 @@ class Request:
     seed: int
     max_new_tokens: int
     images: list[Processed] | None = None
+    first: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +145,7 @@ class EngineRollout:
                 max_new_tokens=min(request.max_new_tokens, self._chosen.max_new_tokens),
                 seed=request.seed + self._chosen.seed,
                 stop_strings=self._chosen.stop_strings,
-                streams=[(int(i), 0) for i in part],
+                streams=[(request.first + int(i), 0) for i in part],
                 images=None if seen is None else [seen[i] for i in part],
             )
             return list(made)

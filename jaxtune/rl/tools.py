@@ -117,6 +117,7 @@ class ToolRollout:
                 group=1,
                 seed=request.seed + turn,
                 max_new_tokens=max(request.max_new_tokens - len(ids[i]) - len(suffixes[i]) for i in active),
+                first=request.first * request.group,
             )
             more = self._inner.generate(following)
             for k, i in enumerate(active):

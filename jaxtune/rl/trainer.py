@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import optax
 
+from jaxtune import cluster
 from jaxtune.checkpoint import leaves_checksum
 from jaxtune.data.responses import chat_tokenizer, text_tokenizer
 from jaxtune.metrics import Record, mean
@@ -103,7 +104,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             peft_config=peft_config,
             environment_factory=environment_factory,
         )
-        model = checked_model(model, "GRPOTrainer", several_hosts=False)
+        model = checked_model(model, "GRPOTrainer")
         args = _checked_args(args).on_devices(model.layout.size)
         processing_class = processing_class or tokenizer or model.processor or model.tokenizer
         text = chat_tokenizer(processing_class)
@@ -230,11 +231,11 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         seen = self._prompts.documents is not None
         rows = blank_rows(args.per_device_train_batch_size, longest, completion, names, images=seen)
         batch = self._collated([(rows, range(len(rows)))] * self._plan.accumulation)
-        batch = self.model.layout.put_rows(batch, 1)
+        batch = self.model.layout.put_all_rows(batch, 1)
         arguments = (self.model.trainable, self.opt_state, self.model.base, batch, jax.random.key(0))
         self._train_step.prepare(arguments)
         line = self.rollout.forecast(self._plan.unique, self._plan.group, longest)
-        if line:
+        if line and cluster.is_first():
             print(line, flush=True)
 
     # -- batches ---------------------------------------------------------------------------------------------
@@ -274,7 +275,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         experience, samples, metrics = self._collector.train(self._prompts, self._plan, generation)
         self.state.record(metrics)
         self._reward = metrics["reward"]
-        if self.args.log_completions:
+        if self.args.log_completions and cluster.is_first():
             self._completions.add(samples)
         return experience
 
@@ -288,7 +289,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
 
     def _batch(self, run: Run, n: int) -> dict[str, Any]:
         try:
-            return super()._batch(run, n)
+            return self.model.layout.put_all_rows(run.batches.step(n), 1)
         except Exception as error:
             if n == self.state.global_step:
                 self._save_before(run, error)
@@ -451,7 +452,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             loss = jax.device_get(self._eval_step(one.trainable, one.base, batch))
             for name, value in {**metrics, **loss}.items():
                 gathered.setdefault(name, []).append(float(value))
-            if self.args.log_completions:
+            if self.args.log_completions and cluster.is_first():
                 self._completions.add(samples)
         record = {name: mean(values) for name, values in gathered.items() if name not in NOT_LOGGED}
         return {**record, "runtime": time.perf_counter() - began}
