@@ -7,12 +7,14 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test talks to a hub; before transformers is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also in the processes that tests start
 os.environ.setdefault("JAXTUNE_COMPILE_CACHE", "0")  # a test finds nothing that an earlier run left
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache"
+LONG = ("test_devices.py", "test_trainer.py", "test_engine.py", "test_remat.py", "test_parity.py")
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -26,6 +28,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    # Of several processes none is to begin with a long file when the others have ended.
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     if shutil.which("nvidia-smi") and _gpu_wanted(config):
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU and pytest -m gpu")
@@ -66,8 +70,10 @@ def smollm2_dir(request) -> Path:
 
         part = CACHE / f"smollm2-hf.{os.getpid()}"
         smollm2.write_hf_folder(request.getfixturevalue("smollm2_gguf"), part)
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
+        try:
+            part.rename(folder)
+        except OSError:  # another process was first
+            shutil.rmtree(part)
     return folder
 
 

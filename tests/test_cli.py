@@ -149,7 +149,7 @@ def test_a_run_without_a_terminal(tmp_path, tiny_model_dir):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     assert "step 3/3" in done.stdout and "\x1b[" not in done.stdout
-    assert "held-out rows" in done.stdout and str(out / "adapter") in done.stdout
+    assert "held-out rows" in done.stdout and str(out / "adapter") in "".join(done.stdout.split())
     losses = [
         json.loads(line)["loss"]
         for line in (out / "history.jsonl").read_text().splitlines()
