@@ -25,7 +25,7 @@ from jaxtune.models.layers import NF4Weight
 from jaxtune.models.names import Leaves, Slot, expected_names, is_stacked, leaf_shapes, module_at
 from jaxtune.quant import dequantize_nf4, from_bnb, on_device, quantize_nf4
 
-# Under way at a time. Of an 8B model each is at most 117 MB, but for the embedding and the head (1.05 GB).
+# Under way at a time, each in pieces of at most quant.PIECE_BYTES, of which the host holds a copy.
 TENSORS_AHEAD = 4
 
 

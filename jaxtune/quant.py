@@ -9,9 +9,9 @@ map, in groups of 256 over the flattened tensor, plus one float32 offset for the
 """
 
 import json
-from collections.abc import Mapping
-from functools import cache, reduce
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from functools import cache, partial, reduce
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ import numpy as np
 
 BLOCK = 64
 NESTED_BLOCK = 256
+PIECE_BYTES = 1 << 27  # of an array under way to the device; matrices of an 8B model are smaller, but for two
 NF4_CODE = np.array(
     [
         -1.0,
@@ -152,12 +153,37 @@ def _quantize_absmax(absmax: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.flo
     return codes.reshape(-1)[: flat.size].reshape(absmax.shape), scale, offset
 
 
+@partial(jax.jit, donate_argnums=0)
+def _put_rows(whole: Any, rows: Any, start: int) -> Any:
+    return jax.tree.map(lambda into, x: jax.lax.dynamic_update_slice_in_dim(into, x, start, 0), whole, rows)
+
+
+def by_rows[T](convert: Callable[[Any], T], x: np.ndarray | jax.Array) -> T:
+    """convert(x) of a function that takes each row [...] of x by itself, PIECE_BYTES of x at a time.
+
+    For the host: a GPU's runtime copies what it is sent into a pool of page-locked memory, which grows by regions of
+    powers of two, none smaller than the array or the region before, and never gets smaller. Each piece is waited for
+    before the next. All are of one shape, so one program: the last begins early.
+    """
+    if x.nbytes <= PIECE_BYTES or not x.ndim:
+        return convert(x)
+    rows = max(1, PIECE_BYTES * len(x) // x.nbytes)
+    whole: Any = None
+    for start in range(0, len(x), rows):
+        start = min(start, len(x) - rows)
+        piece = convert(x[start : start + rows])
+        if whole is None:
+            whole = jax.tree.map(lambda p: jnp.zeros((len(x), *p.shape[1:]), p.dtype), piece)
+        whole = jax.block_until_ready(_put_rows(whole, piece, np.int32(start)))
+    return whole
+
+
 def on_device(x: np.ndarray | jax.Array) -> jax.Array:
     """A host array on the default device, never sharing its memory (a CPU would, with the pages of a mapped file).
 
     jnp.asarray would compile a copy for each shape and hold the array twice while it runs.
     """
-    return jax.device_put(x, may_alias=False)
+    return by_rows(lambda piece: jax.device_put(piece, may_alias=False), x)
 
 
 def quantize_nf4(w: jax.Array | np.ndarray, double_quant: bool = True) -> NF4:
@@ -171,7 +197,7 @@ def quantize_nf4(w: jax.Array | np.ndarray, double_quant: bool = True) -> NF4:
       ValueError: the shape is no matrix of whole blocks.
     """
     check_quantisable(w.shape)
-    codes, absmax = _quantize_blocks(jax.device_put(w))
+    codes, absmax = by_rows(lambda rows: _quantize_blocks(jax.device_put(rows)), w)
     if not double_quant:
         return NF4(codes, absmax)
     nested, scale, offset = _quantize_absmax(np.asarray(absmax))

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -123,3 +124,18 @@ def test_foreign_formats_raise():
 @pytest.mark.parametrize("signed", [True, False])
 def test_dynamic_map(signed):
     np.testing.assert_array_equal(quant.dynamic_map(signed), bnb.create_dynamic_map(signed=signed).numpy())
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 48])
+def test_large_arrays_go_to_the_device_in_pieces(monkeypatch, rows):
+    """At most so many bytes of the host are under way, and the result is that of the whole."""
+    w = np.random.default_rng(0).normal(size=(48, 128)).astype(np.float32)
+    want = quant.quantize_nf4(w)
+    sent, put = [], jax.device_put
+    monkeypatch.setattr(quant, "PIECE_BYTES", rows * w[0].nbytes)
+    monkeypatch.setattr(jax, "device_put", lambda x, **how: sent.append(x.nbytes) or put(x, **how))
+    np.testing.assert_array_equal(quant.on_device(w), w)
+    got = quant.quantize_nf4(w)
+    for left, right in zip(got, want, strict=True):
+        np.testing.assert_array_equal(left, right)
+    assert max(sent) <= quant.PIECE_BYTES and sent.count(rows * w[0].nbytes) == 2 * -(-48 // rows)
