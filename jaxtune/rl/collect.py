@@ -241,9 +241,11 @@ class Collector:
         elif args.use_vllm and samples[0].log_probs is not None:
             metrics = self._first_rows_gap(experience, samples, height, collator)
         if args.use_vllm and GAP in metrics:
-            self._warned |= check_gap(metrics[GAP], args, warn=not self._warned)
             if metrics[GAP] > args.vllm_logprob_warning / 2:
                 self._check_adapter(experience, samples, height, collator)
+            correct = "; vllm_importance_sampling_correction=True corrects for the difference"
+            advice = "" if args.corrects_sampler else correct
+            self._warned |= check_gap(metrics[GAP], args, advice=advice, warn=not self._warned)
         return experience, metrics
 
     def _check_adapter(

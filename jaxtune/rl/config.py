@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from jaxtune.config import TrainingConfig
+from jaxtune.rl.vllm_config import VLLMConfig
 from jaxtune.settings import FOREIGN, ForeignNames, check_at_least, tolerant
 
 Plain = bool | int | float | str
@@ -33,15 +34,14 @@ SAMPLING_IGNORED = {
     "n",
 }
 _POSITIVE = """num_generations_eval max_completion_length generation_batch_size steps_per_generation num_iterations
-    max_prompt_length num_completions_to_print vllm_server_port vllm_tensor_parallel_size
-    vllm_max_model_length max_tool_calling_iterations""".split()
+    max_prompt_length num_completions_to_print max_tool_calling_iterations""".split()
 _NOT_NEGATIVE = """top_k epsilon epsilon_high delta beta entropy_target entropy_coef_delta max_resample_rounds
     reward_timeout off_policy_mask_threshold""".split()
 
 
 @tolerant
 @dataclasses.dataclass(frozen=True)
-class GRPOConfig(TrainingConfig):
+class GRPOConfig(VLLMConfig, TrainingConfig):
     """Group relative policy optimisation (arXiv 2402.03300), with TRL's defaults, and what TrainingConfig has."""
 
     FOREIGN: ClassVar[ForeignNames] = FOREIGN.extended(
@@ -116,40 +116,6 @@ class GRPOConfig(TrainingConfig):
     max_resample_rounds: int = 0
     """DAPO's dynamic sampling (arXiv 2503.14476): groups whose rewards are all equal are given other prompts, up to so
     many times a generation; 0 = never, as in TRL."""
-    use_vllm: bool = False
-    """Sample with vLLM instead of the embedded engine."""
-    vllm_mode: Literal["colocate", "server"] = "colocate"
-    """server: one that runs already; colocate: one started beside the trainer."""
-    vllm_server_base_url: str | None = None
-    """Address of the server. None = made of host and port."""
-    vllm_server_host: str = "0.0.0.0"
-    """Host of the server."""
-    vllm_server_port: int = 8000
-    """Port of the server."""
-    vllm_server_timeout: float = 240.0
-    """Seconds to wait for the server to be up."""
-    vllm_request_timeout: float = 1800.0
-    """Seconds that vLLM may take for the completions made at a time."""
-    vllm_python: str | None = None
-    """Python of the environment that vLLM is installed in (colocate). None = the environment variable
-    JAXTUNE_VLLM_PYTHON, or this one."""
-    vllm_server_args: tuple[str, ...] = ()
-    """More arguments for the server that is started (colocate), such as --enforce-eager."""
-    vllm_base: Literal["policy", "checkpoint"] = "policy"
-    """What is served (colocate). policy: the weights that training sees, the 4-bit ones dequantised; checkpoint: the
-    16-bit ones of the checkpoint, which the adapter has never seen."""
-    vllm_adapter_dir: str | None = None
-    """Folder that trainer and server both see, for the adapters on their way. None = in shared memory."""
-    vllm_logprob_warning: float = 0.1
-    """Warn where log-probabilities of vLLM and the trainer differ by more, on average (nats per token)."""
-    vllm_logprob_limit: float | None = 1.0
-    """Stop where they do by more: another model is served. None = never."""
-    vllm_gpu_memory_utilization: float = 0.3
-    """Share of the device's memory for vLLM."""
-    vllm_max_model_length: int | None = None
-    """Longest sequence that vLLM prepares for. None = what training needs."""
-    vllm_tensor_parallel_size: int = 1
-    """Devices that vLLM spreads the model over."""
 
     # -- rewards -----------------------------------------------------------------------------------
     reward_weights: tuple[float, ...] | None = None
@@ -242,9 +208,7 @@ class GRPOConfig(TrainingConfig):
             raise ValueError(f"top_p and min_p are probabilities, got {self.top_p} and {self.min_p}")
         if not 0 < self.top_entropy_quantile <= 1:
             raise ValueError(f"top_entropy_quantile must be in (0, 1], got {self.top_entropy_quantile}")
-        for name in ("vllm_server_timeout", "vllm_request_timeout"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0 seconds, got {getattr(self, name)}")
+        self.check_server()
         self._check_batches()
         self._check_correction()
 
