@@ -14,7 +14,8 @@ from jaxtune.rl.config import GRPOConfig
 from jaxtune.rl.data import Plan, Prompts, is_conversational
 from jaxtune.rl.experience import Collator, Experience, Sample
 from jaxtune.rl.groups import GroupCollator
-from jaxtune.rl.losses.grpo import GRPOLossOptions, sampling_metrics
+from jaxtune.rl.losses.grpo import sampling_metrics
+from jaxtune.rl.losses.options import GRPOLossOptions
 from jaxtune.rl.reference import without_adapter
 from jaxtune.rl.reward_runner import RewardRunner
 from jaxtune.rl.rollout import Completions, Request, Rollout

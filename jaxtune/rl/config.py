@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from jaxtune.config import TrainingConfig
+from jaxtune.rl.losses.options import Correction, GRPOLossOptions, Level, LossType
 from jaxtune.rl.vllm_config import VLLMConfig
 from jaxtune.settings import FOREIGN, ForeignNames, check_at_least, tolerant
 
@@ -128,7 +129,7 @@ class GRPOConfig(VLLMConfig, TrainingConfig):
     """Seconds that one call of a reward function may take. None = any."""
 
     # -- objective ---------------------------------------------------------------------------------
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"] = "dapo"
+    loss_type: LossType = "dapo"
     """How token losses are made and averaged; see jaxtune.rl.losses.grpo."""
     beta: float = 0.0
     """Weight of the KL divergence from the reference; 0 = no reference."""
@@ -138,7 +139,7 @@ class GRPOConfig(VLLMConfig, TrainingConfig):
     """Ratios above 1 + epsilon_high are clipped (cispo: above epsilon_high itself). None = epsilon."""
     delta: float | None = None
     """Upper bound of the ratio where the advantage is negative (two-sided clipping). None = not."""
-    importance_sampling_level: Literal["token", "sequence"] = "token"
+    importance_sampling_level: Level = "token"
     """One ratio a token, or one a completion (GSPO)."""
     sapo_temperature_neg: float = 1.05
     """SAPO's temperature where the advantage is not positive."""
@@ -176,9 +177,7 @@ class GRPOConfig(VLLMConfig, TrainingConfig):
     """Correct for the sampler's log-probabilities. None = with vLLM, if vllm_importance_sampling_correction."""
     vllm_importance_sampling_correction: bool = True
     """Correct for the difference between vLLM's log-probabilities and the trainer's."""
-    vllm_importance_sampling_mode: Literal[
-        "sequence_mask", "sequence_truncate", "token_mask", "token_truncate"
-    ] = "sequence_mask"
+    vllm_importance_sampling_mode: Correction = "sequence_mask"
     """One ratio a completion or a token; out of bounds it is masked to 0 or truncated."""
     vllm_importance_sampling_clip_max: float | None = 3.0
     """Upper bound of that ratio."""
@@ -206,9 +205,8 @@ class GRPOConfig(VLLMConfig, TrainingConfig):
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
         if not 0 < self.top_p <= 1 or not 0 <= (self.min_p or 0) <= 1:
             raise ValueError(f"top_p and min_p are probabilities, got {self.top_p} and {self.min_p}")
-        if not 0 < self.top_entropy_quantile <= 1:
-            raise ValueError(f"top_entropy_quantile must be in (0, 1], got {self.top_entropy_quantile}")
         self.check_server()
+        self.loss_options()
         self._check_batches()
         self._check_correction()
 
@@ -253,20 +251,6 @@ class GRPOConfig(VLLMConfig, TrainingConfig):
 
     def _check_correction(self) -> None:
         mode = self.vllm_importance_sampling_mode
-        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
-        if low is not None and high is not None and low >= high:
-            raise ValueError(
-                f"vllm_importance_sampling_clip_min={low} must be less than vllm_importance_sampling_clip_max={high}"
-            )
-        if (
-            self.vllm_importance_sampling_correction
-            and mode.endswith("truncate")
-            and low is None
-            and high is None
-        ):
-            raise ValueError(
-                f"vllm_importance_sampling_mode={mode!r} needs vllm_importance_sampling_clip_max or _clip_min"
-            )
         if self.loss_type == "vespo" and self.corrects_sampler and mode.startswith("sequence"):
             raise ValueError(
                 f"loss_type='vespo' needs vllm_importance_sampling_mode 'token_truncate' or 'token_mask', got {mode!r}"
@@ -290,6 +274,12 @@ class GRPOConfig(VLLMConfig, TrainingConfig):
             }
             given["generation_kwargs"] = {**chosen, **(given.get("generation_kwargs") or {})}
         return given
+
+    def loss_options(self) -> GRPOLossOptions:
+        """The static options of grpo_loss."""
+        names = [field.name for field in dataclasses.fields(GRPOLossOptions)]
+        values = {name: getattr(self, name) for name in names}
+        return GRPOLossOptions(**values | {"vllm_importance_sampling_correction": self.corrects_sampler})
 
     def on_devices(self, devices: int) -> "GRPOConfig":
         """The same run with micro-batches that are those of all devices together."""

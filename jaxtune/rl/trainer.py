@@ -30,7 +30,7 @@ from jaxtune.rl.config import GRPOConfig
 from jaxtune.rl.data import Plan, Prompts, make_plan, prepare_prompts
 from jaxtune.rl.experience import Collator, Experience, blank_rows
 from jaxtune.rl.groups import GroupCollator
-from jaxtune.rl.losses.grpo import GRPOLossOptions, adapted_entropy_coef
+from jaxtune.rl.losses.grpo import adapted_entropy_coef
 from jaxtune.rl.reference import reference_leaves
 from jaxtune.rl.reward_runner import RewardRunner
 from jaxtune.rl.rollout import Rollout, RolloutFunc
@@ -125,7 +125,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         rows = None if self._prompts is None else self._prompts.rows
         super().__init__(model, args, rows, eval_dataset, processing_class, callbacks)
         self.reward_funcs, self.reward_func_names = rewards.functions, rewards.names
-        self._loss = _loss_options(args)
+        self._loss = args.loss_options()
         self._reference = reference_leaves(model) if args.beta != 0 else None
         self._collector = self._make_collector(rewards)
         self._completions = self._make_log(rewards.names)
@@ -458,12 +458,6 @@ class GRPOBatches:
 
     def step(self, number: int) -> dict[str, np.ndarray]:
         return self.make(number)
-
-
-def _loss_options(args: GRPOConfig) -> GRPOLossOptions:
-    names = {field.name for field in dataclasses.fields(GRPOLossOptions)}
-    values = {name: getattr(args, name) for name in names}
-    return GRPOLossOptions(**values | {"vllm_importance_sampling_correction": args.corrects_sampler})
 
 
 def _refuse(**arguments: Any) -> None:
