@@ -11,7 +11,7 @@ import numpy as np
 from jaxtune.models.names import Leaves
 from jaxtune.rl.advantages import ZERO_STD, Advantages, compute_advantages
 from jaxtune.rl.config import GRPOConfig
-from jaxtune.rl.data import Plan, Prompts, is_conversational
+from jaxtune.rl.data import NO_PROMPT, Plan, Prompts, is_conversational
 from jaxtune.rl.experience import Collator, Experience, Sample
 from jaxtune.rl.groups import GroupCollator
 from jaxtune.rl.losses.grpo import sampling_metrics
@@ -121,25 +121,29 @@ class Collector:
             self.synced = step
         rows = [prompts.rows[int(i)] for i in numbers for _ in range(group)]
         request = Request(
-            prompts=[row["prompt"] for row in rows],
+            prompts=[row.get("prompt", NO_PROMPT) for row in rows],
             prompt_ids=None
             if prompts.ids is None
             else [prompts.ids[int(i)] for i in numbers for _ in range(group)],
             group=group,
             seed=seed,
             max_new_tokens=self.args.max_completion_length,
+            rows=rows,
         )
         made = self.rollout.generate(request)
         _check(made)
+        prompts_made = made.prompts or request.prompts
         for i, row in enumerate(rows):
             row |= {name: values[i] for name, values in made.extra.items()}
         completions = self._decoded(made, request)
         columns = {name: [row.get(name) for row in rows] for name in rows[0]}
-        rewards = self.rewards(request.prompts, completions, made.completion_ids, columns, self.state())
+        if made.environments is not None:
+            columns["environments"] = made.environments
+        rewards = self.rewards(prompts_made, completions, made.completion_ids, columns, self.state())
         samples = [
             Sample(
                 row=row,
-                prompt=row["prompt"],
+                prompt=prompts_made[i],
                 completion=completions[i],
                 prompt_ids=made.prompt_ids[i],
                 completion_ids=made.completion_ids[i],

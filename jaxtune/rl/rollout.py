@@ -22,7 +22,7 @@ class Request:
     """Completions that are wanted.
 
     prompts: each `group` times, the same ones together. prompt_ids: their tokens, None where a Rollout makes them.
-    seed: decides every random number. max_new_tokens: of a completion.
+    seed: decides every random number. max_new_tokens: of a completion. rows: of the dataset, one for each prompt.
     """
 
     prompts: list[Prompt]
@@ -30,6 +30,7 @@ class Request:
     group: int
     seed: int
     max_new_tokens: int
+    rows: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Completions:
     prompt_ids: tokens before the completion. completion_ids: with the token that ended it, without padding.
     logprobs: of each token, what the sampler gave it before top-k, top-p and min-p (NaN: not known); None: not given.
     tool_mask: 1 where the model wrote the token; None: everywhere. extra: further columns for the reward functions.
-    messages: of each completion, where it is more than one of the assistant. metrics: to log.
+    messages: of each completion, where it is more than one of the assistant. metrics: to log. prompts: where they are
+    others than those of the request. environments: that each completion was made in, for the reward functions.
     """
 
     prompt_ids: list[list[int]]
@@ -49,6 +51,8 @@ class Completions:
     extra: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
     messages: list[list[dict[str, Any]]] | None = None
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    prompts: list[Prompt] | None = None
+    environments: list[Any] | None = None
 
 
 class Rollout(Protocol):

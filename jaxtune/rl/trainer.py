@@ -28,6 +28,7 @@ from jaxtune.rl.collect import Collector, Policy
 from jaxtune.rl.completions import CompletionLog
 from jaxtune.rl.config import GRPOConfig
 from jaxtune.rl.data import Plan, Prompts, make_plan, prepare_prompts
+from jaxtune.rl.environments import with_environments
 from jaxtune.rl.experience import Collator, Experience, blank_rows
 from jaxtune.rl.groups import GroupCollator
 from jaxtune.rl.losses.grpo import adapted_entropy_coef
@@ -69,6 +70,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         rollout_func: `f(prompts, trainer) -> {"prompt_ids", "completion_ids", "logprobs", …}` in place of the engine;
             see rollout.FunctionRollout.
         tools: functions that the model may call, see tools.ToolRollout; prompts are then messages.
+        environment_factory: makes an environment, or a dict of such functions, see environments.
         rollout: a `Rollout` of your own.
 
     With beta, the reference is the model as it is when the trainer is made: without its adapter where that is new.
@@ -99,22 +101,27 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             reward_processing_classes=reward_processing_classes,
             optimizers=optimizers,
             peft_config=peft_config,
-            environment_factory=environment_factory,
         )
         model = checked_model(model, "GRPOTrainer", several_hosts=False)
         args = _checked_args(args).on_devices(model.layout.size)
         processing_class = processing_class or tokenizer or model.tokenizer
-        rewards = RewardRunner(reward_funcs or (), Path(args.output_dir) / "completions", args.reward_timeout)
         self.rollout = rollout or make_rollout(model, args, rollout_func, self)
-        tools = list(tools or ())
-        if tools:
-            self.rollout = with_tools(self.rollout, processing_class, tools, args, model.max_seq_length)
+        tools, own = list(tools or ()), []
+        around = (self.rollout, processing_class, tools, args, model.max_seq_length)
+        if environment_factory is not None:
+            self.rollout = environments = with_environments(*around, environment_factory)
+            train_dataset, own = environments.dataset(train_dataset, args), environments.reward_functions()
+        elif tools:
+            self.rollout = with_tools(*around)
+        folder = Path(args.output_dir) / "completions"
+        rewards = RewardRunner(reward_funcs or (), folder, args.reward_timeout, own=own)
         if eval_dataset is None and (args.eval_strategy != "no" or args.eval_on_start):
             raise ValueError(f"eval_strategy={args.eval_strategy!r} needs an eval_dataset; got None")
 
         def prepare(data: Any) -> Prompts:
             tokenise, limit = not self.rollout.makes_prompt_ids, model.max_seq_length
-            return prepare_prompts(data, processing_class, args, limit=limit, tokenise=tokenise, tools=tools)
+            needs = {"tokenise": tokenise, "needs_prompt": environment_factory is None}
+            return prepare_prompts(data, processing_class, args, limit=limit, tools=tools, **needs)
 
         self._prepare = prepare
         self._prompts: Any = None if train_dataset is None else prepare(train_dataset)
@@ -141,12 +148,6 @@ class GRPOTrainer(Trainer[GRPOConfig]):
 
     def _make_collector(self, rewards: RewardRunner) -> Collector:
         args, tokenizer, model = self.args, self.processing_class, self.model
-        weights = args.reward_weights or (1.0,) * len(rewards.names)
-        if len(weights) != len(rewards.names):
-            raise ValueError(
-                f"reward_weights has {len(weights)} numbers for {len(rewards.names)} reward functions "
-                f"({', '.join(rewards.names)})"
-            )
         pad = tokenizer.pad_token_id or 0
         longest = max(
             (data.longest() for data in (self._prompts, *self._eval_prompts.values()) if data), default=0
@@ -164,7 +165,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             tokenizer=tokenizer,
             rollout=self.rollout,
             rewards=rewards,
-            weights=np.asarray(weights, np.float32),
+            weights=rewards.weights(args.reward_weights),
             end_ids=frozenset(ends),
             collator=groups if args.shared_prefix else collator,
             eval_collator=collator,
@@ -465,7 +466,6 @@ def _refuse(**arguments: Any) -> None:
         "reward_processing_classes": "put a reward model behind a function",
         "optimizers": "set optim, learning_rate and lr_scheduler_type in GRPOConfig",
         "peft_config": "call FastLanguageModel.get_peft_model(model, …) first",
-        "environment_factory": "write the turns in a rollout_func, with env_mask for what the model did not write",
     }
     for name, value in arguments.items():
         if value is not None and value != (None, None):

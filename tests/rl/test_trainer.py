@@ -188,10 +188,6 @@ def test_evaluation(base, tmp_path):
 
 def test_arguments_that_are_not_there(base, tmp_path):
     model = FastLanguageModel.get_peft_model(base, r=4)
-    with pytest.raises(
-        ValueError, match="environment_factory is not supported; write the turns in a rollout_func"
-    ):
-        GRPOTrainer(model, odd, GRPOConfig(str(tmp_path)), ROWS, environment_factory=dict)
     with pytest.raises(ValueError, match="give tools or rollout_func, not both"):
         GRPOTrainer(model, odd, GRPOConfig(str(tmp_path)), ROWS, rollout_func=rollout, tools=[len])
     with pytest.raises(ValueError, match="one generation takes 8"):
