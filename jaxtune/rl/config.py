@@ -35,7 +35,7 @@ SAMPLING_IGNORED = {
     "n",
 }
 _POSITIVE = """num_generations_eval max_completion_length generation_batch_size steps_per_generation num_iterations
-    max_prompt_length num_completions_to_print max_tool_calling_iterations""".split()
+    max_prompt_length num_completions_to_print max_tool_calling_iterations ref_model_sync_steps""".split()
 _NOT_NEGATIVE = """top_k epsilon epsilon_high delta beta entropy_target entropy_coef_delta max_resample_rounds
     reward_timeout off_policy_mask_threshold""".split()
 
@@ -48,17 +48,13 @@ class GRPOConfig(VLLMConfig, TrainingConfig):
     FOREIGN: ClassVar[ForeignNames] = FOREIGN.extended(
         ignored="""activation_checkpointing activation_checkpointing_kwargs cache_implementation
             cast_lm_head_to_fp32 dataloader_drop_last dataloader_num_workers dataset_num_proc
-            ds3_gather_for_generation group_by_length log_multimodal ref_model_mixup_alpha ref_model_sync_steps
-            train_sampling_strategy transformers_continuous_batching_config unsloth_grpo_mini_batch
+            ds3_gather_for_generation group_by_length log_multimodal train_sampling_strategy
+            transformers_continuous_batching_config unsloth_grpo_mini_batch
             unsloth_logit_chunk_multiplier unsloth_num_chunks use_transformers_continuous_batching
             use_transformers_paged vllm_enable_sleep_mode vllm_group_port vllm_model_impl""",
         refused={
             "log_completions_hub_repo": (None, "upload the folder output_dir/completions"),
             "neftune_noise_alpha": (None, "leave it out"),
-            "sync_ref_model": (
-                False,
-                "the reference is the model without its adapter, or as it was at the start",
-            ),
             "vllm_structured_outputs_regex": (None, "leave it out"),
         },
     )
@@ -133,6 +129,12 @@ class GRPOConfig(VLLMConfig, TrainingConfig):
     """How token losses are made and averaged; see jaxtune.rl.losses.grpo."""
     beta: float = 0.0
     """Weight of the KL divergence from the reference; 0 = no reference."""
+    sync_ref_model: bool = False
+    """Move the reference towards the model as training goes on (arXiv 2404.09656); full fine-tuning only, as in TRL."""
+    ref_model_mixup_alpha: float = 0.6
+    """How far: reference = α * model + (1 - α) * reference."""
+    ref_model_sync_steps: int = 512
+    """How often, in optimizer steps."""
     epsilon: float = 0.2
     """Ratios below 1 - epsilon are clipped."""
     epsilon_high: float | None = None
@@ -205,6 +207,10 @@ class GRPOConfig(VLLMConfig, TrainingConfig):
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
         if not 0 < self.top_p <= 1 or not 0 <= (self.min_p or 0) <= 1:
             raise ValueError(f"top_p and min_p are probabilities, got {self.top_p} and {self.min_p}")
+        if not 0 <= self.ref_model_mixup_alpha <= 1:
+            raise ValueError(f"ref_model_mixup_alpha must be in [0, 1], got {self.ref_model_mixup_alpha}")
+        if self.sync_ref_model and self.beta == 0:
+            raise ValueError("sync_ref_model=True needs a reference, and there is none with beta=0")
         self.check_server()
         self.loss_options()
         self._check_batches()

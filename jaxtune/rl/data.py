@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import datasets
@@ -122,6 +122,21 @@ def make_plan(args: GRPOConfig, num_prompts: int) -> Plan:
         shuffle=args.shuffle_dataset,
         whole_groups=args.shared_prefix,
     )
+
+
+@dataclasses.dataclass
+class GRPOBatches:
+    """The batches of a plan; making one may make completions."""
+
+    plan: Plan
+    make: Callable[[int], dict[str, np.ndarray]]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.plan.steps_per_epoch
+
+    def step(self, number: int) -> dict[str, np.ndarray]:
+        return self.make(number)
 
 
 @dataclasses.dataclass(frozen=True)

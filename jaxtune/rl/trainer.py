@@ -23,16 +23,17 @@ import optax
 from jaxtune.checkpoint import leaves_checksum
 from jaxtune.metrics import Record, mean
 from jaxtune.model import Model
+from jaxtune.models.names import Leaves
 from jaxtune.models.remat import Remat
 from jaxtune.rl.collect import Collector, Policy
 from jaxtune.rl.completions import CompletionLog
 from jaxtune.rl.config import GRPOConfig
-from jaxtune.rl.data import Plan, Prompts, make_plan, prepare_prompts
+from jaxtune.rl.data import GRPOBatches, Plan, Prompts, make_plan, prepare_prompts
 from jaxtune.rl.environments import with_environments
 from jaxtune.rl.experience import Collator, Experience, blank_rows
 from jaxtune.rl.groups import GroupCollator
 from jaxtune.rl.losses.grpo import adapted_entropy_coef
-from jaxtune.rl.reference import reference_leaves
+from jaxtune.rl.reference import load_reference, mixed, reference_leaves, save_reference
 from jaxtune.rl.reward_runner import RewardRunner
 from jaxtune.rl.rollout import Rollout, RolloutFunc
 from jaxtune.rl.sources import make_rollout
@@ -43,6 +44,7 @@ from jaxtune.training_loop import Run, Trainer, TrainOutput, checked_model
 
 EXPERIENCE_FILE = "experience.npz"
 ENTROPY_FILE = "entropy_control.json"
+REFERENCE_FILE = "reference.safetensors"
 FIRST = ("reward", "reward_std", "loss", "kl", "completions/mean_length")  # in a record
 NOT_LOGGED = ("num_tokens", "entropy_sum", "entropy_count")
 
@@ -133,8 +135,13 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         super().__init__(model, args, rows, eval_dataset, processing_class, callbacks)
         self.reward_funcs, self.reward_func_names = rewards.functions, rewards.names
         self._loss = args.loss_options()
-        self._reference = reference_leaves(model) if args.beta != 0 else None
-        self._collector = self._make_collector(rewards)
+        reference = reference_leaves(model) if args.beta != 0 else None
+        self._reference_checksum = None if reference is None else leaves_checksum(reference)
+        if args.sync_ref_model and model.lora is not None:
+            raise ValueError(
+                "sync_ref_model=True needs full_finetuning=True: a reference of adapters is no mixture of models"
+            )
+        self._collector = self._make_collector(rewards, reference)
         self._completions = self._make_log(rewards.names)
         self._held: dict[int, Experience] = {}
         self._entropy = EntropyControl(args.entropy_coef)
@@ -146,7 +153,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         folder = Path(args.output_dir) / "completions"
         return CompletionLog(folder, names, args.num_completions_to_print, args.log_unique_prompts)
 
-    def _make_collector(self, rewards: RewardRunner) -> Collector:
+    def _make_collector(self, rewards: RewardRunner, reference: Leaves | None) -> Collector:
         args, tokenizer, model = self.args, self.processing_class, self.model
         pad = tokenizer.pad_token_id or 0
         longest = max(
@@ -169,7 +176,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             end_ids=frozenset(ends),
             collator=groups if args.shared_prefix else collator,
             eval_collator=collator,
-            policy=Policy(model, make_score(model, args.temperature, layout=model.layout), self._reference),
+            policy=Policy(model, make_score(model, args.temperature, layout=model.layout), reference),
             loss=self._loss,
             state=lambda: self.state,
         )
@@ -224,7 +231,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
 
     # -- batches ---------------------------------------------------------------------------------------------
 
-    def _make_batches(self) -> "GRPOBatches":
+    def _make_batches(self) -> GRPOBatches:
         self._held, self._entropy = {}, EntropyControl(self.args.entropy_coef)
         self._collector.synced = None
         return GRPOBatches(self._plan, self._step_batch)
@@ -269,7 +276,16 @@ class GRPOTrainer(Trainer[GRPOConfig]):
 
     def _prepares_ahead(self, n: int) -> bool:
         starts = any(micro.is_first for micro in self._plan.micros(n))
-        return not starts and not self.args.use_adaptive_entropy
+        return not (starts or self.args.use_adaptive_entropy or self._moves_reference(n))
+
+    def _moves_reference(self, done: int) -> bool:
+        return self.args.sync_ref_model and done % self.args.ref_model_sync_steps == 0
+
+    def _count(self, run: Run, n: int, metrics: Mapping[str, jax.Array]) -> None:
+        super()._count(run, n, metrics)
+        policy = self._collector.policy
+        if self._moves_reference(n + 1) and policy.reference is not None:
+            policy.reference = mixed(policy.reference, self.model.trainable, self.args.ref_model_mixup_alpha)
 
     def _batch(self, run: Run, n: int) -> dict[str, Any]:
         try:
@@ -372,8 +388,8 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             "data (digest)": self._prompts.digest(),
             "reward functions": self.reward_func_names,
         }
-        if self._reference is not None:
-            summary["reference (checksum of a sample)"] = leaves_checksum(self._reference)
+        if self._reference_checksum is not None:
+            summary["reference (checksum of a sample)"] = self._reference_checksum
         return summary
 
     def _write_state(self, folder: Path) -> None:
@@ -381,12 +397,17 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         if not following.is_first:
             self._held[following.generation].save(folder / EXPERIENCE_FILE)
         (folder / ENTROPY_FILE).write_text(json.dumps(dataclasses.asdict(self._entropy)), encoding="utf-8")
+        if self.args.sync_ref_model:
+            save_reference(folder / REFERENCE_FILE, self._collector.policy.reference)
 
     def _read_state(self, folder: Path) -> None:
         following = self._plan.micros(self.state.global_step)[0]
         if not following.is_first:
             self._held = {following.generation: Experience.load(folder / EXPERIENCE_FILE)}
         self._entropy = EntropyControl(**json.loads((folder / ENTROPY_FILE).read_text(encoding="utf-8")))
+        if self.args.sync_ref_model:
+            policy = self._collector.policy
+            policy.reference = load_reference(folder / REFERENCE_FILE, policy.reference)
 
     # -- evaluation ------------------------------------------------------------------------------------------
 
@@ -444,21 +465,6 @@ class GRPOTrainer(Trainer[GRPOConfig]):
     @cached_property
     def _eval_step(self) -> Callable[..., dict[str, jax.Array]]:
         return make_grpo_eval(self.model, self._loss, temperature=self.args.temperature)
-
-
-@dataclasses.dataclass
-class GRPOBatches:
-    """The batches of a plan; making one may make completions."""
-
-    plan: Plan
-    make: Callable[[int], dict[str, np.ndarray]]
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.plan.steps_per_epoch
-
-    def step(self, number: int) -> dict[str, np.ndarray]:
-        return self.make(number)
 
 
 def _refuse(**arguments: Any) -> None:

@@ -190,6 +190,10 @@ def test_arguments_that_are_not_there(base, tmp_path):
     model = FastLanguageModel.get_peft_model(base, r=4)
     with pytest.raises(ValueError, match="give tools or rollout_func, not both"):
         GRPOTrainer(model, odd, GRPOConfig(str(tmp_path)), ROWS, rollout_func=rollout, tools=[len])
+    with pytest.raises(ValueError, match="sync_ref_model=True needs full_finetuning=True"):
+        make_trainer(base, tmp_path, sync_ref_model=True, beta=0.1)
+    with pytest.raises(ValueError, match="sync_ref_model=True needs a reference"):
+        make_trainer(base, tmp_path, sync_ref_model=True, beta=0.0)
     with pytest.raises(ValueError, match="one generation takes 8"):
         make_trainer(base, tmp_path, per_device_train_batch_size=16, steps_per_generation=1).train()
     with pytest.raises(ValueError, match="reward_weights has 2 numbers for 1"):
