@@ -49,7 +49,7 @@ class RewardRunner:
         own: functions of environments, behind the others.
 
     Raises:
-        TypeError: something that is no function, such as a reward model.
+        TypeError: something that is no function, such as a torch module.
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class RewardRunner:
         *,
         own: Sequence[RewardFunction] = (),
     ):
-        single = callable(functions) or isinstance(functions, str)
-        self.functions: list[RewardFunction] = [*([functions] if single else functions), *own]
-        self._given = len(self.functions) - len(own)
+        given = [functions] if callable(functions) else list(functions)
+        self.functions: list[RewardFunction] = [*given, *own]
+        self._given = len(given)
         if not self.functions:
             raise ValueError(
                 "reward_funcs is empty; expected at least one function, or an environment with get_reward"
@@ -71,7 +71,7 @@ class RewardRunner:
             if not callable(function) or hasattr(function, "state_dict"):
                 raise TypeError(
                     f"reward_funcs: expected functions (prompts, completions, **columns) -> list of numbers, got "
-                    f"{type(function).__name__} {function!r:.60}; put a reward model behind such a function"
+                    f"{type(function).__name__} {function!r:.60}; for a reward model give its name or a RewardModel"
                 )
         self.names = [_name(function) for function in self.functions]
         self._folder, self._timeout = Path(folder), timeout

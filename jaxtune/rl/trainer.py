@@ -34,6 +34,7 @@ from jaxtune.rl.experience import Collator, Experience, blank_rows
 from jaxtune.rl.groups import GroupCollator
 from jaxtune.rl.losses.grpo import adapted_entropy_coef
 from jaxtune.rl.reference import load_reference, mixed, reference_leaves, save_reference
+from jaxtune.rl.reward_model import with_models
 from jaxtune.rl.reward_runner import RewardRunner
 from jaxtune.rl.rollout import Rollout, RolloutFunc
 from jaxtune.rl.sources import make_rollout
@@ -63,7 +64,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
     Args:
         model: from FastLanguageModel.from_pretrained and, unless full_finetuning, get_peft_model.
         reward_funcs: a function or several, `f(prompts, completions, completion_ids, **columns) -> list`, plain or
-            async; see reward_runner.
+            async, see reward_runner; or the name of a reward model, see reward_model.
         args: GRPOConfig.
         train_dataset, eval_dataset: a `datasets.Dataset`, a list of rows, a file or a hub name, with a column "prompt"
             (text or messages); eval_dataset may be a dict of them. The other columns go to the reward functions.
@@ -116,7 +117,8 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         elif tools:
             self.rollout = with_tools(*around)
         folder = Path(args.output_dir) / "completions"
-        rewards = RewardRunner(reward_funcs or (), folder, args.reward_timeout, own=own)
+        functions = with_models(reward_funcs or (), args.chat_template_kwargs)
+        rewards = RewardRunner(functions, folder, args.reward_timeout, own=own)
         if eval_dataset is None and (args.eval_strategy != "no" or args.eval_on_start):
             raise ValueError(f"eval_strategy={args.eval_strategy!r} needs an eval_dataset; got None")
 
@@ -469,7 +471,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
 
 def _refuse(**arguments: Any) -> None:
     advice = {
-        "reward_processing_classes": "put a reward model behind a function",
+        "reward_processing_classes": "give reward_funcs=[RewardModel(name, tokenizer=…)]",
         "optimizers": "set optim, learning_rate and lr_scheduler_type in GRPOConfig",
         "peft_config": "call FastLanguageModel.get_peft_model(model, …) first",
     }

@@ -200,8 +200,8 @@ def test_arguments_that_are_not_there(base, tmp_path):
         make_trainer(base, tmp_path, reward_weights=(1, 2))
     with pytest.raises(ValueError, match="needs a column 'prompt'"):
         make_trainer(base, tmp_path, rows=[{"text": "a"}])
-    with pytest.raises(TypeError, match="put a reward model behind"):
-        make_trainer(base, tmp_path, "org/reward-model")
+    with pytest.raises(FileNotFoundError, match="no/reward-model does not exist"):
+        make_trainer(base, tmp_path, "./no/reward-model")
 
 
 def test_the_engine_samples_from_the_policy_of_its_step(base, tmp_path, capsys):
