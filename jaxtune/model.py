@@ -25,6 +25,7 @@ from jaxtune.export.adapter import save_adapter
 from jaxtune.export.merged import save_merged
 from jaxtune.export.save_gguf import save_gguf, save_lora_gguf
 from jaxtune.generate import Engine, Generations, LoRARequest, Sampling, SamplingParams, fast_generate
+from jaxtune.generate.prompts import is_written, read_prompts
 from jaxtune.generate.requests import RequestOutput
 from jaxtune.generate.results import Updates
 from jaxtune.lora import LoraConfig
@@ -170,6 +171,7 @@ class Model:
         input_ids=None,
         attention_mask=None,
         *,
+        images: Any = None,
         max_new_tokens: int | None = None,
         max_length: int | None = None,
         eos_token_id: int | Sequence[int] | None = None,
@@ -184,8 +186,10 @@ class Model:
         """Continues prompts, as transformers' `generate`.
 
         Args:
-          input_ids: int [B, P] (numpy, JAX, torch or lists), padded on the left; or a string, or a list of strings.
+          input_ids: int [B, P] (numpy, JAX, torch or lists), padded on the left; or a text or a chat, or a list of
+            them; see `generate.prompts.read_prompts`.
           attention_mask: int [B, P]; without it everything but padding in front counts.
+          images: of texts and chats, the images of each; of a single one also an image.
           max_new_tokens: most tokens to generate, 128 unless max_length (prompt included) says otherwise.
           eos_token_id: what ends a row; by default the generation config's and the tokenizer's.
           streamer: gets the prompt, then each token, then end(): a TextStreamer. One prompt only.
@@ -206,6 +210,14 @@ class Model:
             } | sampling
         processed = self._taken_out(sampling)
         pad = self._pad_id() if pad_token_id is None else pad_token_id
+        rows = None
+        if is_written(input_ids):
+            written, rows = read_prompts(self, input_ids, images)
+            input_ids, attention_mask = _left_padded(written, pad)
+        elif images is not None:
+            raise ValueError(
+                "images go with texts and chats; with token ids give what the processor made of them"
+            )
         ids, mask = self._prompts(input_ids, attention_mask, pad)
         if max_new_tokens is None:
             max_new_tokens = 128 if max_length is None else max_length - ids.shape[1]
@@ -214,7 +226,8 @@ class Model:
         if empty.size:
             raise ValueError(f"prompt {int(empty[0])} is empty: its attention_mask has no 1")
         texts = [row[kept != 0] for row, kept in zip(ids, mask, strict=True)]
-        rows = self._image_rows(processed, texts) if processed else None
+        if processed:
+            rows = self._image_rows(processed, texts)
         if streamer is not None:
             if num_return_sequences > 1:
                 raise ValueError(
@@ -267,14 +280,6 @@ class Model:
                 input_ids["input_ids"],
                 input_ids.get("attention_mask", attention_mask),
             )
-        if isinstance(input_ids, str) or (
-            isinstance(input_ids, (list, tuple)) and isinstance(input_ids[0], str)
-        ):
-            texts = [input_ids] if isinstance(input_ids, str) else list(input_ids)
-            rows = [self.tokenizer(text)["input_ids"] for text in texts]
-            width = max(map(len, rows))
-            input_ids = np.array([[pad] * (width - len(row)) + row for row in rows])
-            attention_mask = np.array([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         ids = np.atleast_2d(_numpy(input_ids)).astype(np.int32)
         if attention_mask is None:
             # padding in front only: a pad token inside or at the end of a prompt is a token
@@ -318,7 +323,7 @@ class Model:
 
     def fast_generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]],
         sampling_params: SamplingParams | None = None,
         lora_request: LoRARequest | None = None,
     ) -> list[RequestOutput]:
@@ -400,6 +405,13 @@ class Model:
 def _stream(streamer, new: Updates) -> None:
     for token in new[0][1]:
         streamer.put(np.array([token]))
+
+
+def _left_padded(rows: Sequence[list[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask, int [B, P]."""
+    width = max(map(len, rows))
+    ids = np.array([[pad] * (width - len(row)) + row for row in rows])
+    return ids, np.array([[0] * (width - len(row)) + [1] * len(row) for row in rows])
 
 
 def _padded(answers: Generations, pad: int) -> np.ndarray:

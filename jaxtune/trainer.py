@@ -30,7 +30,7 @@ from jaxtune.data import (
 from jaxtune.data.image_pool import default_workers
 from jaxtune.data.image_sources import vision_rows
 from jaxtune.data.prepare import attach_report, preparation_report
-from jaxtune.data.responses import text_tokenizer
+from jaxtune.data.responses import chat_tokenizer, text_tokenizer
 from jaxtune.metrics import Record
 from jaxtune.model import Model
 from jaxtune.models.remat import Remat
@@ -118,7 +118,7 @@ class SFTTrainer(Trainer[SFTConfig]):
 
         def prepare(data: Any, args: SFTConfig) -> Dataset:
             if collator is None:
-                return prepare_dataset(data, _with_template(processing_class), args, formatting_func)
+                return prepare_dataset(data, chat_tokenizer(processing_class), args, formatting_func)
             return _with_images(data, collator, args)
 
         train = None if train_dataset is None else prepare(train_dataset, args)
@@ -325,14 +325,6 @@ def _with_images(data: Any, collator: VisionDataCollator, args: SFTConfig) -> Da
 
 def _workers(collator: VisionDataCollator, args: SFTConfig) -> int | None:
     return (args.dataloader_num_workers or None) if collator.num_proc is None else collator.num_proc
-
-
-def _with_template(processing_class: Any) -> Any:
-    """The tokenizer for rows of text alone, with its processor's chat template where it has none."""
-    tokenizer = text_tokenizer(processing_class)
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = processing_class.chat_template
-    return tokenizer
 
 
 def _check_collator(collator: Any) -> None:

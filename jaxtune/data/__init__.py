@@ -10,6 +10,7 @@ VisionBatches
 from jaxtune.data.batches import Batches, buckets
 from jaxtune.data.columns import content_digest
 from jaxtune.data.image_batches import VisionBatches
+from jaxtune.data.image_pairs import prepare_image_pairs
 from jaxtune.data.image_rows import has_images
 from jaxtune.data.packing import pack
 from jaxtune.data.preferences import PAIR_COLUMNS, pair_rows, prepare_preferences

@@ -44,11 +44,13 @@ class VisionBatches:
         workers: int = 0,
         seed: int = 0,
         shuffle: bool = True,
+        together: int = 1,
+        numbers: Mapping[str, np.ndarray] | None = None,
     ):
         """
         Args:
             dataset, packed: columns input_ids, labels and documents, of `pack` if packed.
-            batch_size, accumulation, max_length, seed, shuffle: as of `Batches`.
+            batch_size, accumulation, max_length, seed, shuffle, together, numbers: as of `Batches`.
             workers: processes that work ahead; 0: images are processed when a step is asked for.
 
         Raises:
@@ -63,7 +65,10 @@ class VisionBatches:
             seed=seed,
             shuffle=shuffle,
             pad_token_id=collator.tokenizer.pad_token_id,
+            together=together,
+            numbers=numbers,
         )
+        self.batch_size, self.accumulation = batch_size, accumulation
         self._collator, self._workers, self._packed = collator, workers, packed
         self._family = collator.encoder.family
         self._documents = ragged_column(dataset, DOCUMENTS)

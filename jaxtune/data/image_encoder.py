@@ -21,7 +21,7 @@ from jaxtune.data.image_rows import Document, Messages
 from jaxtune.data.images import ImageError, open_image
 from jaxtune.data.resize import Resize
 from jaxtune.data.templates import has_marks, marked_variant
-from jaxtune.images import VisionFamily, check_row
+from jaxtune.images import Processed, VisionFamily, check_row
 
 PIXELS = "pixels"  # of a family's arrays, the one that is cast to the model's dtype
 Span = tuple[int, int]
@@ -106,9 +106,24 @@ class ImageEncoder:
                     )
             rope.append(self.family.rope_positions(ids, row))
             rows.append({} if row is None else row)
+        return ImageArrays(self.packed(rows, sizes), rope)
+
+    def packed(self, rows: Sequence[Processed], sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+        """The family's arrays of some rows' images, pixels in the model's dtype."""
         arrays = self.family.image_arrays(rows, sizes)
-        pixels = {PIXELS: arrays[PIXELS].astype(np.dtype(getattr(ml_dtypes, self.dtype, self.dtype)))}
-        return ImageArrays(arrays | pixels, rope)
+        dtype = np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
+        return arrays | {PIXELS: arrays[PIXELS].astype(dtype)}
+
+    def prompt(self, document: Document) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Tokens int32 [T] of a document, and what the processor gave of its images, {} where it has none.
+
+        Raises:
+            ImageError: as `encode`.
+        """
+        with _Naming(document):
+            ids, _, _, row = self._processed(document, self._pictures(document))
+            check_row(self.family, ids, row)
+        return ids, {} if row is None else row
 
     def processed(self, examples: Sequence[Document], **options: Any) -> Any:
         """The processor's own output for some documents; options as its call takes them."""

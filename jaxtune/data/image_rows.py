@@ -53,7 +53,7 @@ def has_images(row: Any) -> bool:
     talks = (
         [row]
         if isinstance(row, list)
-        else [row.get(name) for name in ("messages", "conversations", "prompt")]
+        else [row.get(name) for name in ("messages", "conversations", "prompt", "chosen")]
     )
     parts = (part for talk in talks if is_conversation(talk) for message in talk for part in _listed(message))
     return any(part.get("type") in ("image", "image_url") for part in parts)

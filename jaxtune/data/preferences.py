@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from jaxtune.data.columns import IGNORE, list_dataset, ragged_column
+from jaxtune.data.columns import DOCUMENTS, IGNORE, list_dataset, ragged_column
 from jaxtune.data.formats import is_conversation, json_tools
 from jaxtune.data.prepare import map_tokens, plain_rows
 from jaxtune.data.sources import Source, load_dataset
@@ -68,10 +68,10 @@ def pair_rows(dataset: datasets.Dataset, max_length: int | None = None) -> datas
     """Pairs as sequences: rows 2i and 2i + 1 are pair i's chosen and rejected one, cut to max_length on the right.
 
     Args:
-        dataset: columns prompt_ids, chosen_ids, rejected_ids.
+        dataset: columns prompt_ids, chosen_ids, rejected_ids, and documents where it has images: two numbers a pair.
 
     Returns:
-        2N rows of input_ids and labels (-100 on the prompt).
+        2N rows of input_ids and labels (-100 on the prompt), and documents, one number each.
     """
     prompts, *completions = (ragged_column(dataset, name) for name in PAIR_COLUMNS)
     ids, labels = [], []
@@ -82,8 +82,12 @@ def pair_rows(dataset: datasets.Dataset, max_length: int | None = None) -> datas
             ids.append(whole)
             labels.append(np.where(np.arange(len(whole)) < len(prompt), IGNORE, whole))
     lengths = np.asarray([len(row) for row in ids])
-    columns = {"input_ids": ids, "labels": labels}
-    return list_dataset({name: (np.concatenate(rows), lengths) for name, rows in columns.items()})
+    columns = {
+        name: (np.concatenate(rows), lengths) for name, rows in (("input_ids", ids), ("labels", labels))
+    }
+    if DOCUMENTS in dataset.column_names:
+        columns[DOCUMENTS] = ragged_column(dataset, DOCUMENTS).values, np.ones(len(ids), np.int64)
+    return list_dataset(columns)
 
 
 class PairEncoder:

@@ -206,6 +206,14 @@ def text_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
     return getattr(processing_class, "tokenizer", processing_class)
 
 
+def chat_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer for rows of text alone, with its processor's chat template where it has none."""
+    tokenizer = text_tokenizer(processing_class)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = processing_class.chat_template
+    return tokenizer
+
+
 def _pieces(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """`text` split into added tokens, tag-like words and single characters, none of which may be cut."""
     added: list[str] = [token.content for token in tokenizer.added_tokens_decoder.values()]

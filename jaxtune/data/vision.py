@@ -13,7 +13,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import datasets
 import numpy as np
@@ -28,7 +28,7 @@ from jaxtune.data.images import ImageError, default_cache, is_url, prefetch
 from jaxtune.data.prepare import PreparationReport, truncate_and_drop
 from jaxtune.data.resize import resize_policy
 from jaxtune.data.responses import Markers, ResponseMask, detect_markers
-from jaxtune.data.sources import Source
+from jaxtune.data.sources import Source as Rows
 from jaxtune.images import family
 
 logger = logging.getLogger(__name__)
@@ -53,6 +53,14 @@ class Known:
     length: int
     sizes: Mapping[str, int]
     digest: bytes
+
+
+class Source(NamedTuple):
+    """Rows by number, the folder of their relative paths, and how many of them are one to the user."""
+
+    rows: Any
+    folder: Path | None
+    together: int
 
 
 class VisionDataCollator:
@@ -143,9 +151,7 @@ class VisionDataCollator:
         )
         self._pool: ImagePool | None = None
         self._text_field = "text"
-        self._rows: list[
-            tuple[Any, int, Path | None]
-        ] = []  # of every document: rows, its number, folder of its paths
+        self._rows: list[tuple[Source, int]] = []  # of every document: where it is
         self._known: list[Known] = []
 
     # -- one batch, as notebooks look at it ------------------------------------------------------------------
@@ -170,13 +176,15 @@ class VisionDataCollator:
 
     def prepare(
         self,
-        dataset: Source | Sequence[Any],
+        dataset: Rows | Sequence[Any],
         *,
         max_length: int | None = None,
         workers: int | None = None,
         assistant_only_loss: bool = False,
         text_field: str = "text",
         progress: bool = True,
+        together: int = 1,
+        folder: Path | None = None,
     ) -> datasets.Dataset:
         """Opens every image, tokenises every row and decides which tokens are trained.
 
@@ -188,6 +196,9 @@ class VisionDataCollator:
             assistant_only_loss: as the collator's argument.
             text_field: column of plain texts.
             progress: show bars.
+            together: so many rows that follow each other are one to the user: messages give them one number, and one
+                that is too long takes the others with it.
+            folder: where a list of rows came from, if it was a file.
 
         Returns:
             int32 columns input_ids and labels, as of `prepare_dataset`, and documents: the number by which this
@@ -196,22 +207,23 @@ class VisionDataCollator:
         Raises:
             ValueError: rows that cannot be used; says how many and names the first.
         """
-        rows, folder = vision_rows(dataset)
-        self._text_field = text_field
+        rows, beside = vision_rows(dataset)
+        self._text_field, folder = text_field, folder or beside
         if assistant_only_loss and not self.encoder.assistant_only:
             self.close()
             self.encoder = dataclasses.replace(self.encoder, assistant_only=True)
         if workers is None:
             workers = 0 if len(rows) < _FEW else default_workers()
-        found = self._check(rows, folder, workers, progress)
+        source = Source(rows, folder, together)
+        found = self._check(source, workers, progress)
         lengths = np.asarray([len(one.ids) for one in found], np.int64)
         limit = (
             self.max_seq_length if max_length is None else min(max_length, self.max_seq_length or max_length)
         )
-        fits = self._fitting(lengths, limit)
+        fits = self._fitting(lengths, limit, together)
         kept = [one for one, fit in zip(found, fits, strict=True) if fit]
         first = len(self._rows)
-        self._rows += [(rows, number, folder) for number in np.flatnonzero(fits).tolist()]
+        self._rows += [(source, number) for number in np.flatnonzero(fits).tolist()]
         self._known += [Known(len(one.ids), one.sizes, one.digest) for one in kept]
         columns = {
             "input_ids": (np.concatenate([one.ids for one in kept]), lengths[fits]),
@@ -225,8 +237,13 @@ class VisionDataCollator:
 
     def document(self, number: int) -> Document:
         """A row by the number that the column documents has for it."""
-        rows, row, folder = self._rows[number]
-        return self._read(rows[row], row, folder)
+        source, row = self._rows[number]
+        return self._read(source.rows[row], row // source.together, source.folder)
+
+    def row(self, number: int) -> Any:
+        """A row as it came, its images not decoded, by the same number."""
+        source, row = self._rows[number]
+        return source.rows[row]
 
     def known(self, number: int) -> Known:
         """What was found of a row when its images were checked."""
@@ -271,8 +288,9 @@ class VisionDataCollator:
             keep &= self._answers(one.ids)
         return np.where(keep, one.ids, IGNORE).astype(np.int32)
 
-    def _check(self, rows: Any, folder: Path | None, workers: int, progress: bool) -> list[EncodedDocument]:
+    def _check(self, source: Source, workers: int, progress: bool) -> list[EncodedDocument]:
         """Every row encoded; raises an error of all that cannot be."""
+        rows = source.rows
         found: list[EncodedDocument | ImageError] = []
         waiting: deque = deque()
         pool = self.pool(workers)
@@ -285,7 +303,7 @@ class VisionDataCollator:
                 found.extend(results)
                 bar.update(len(results))
 
-            for documents in self._chunks(rows, folder, progress):
+            for documents in self._chunks(source, progress):
                 waiting.append(pool.encode(documents))
                 if len(waiting) > 2 * workers:
                     take()
@@ -299,15 +317,14 @@ class VisionDataCollator:
             raise ImageError(f"{len(errors)} of {len(rows)} rows cannot be used:\n{said}{more}")
         return [one for one in found if isinstance(one, EncodedDocument)]
 
-    def _chunks(
-        self, rows: Any, folder: Path | None, progress: bool
-    ) -> Iterator[list[Document | ImageError]]:
+    def _chunks(self, source: Source, progress: bool) -> Iterator[list[Document | ImageError]]:
         """Documents, a few at a time, what they need from the net downloaded; errors of rows that are none."""
+        rows = source.rows
         for numbers in itertools.batched(range(len(rows)), _CHUNK):
             documents: list[Document | ImageError] = []
             for number in numbers:
                 try:
-                    documents.append(self._read(rows[number], number, folder))
+                    documents.append(self._read(rows[number], number // source.together, source.folder))
                 except ImageError as error:
                     documents.append(error)
             read = (document for document in documents if isinstance(document, Document))
@@ -316,11 +333,12 @@ class VisionDataCollator:
                 prefetch(urls, self.encoder.cache, progress=progress)
             yield documents
 
-    def _fitting(self, lengths: np.ndarray, limit: int | None) -> np.ndarray:
+    def _fitting(self, lengths: np.ndarray, limit: int | None, together: int) -> np.ndarray:
         """bool [rows]: what is not too long; tells or refuses the rest."""
+        every, lengths = lengths, lengths.reshape(-1, together).max(1)
         fits = np.ones(len(lengths), bool) if limit is None else lengths <= limit
         if fits.all():
-            return fits
+            return np.ones(len(every), bool)
         longer = np.flatnonzero(~fits).tolist()
         named = ", ".join(f"row {row} ({lengths[row]} tokens)" for row in longer[:_SHOWN])
         more = f" and {len(longer) - _SHOWN} more" if len(longer) > _SHOWN else ""
@@ -329,7 +347,7 @@ class VisionDataCollator:
         if self.too_long == "raise" or not fits.any():
             raise ValueError(f"{said}; {advice}, or leave them out with too_long='drop'")
         logger.warning("%s; they are dropped: %s", said, advice)
-        return fits
+        return fits.repeat(together)
 
     def _explain(self, dataset: datasets.Dataset) -> str:
         ids = dataset[0]["input_ids"]

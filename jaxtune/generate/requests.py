@@ -1,7 +1,7 @@
 """`model.fast_generate` with vLLM's names, as Unsloth's notebooks call it; the engine behind it is jaxtune's."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxtune.generate.engine import Engine
+from jaxtune.generate.prompts import beside, read_prompts
 from jaxtune.generate.results import Generation
 from jaxtune.generate.sampling import Sampling
 from jaxtune.lora import adapter_leaves, read_adapter
@@ -74,7 +75,7 @@ class LoRARequest:
 
 def fast_generate(
     model: Any,
-    prompts: str | Sequence[str],
+    prompts: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]],
     sampling_params: SamplingParams | None = None,
     lora_request: LoRARequest | None = None,
 ) -> list[RequestOutput]:
@@ -82,23 +83,27 @@ def fast_generate(
 
     Args:
         model: a `jaxtune.model.Model`.
+        prompts: texts; with images {"prompt": text, "multi_modal_data": {"image": an image or a list}}.
         sampling_params: how; vLLM's defaults.
         lora_request: from model.load_lora. None: the model without its adapter, as in vLLM.
     """
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    given = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
+    texts, pictures = beside(given)
+    ids, rows = read_prompts(model, texts, pictures)
     params = sampling_params or SamplingParams()
     stop = [params.stop] if isinstance(params.stop, str) else list(params.stop or ())
     with Engine(_with_adapter(model, lora_request)) as engine:
         made = engine.generate(
-            texts,
+            ids,
+            images=rows,
             n=params.n,
             sampling=params.sampling(),
             max_new_tokens=params.max_tokens,
             seed=params.seed or 0,
             stop_strings=stop,
         )
-    rows = [_output(model.tokenizer, one) for one in made]
-    return [RequestOutput(text, rows[i * params.n : (i + 1) * params.n]) for i, text in enumerate(texts)]
+    answers = [_output(model.tokenizer, one) for one in made]
+    return [RequestOutput(text, answers[i * params.n : (i + 1) * params.n]) for i, text in enumerate(texts)]
 
 
 def _output(tokenizer: Any, made: Generation) -> CompletionOutput:

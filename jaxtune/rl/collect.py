@@ -8,12 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxtune.images import check_row
 from jaxtune.models.names import Leaves
 from jaxtune.rl.advantages import ZERO_STD, Advantages, compute_advantages
 from jaxtune.rl.config import GRPOConfig
 from jaxtune.rl.data import NO_PROMPT, Plan, Prompts, is_conversational
-from jaxtune.rl.experience import Collator, Experience, Sample
-from jaxtune.rl.groups import GroupCollator
+from jaxtune.rl.experience import Experience, Sample
+from jaxtune.rl.images import Collators
 from jaxtune.rl.losses.grpo import sampling_metrics
 from jaxtune.rl.losses.options import GRPOLossOptions
 from jaxtune.rl.reference import without_adapter
@@ -67,8 +68,8 @@ class Collector:
     rewards: RewardRunner
     weights: np.ndarray
     end_ids: frozenset[int]
-    collator: Collator | GroupCollator
-    eval_collator: Collator
+    collator: Collators
+    eval_collator: Collators
     policy: Policy
     loss: GRPOLossOptions
     state: Callable[[], Any]
@@ -119,19 +120,24 @@ class Collector:
         if self.synced != step:
             self.rollout.sync(step)
             self.synced = step
-        rows = [prompts.rows[int(i)] for i in numbers for _ in range(group)]
+        each = [int(i) for i in numbers for _ in range(group)]
+        distinct = {i: prompts.rows[i] for i in dict.fromkeys(each)}
+        rows = [dict(distinct[i]) for i in each]
+        documents = None if prompts.documents is None else [prompts.documents[i] for i in each]
+        seen = prompts.looked(each)
         request = Request(
-            prompts=[row.get("prompt", NO_PROMPT) for row in rows],
-            prompt_ids=None
-            if prompts.ids is None
-            else [prompts.ids[int(i)] for i in numbers for _ in range(group)],
+            prompts=[row.get("prompt", NO_PROMPT) for row in rows]
+            if seen is None
+            else [one.prompt for one in seen],
+            prompt_ids=None if prompts.ids is None else [prompts.ids[i] for i in each],
             group=group,
             seed=seed,
             max_new_tokens=self.args.max_completion_length,
+            images=None if seen is None else [one.row for one in seen],
             rows=rows,
         )
         made = self.rollout.generate(request)
-        _check(made)
+        _check(made, prompts, request)
         prompts_made = made.prompts or request.prompts
         for i, row in enumerate(rows):
             row |= {name: values[i] for name, values in made.extra.items()}
@@ -152,6 +158,7 @@ class Collector:
                 ended=bool(made.completion_ids[i]) and made.completion_ids[i][-1] in self.end_ids,
                 rewards=rewards.values[i],
                 extra={column: values[i] for column, values in rewards.extra.items()},
+                document=None if documents is None else documents[i],
             )
             for i, row in enumerate(rows)
         ]
@@ -212,9 +219,7 @@ class Collector:
         std = np.asarray(found.std)[::group]
         return np.flatnonzero(~(std > ZERO_STD)).tolist()
 
-    def _scored(
-        self, samples: list[Sample], height: int, collator: Collator | GroupCollator
-    ) -> tuple[Experience, Metrics]:
+    def _scored(self, samples: list[Sample], height: int, collator: Collators) -> tuple[Experience, Metrics]:
         """Experience in the order of the samples, with the log-probabilities that its training needs."""
         args = self.args
         masks = [
@@ -227,6 +232,9 @@ class Collector:
             advantages=np.asarray([s.advantage for s in samples], np.float32),
             num_items=float(sum(mask.sum() for mask in masks)),
             per_token={"mask": masks},
+            documents=None
+            if samples[0].document is None
+            else np.asarray([s.document for s in samples], np.int64),
         )
         metrics: Metrics = {}
         if args.needs_old_log_probs:
@@ -242,7 +250,7 @@ class Collector:
         ):
             experience.per_token["sampling_log_probs"] = _sampler_log_probs(samples)
         if args.corrects_sampler:
-            metrics = self._sampling_metrics(experience, collator)
+            metrics = self._sampling_metrics(experience)
         elif args.use_vllm and samples[0].log_probs is not None:
             metrics = self._first_rows_gap(experience, samples, height, collator)
         if args.use_vllm and GAP in metrics:
@@ -254,7 +262,7 @@ class Collector:
         return experience, metrics
 
     def _check_adapter(
-        self, experience: Experience, samples: list[Sample], height: int, collator: Collator | GroupCollator
+        self, experience: Experience, samples: list[Sample], height: int, collator: Collators
     ) -> None:
         """Raises VLLMError where the first rows are the reference's completions rather than the policy's."""
         rows, gaps = experience.first(height), []
@@ -266,21 +274,19 @@ class Collector:
         check_adapter(*gaps)
 
     def _first_rows_gap(
-        self, experience: Experience, samples: list[Sample], height: int, collator: Collator | GroupCollator
+        self, experience: Experience, samples: list[Sample], height: int, collator: Collators
     ) -> Metrics:
         """|Δ log p| of sampler and trainer on the first rows, where training itself needs neither."""
         rows = experience.first(height)
         rows.per_token["old_log_probs"] = _score(rows, height, collator, self.policy.log_probs)
         rows.per_token["sampling_log_probs"] = _sampler_log_probs(samples[:height])
-        found = self._sampling_metrics(rows, collator)
+        found = self._sampling_metrics(rows)
         return {name: value for name, value in found.items() if "logp_difference" in name}
 
-    def _sampling_metrics(self, experience: Experience, collator: Collator | GroupCollator) -> Metrics:
+    def _sampling_metrics(self, experience: Experience) -> Metrics:
         """TRL's sampling/*; nothing of the difference where the sampler's log-probabilities are not known."""
-        batch = collator([(experience, range(len(experience)))], len(experience))
-        old, sampling, mask = (
-            batch[f"{name}"][0] for name in ("old_log_probs", "sampling_log_probs", "mask")
-        )
+        names = ("old_log_probs", "sampling_log_probs", "mask")
+        old, sampling, mask = (_padded(experience.per_token[name]) for name in names)
         found: Metrics = {
             name: float(value) for name, value in _sampling(old, sampling, mask, self.loss).items()
         }
@@ -292,7 +298,7 @@ class Collector:
 def _score(
     experience: Experience,
     height: int,
-    collator: Collator | GroupCollator,
+    collator: Collators,
     function: Callable[[dict[str, np.ndarray]], np.ndarray],
 ) -> list[np.ndarray]:
     """Of every completion's tokens, [C] a row."""
@@ -307,6 +313,12 @@ def _score(
         for part, values in zip(parts, found, strict=True)
         for row in collator.unpad(values, experience, part)
     ]
+
+
+def _padded(rows: list[np.ndarray]) -> np.ndarray:
+    """Rows [C] as one array of few widths, 0 behind their ends."""
+    width = 1 << (max(map(len, rows)) - 1).bit_length()
+    return np.stack([np.pad(row, (0, width - len(row))) for row in rows])
 
 
 def _sampler_log_probs(samples: list[Sample]) -> list[np.ndarray]:
@@ -328,8 +340,14 @@ def _length_metrics(samples: list[Sample]) -> Metrics:
     return metrics
 
 
-def _check(made: Completions) -> None:
-    """Raises where a row has nothing to be predicted from."""
+def _check(made: Completions, prompts: Prompts, request: Request) -> None:
+    """Raises where a row has nothing to be predicted from, or a prompt's tokens are without its images' places."""
+    if prompts.images is not None and request.images is not None and request.prompt_ids is None:
+        for i, (ids, row) in enumerate(zip(made.prompt_ids, request.images, strict=True)):
+            try:
+                check_row(prompts.images.family, np.asarray(ids), row)
+            except ValueError as error:
+                raise ValueError(f"prompt_ids of completion {i}: {error}") from error
     for i, ids in enumerate(made.prompt_ids):
         if len(ids) == 0:
             raise ValueError(

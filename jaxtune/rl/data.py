@@ -5,13 +5,16 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import datasets
 import numpy as np
 
-from jaxtune.data import load_dataset
+from jaxtune.data import has_images, load_dataset
 from jaxtune.rl.config import GRPOConfig
+
+if TYPE_CHECKING:
+    from jaxtune.rl.images import ImageRows, Looked, PromptImages
 
 Prompt = str | list[dict[str, Any]]  # text, or messages
 NO_PROMPT: Prompt = [{"role": "user", "content": ""}]  # where an environment says what is asked
@@ -143,23 +146,35 @@ class GRPOBatches:
 class Prompts:
     """Rows of a dataset with their prompts' tokens.
 
-    rows: with a column "prompt". ids: of each row; None where the rollout makes them.
+    rows: with a column "prompt". ids: of each row; None where the rollout makes them. documents: the number of each
+    row in `images`; None where no row has images.
     """
 
-    rows: datasets.Dataset
+    rows: "datasets.Dataset | ImageRows"
     ids: list[list[int]] | None
+    documents: list[int] | None = None
+    images: "PromptImages | None" = None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def looked(self, numbers: Sequence[int]) -> "list[Looked] | None":
+        """The prompts of some rows with their images; None where no row has any."""
+        if self.images is None or self.documents is None:
+            return None
+        return [self.images.look(self.documents[number]) for number in numbers]
 
     def longest(self) -> int:
         """Tokens of the longest prompt, 0 where they are not known."""
         return max(map(len, self.ids)) if self.ids else 0
 
     def digest(self) -> str:
-        """Changes with any value of any row, and with any token of its prompt."""
+        """Changes with any value of any row, with any token of its prompt and any pixel of its images."""
         digest = hashlib.blake2b(digest_size=32)
-        for i, row in enumerate(self.rows):
+        rows = self.rows if isinstance(self.rows, datasets.Dataset) else self.rows.without_images()
+        if self.images is not None and self.documents is not None:
+            digest.update(self.images.digest(self.documents).encode())
+        for i, row in enumerate(rows):
             ids = None if self.ids is None else self.ids[i]
             digest.update(json.dumps([row, ids], sort_keys=True, default=repr).encode())
         return digest.hexdigest()
@@ -192,10 +207,25 @@ def prepare_prompts(
         raise ValueError(
             f"GRPO needs a column 'prompt' (text, or a list of messages); the data has {', '.join(rows.column_names)}"
         )
+    if has_images(rows[0]):
+        raise ValueError(
+            "the data has images, and the model takes none; load one with FastVisionModel, or remove the columns "
+            "image and images"
+        )
     if not tokenise:
         return Prompts(rows, None)
     template = (args.chat_template_kwargs or {}) | ({"tools": list(tools)} if tools else {})
     ids = prompt_ids(rows["prompt"], tokenizer, template)
+    kept = within(ids, args, limit)
+    return Prompts(rows, ids) if len(kept) == len(ids) else Prompts(rows.select(kept), [ids[i] for i in kept])
+
+
+def within(ids: Sequence[Sequence[int]], args: GRPOConfig, limit: int) -> list[int]:
+    """Numbers of the prompts that are neither empty nor too long, told by their tokens; warns of the others.
+
+    Raises:
+        ValueError: there are none.
+    """
     room = limit - args.max_completion_length
     if room < 1:
         raise ValueError(
@@ -212,10 +242,9 @@ def prepare_prompts(
         warnings.warn(
             f"{len(ids) - len(kept)} of {len(ids)} prompts are left out: they are empty or have more than {allowed} "
             "tokens (max_prompt_length, or the model's max_seq_length less max_completion_length)",
-            stacklevel=3,
+            stacklevel=4,
         )
-        rows, ids = rows.select(kept), [ids[i] for i in kept]
-    return Prompts(rows, ids)
+    return kept
 
 
 def prompt_ids(prompts: Sequence[Prompt], tokenizer: Any, template_kwargs: dict[str, Any]) -> list[list[int]]:

@@ -15,7 +15,21 @@ import optax
 from tqdm.auto import tqdm
 
 from jaxtune.checkpoint import leaves_checksum
-from jaxtune.data import PAIR_COLUMNS, Batches, content_digest, pair_rows, prepare_preferences
+from jaxtune.data import (
+    PAIR_COLUMNS,
+    Batches,
+    VisionBatches,
+    VisionDataCollator,
+    content_digest,
+    has_images,
+    pair_rows,
+    prepare_image_pairs,
+    prepare_preferences,
+)
+from jaxtune.data.columns import DOCUMENTS
+from jaxtune.data.image_pool import default_workers
+from jaxtune.data.image_sources import vision_rows
+from jaxtune.data.responses import chat_tokenizer, text_tokenizer
 from jaxtune.metrics import Record, mean
 from jaxtune.model import Model
 from jaxtune.models.remat import Remat
@@ -83,7 +97,9 @@ class DPOTrainer(Trainer[DPOConfig]):
             warnings.warn("DPOTrainer: max_prompt_length is not used; max_length cuts", stacklevel=2)
         if eval_dataset is None and (args.eval_strategy != "no" or args.eval_on_start):
             raise ValueError(f"eval_strategy={args.eval_strategy!r} needs an eval_dataset; got None")
-        super().__init__(model, args, None, None, processing_class or tokenizer or model.tokenizer, callbacks)
+        processing_class = processing_class or tokenizer or model.processor or model.tokenizer
+        super().__init__(model, args, None, None, processing_class, callbacks)
+        self._collator: VisionDataCollator | None = None  # of pairs with images
         self._loss = args.loss_options()
         self._reference = reference_leaves(model.on_one_device())
         if train_dataset is not None:
@@ -101,13 +117,40 @@ class DPOTrainer(Trainer[DPOConfig]):
     # -- data ------------------------------------------------------------------------------------------------
 
     def _prepared(self, data: Any, *, train: bool) -> Dataset:
-        pairs = prepare_preferences(data, self.processing_class, self.args.max_length)
+        if has_images(vision_rows(data)[0][0]):
+            pairs = self._with_images(data)
+        else:
+            text = chat_tokenizer(self.processing_class)
+            pairs = prepare_preferences(data, text, self.args.max_length)
         if not self.args.precompute_ref_log_probs or set(REF_COLUMNS) <= set(pairs.column_names):
             return pairs
         found = self._reference_log_probs(pairs, train=train)
         for name, column in zip(REF_COLUMNS, found.T, strict=True):
             pairs = pairs.add_column(name, column)
         return pairs
+
+    def _with_images(self, data: Any) -> Dataset:
+        """Pairs with images, which the collator keeps.
+
+        Raises:
+            ValueError: the model takes none, or is on several devices.
+        """
+        if self.model.processor is None:
+            raise ValueError(
+                "the data has images, and the model takes none; load one with FastVisionModel, or remove the columns "
+                "image and images"
+            )
+        if self.model.layout.size > 1:
+            raise ValueError(
+                f"DPOTrainer: rows with images train on one device, the model is on {self.model.layout.size}; load it "
+                "with devices=1"
+            )
+        if self._collator is None:
+            self._collator = VisionDataCollator(self.model, self.processing_class, resize="max")
+        workers, quiet = self.args.dataloader_num_workers or None, bool(self.args.disable_tqdm)
+        return prepare_image_pairs(
+            data, self._collator, self.args.max_length, workers=workers, progress=not quiet
+        )
 
     def _reference_log_probs(self, pairs: Dataset, *, train: bool) -> np.ndarray:
         """Of every pair, float32 [N, 2]."""
@@ -122,26 +165,36 @@ class DPOTrainer(Trainer[DPOConfig]):
         parts = [np.asarray(log_probs(leaves, base, batch)) for batch in progress]
         return np.concatenate(parts)[: len(pairs)]
 
-    def _batches(self, pairs: Dataset, size: int, *, shuffle: bool, accumulation: int = 1) -> Batches:
+    def _batches(
+        self, pairs: Dataset, size: int, *, shuffle: bool, accumulation: int = 1
+    ) -> Batches | VisionBatches:
         """Batches of `size` pairs."""
         args, numbers = self.args, {}
         if args.precompute_ref_log_probs and set(REF_COLUMNS) <= set(pairs.column_names):
             both = np.asarray([pairs[name][:] for name in REF_COLUMNS], np.float32)  # [2, N]
             numbers = {"ref_log_probs": both.T.reshape(-1)}
-        return Batches(
-            pair_rows(pairs, args.max_length),
-            batch_size=2 * size,
-            accumulation=accumulation,
-            max_length=args.max_length,
-            packed=False,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            shuffle=shuffle,
-            pad_token_id=self.processing_class.pad_token_id or 0,
-            together=2,
-            numbers=numbers,
-        )
+        how: dict[str, Any] = {
+            "batch_size": 2 * size,
+            "accumulation": accumulation,
+            "max_length": args.max_length,
+            "packed": False,
+            "seed": args.seed if args.data_seed is None else args.data_seed,
+            "shuffle": shuffle,
+            "together": 2,
+            "numbers": numbers,
+        }
+        rows = pair_rows(pairs, args.max_length)
+        if DOCUMENTS in pairs.column_names:
+            assert self._collator is not None, "it prepared these pairs"
+            workers = args.dataloader_num_workers or default_workers()
+            return VisionBatches(rows, self._collator, workers=workers, **how)
+        return Batches(rows, pad_token_id=text_tokenizer(self.processing_class).pad_token_id or 0, **how)
 
-    def _make_batches(self) -> Batches:
+    def _end(self, run: Run) -> None:
+        if self._collator is not None:
+            self._collator.close()
+
+    def _make_batches(self) -> Batches | VisionBatches:
         args = self.args
         return self._batches(
             self.train_dataset,
@@ -187,6 +240,9 @@ class DPOTrainer(Trainer[DPOConfig]):
             "rows of data": len(self.train_dataset),
             "data (digest)": content_digest(self.train_dataset, PAIR_COLUMNS),
         }
+        if self._collator is not None and DOCUMENTS in self.train_dataset.column_names:
+            documents = np.concatenate(self.train_dataset[DOCUMENTS][:])
+            summary["images (digest)"] = self._collator.image_digest(documents)
         if self._reference is not None:
             summary["reference (checksum of a sample)"] = leaves_checksum(self._reference)
         return summary
@@ -231,7 +287,7 @@ class DPOTrainer(Trainer[DPOConfig]):
                 )
         return results
 
-    def _evaluated(self, batches: Batches) -> dict[str, float | None]:
+    def _evaluated(self, batches: Batches | VisionBatches) -> dict[str, float | None]:
         began = time.perf_counter()
         found, pairs, one = [], [], self.model.on_one_device()
         for batch in batches.eval_batches():
@@ -243,11 +299,11 @@ class DPOTrainer(Trainer[DPOConfig]):
         metrics = {name: mean(float(part[name]) for part in parts) for name in parts[0]}
         return {"loss": loss, **metrics, "runtime": time.perf_counter() - began}
 
-    def _eval_batches_of(self, pairs: Dataset) -> Batches:
+    def _eval_batches_of(self, pairs: Dataset) -> Batches | VisionBatches:
         return self._batches(pairs, self.args.per_device_eval_batch_size, shuffle=False)
 
     @cached_property
-    def _eval_batches(self) -> dict[str, Batches]:
+    def _eval_batches(self) -> dict[str, Batches | VisionBatches]:
         """Those of the trainer's own evaluation data."""
         data = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {"": self.eval_dataset}
         return {name: self._eval_batches_of(pairs) for name, pairs in data.items() if pairs is not None}

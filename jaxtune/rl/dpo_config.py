@@ -18,7 +18,7 @@ class DPOConfig(TrainingConfig):
         aliases={"max_seq_length": "max_length"},
         # The two old limits cut prompts and completions apart; max_length is what cuts now.
         ignored="activation_checkpointing activation_checkpointing_kwargs activation_offloading "
-        "dataloader_num_workers max_prompt_length "
+        "max_prompt_length "
         "max_completion_length padding_free ref_model_mixup_alpha ref_model_sync_steps",
         refused={
             "dataloader_drop_last": (False, "the short last step is padded with empty rows instead"),
@@ -30,6 +30,7 @@ class DPOConfig(TrainingConfig):
         },
     )
     FREE_SETTINGS: ClassVar[frozenset[str]] = TrainingConfig.FREE_SETTINGS | {
+        "dataloader_num_workers",
         "dataset_num_proc",
         "precompute_ref_batch_size",
     }
@@ -44,6 +45,8 @@ class DPOConfig(TrainingConfig):
     """Longest prompt with its completion in tokens; longer ones are cut on the right (None = not)."""
     dataset_num_proc: int | None = None
     """Not needed: rows are tokenised in batches, on the tokenizer's own threads."""
+    dataloader_num_workers: int = 0
+    """Processes that open and process images ahead of the step. 0 = one for each core but one, 8 at most."""
     train_sampling_strategy: Literal["random", "sequential"] = "random"
     """Order of the pairs in an epoch."""
     precompute_ref_log_probs: bool = False
@@ -74,6 +77,7 @@ class DPOConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, 1, ["max_length", "dataset_num_proc", "precompute_ref_batch_size"])
+        check_at_least(self, 0, ["dataloader_num_workers"])
         self.loss_options()
 
     def _normalise(self) -> None:

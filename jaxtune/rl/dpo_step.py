@@ -15,6 +15,7 @@ import optax
 from jaxtune.devices import ONE_DEVICE, ROWS, WHOLE, Layout
 from jaxtune.kernels.cross_entropy import IGNORE, Options, TokenScores, token_scores
 from jaxtune.models.decoder import CausalLM
+from jaxtune.models.layers import fold
 from jaxtune.models.names import Leaves, join
 from jaxtune.models.remat import Remat
 from jaxtune.rl.losses.dpo import DPOLossOptions, dpo_loss, sequence_log_probs
@@ -23,6 +24,8 @@ from jaxtune.rl.step import update
 from jaxtune.step import RECOMPUTE_ALL, Batch, Trainable, TrainStep, default_chunk, jit_step, targets
 
 Metrics = dict[str, jax.Array]
+# What the model reads of a batch; the rest is for the loss.
+MODEL_INPUTS = "input_ids labels positions segment_ids starts image_slots images rope_positions".split()
 
 
 class Scored(NamedTuple):
@@ -45,12 +48,13 @@ def score(
     """Scores of the tokens that have a label, each where it is predicted; every device runs the model on its rows.
 
     Args:
-      batch: input_ids, labels, positions, segment_ids int32 [2B, T], starts int32 [2B, 1]; the rows of a pair together.
+      batch: input_ids, labels, positions, segment_ids int32 [2B, T], starts int32 [2B, 1], and what
+        `models.vision_lm.VisionLM.place_images` takes where there are images; the rows of a pair together.
       key: of dropout, one a row; None: none. how: remat and chunk, what the backward pass keeps, and tokens whose
         logits exist at a time.
     """
     graphdef = layout.graphdef(model.module)
-    inputs = {name: batch[name] for name in ("input_ids", "labels", "positions", "segment_ids", "starts")}
+    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
 
     def own(trainable, base, batch, key):
         return _score_rows(join(graphdef, trainable, base), batch, key, **how)
@@ -67,13 +71,16 @@ def _score_rows(
     chunk: int | None = None,
 ) -> Scored:
     """`score`, in the order of the batch."""
+    of_tower = None if key is None else fold(key, 2)[0]
+    x, placed = module.place_images(module.embed(batch["input_ids"]), batch, key=of_tower, remat=remat)
     hidden, _ = module.hidden(
-        module.embed(batch["input_ids"]),
+        x,
         batch["positions"],
         batch["segment_ids"],
         starts=batch["starts"],
         key=key,
         remat=remat,
+        **placed,
     )
     want = targets(batch["labels"], batch["segment_ids"])
     options = Options(

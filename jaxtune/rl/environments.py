@@ -110,6 +110,10 @@ class EnvironmentRollout:
         Raises:
             ValueError: a row names no environment, or a prompt is too long or is text.
         """
+        if request.images is not None:
+            raise ValueError(
+                "environment_factory: rows with images are not supported; leave one of the two out"
+            )
         names = [row.get(COLUMN) if self._many else None for row in request.rows]
         environments = self._drawn(names)
         prompts = []

@@ -22,7 +22,7 @@ class Sample:
 
     row: the dataset's columns. completion: text or messages. log_probs: the sampler's, or None. own: 1 where the model
     wrote the token. ended: whether it has an end, and was not cut at the longest length. rewards: float32 [F]. extra:
-    what a reward function logged of it.
+    what a reward function logged of it. document: by which images.PromptImages knows the prompt.
     """
 
     row: dict[str, Any]
@@ -36,6 +36,7 @@ class Sample:
     rewards: np.ndarray
     extra: dict[str, Any]
     advantage: float = 0.0
+    document: int | None = None
 
 
 @dataclasses.dataclass
@@ -43,7 +44,8 @@ class Experience:
     """The completions of one generation, in the order in which micro-batches take them.
 
     prompt_ids, completion_ids: int32 [P], [C] of each row. advantages: float32 [N]. num_items: trained tokens of all.
-    per_token: name -> float32 [C] of each row, some of PER_TOKEN.
+    per_token: name -> float32 [C] of each row, some of PER_TOKEN. documents: int64 [N], by which images.PromptImages
+    knows their prompts; None without images.
     """
 
     prompt_ids: list[np.ndarray]
@@ -51,6 +53,7 @@ class Experience:
     advantages: np.ndarray
     num_items: float
     per_token: dict[str, list[np.ndarray]]
+    documents: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -63,12 +66,15 @@ class Experience:
             advantages=self.advantages[:count],
             num_items=self.num_items,
             per_token={name: rows[:count] for name, rows in self.per_token.items()},
+            documents=None if self.documents is None else self.documents[:count],
         )
 
     def save(self, path: Path) -> None:
         """Write to an .npz file, bit for bit."""
         ragged = {"prompt_ids": self.prompt_ids, "completion_ids": self.completion_ids, **self.per_token}
         arrays: dict[str, Any] = {"advantages": self.advantages, "num_items": np.float64(self.num_items)}
+        if self.documents is not None:
+            arrays["documents"] = self.documents
         for name, rows in ragged.items():
             arrays[f"{name}.values"] = np.concatenate(rows)
             arrays[f"{name}.lengths"] = np.asarray([len(row) for row in rows])
@@ -89,10 +95,16 @@ class Experience:
                 advantages=file["advantages"],
                 num_items=float(file["num_items"]),
                 per_token=ragged,
+                documents=file["documents"] if "documents" in file else None,
             )
 
 
-def blank_rows(count: int, prompt: int, completion: int, names: Sequence[str]) -> Experience:
+BLANK = -1  # the document of rows that stand for the largest images
+
+
+def blank_rows(
+    count: int, prompt: int, completion: int, names: Sequence[str], *, images: bool = False
+) -> Experience:
     """Rows of these lengths whose values are all 0, for what depends on shapes alone; `names` of PER_TOKEN."""
     return Experience(
         prompt_ids=[np.zeros(prompt, np.int32)] * count,
@@ -100,6 +112,7 @@ def blank_rows(count: int, prompt: int, completion: int, names: Sequence[str]) -
         advantages=np.zeros(count, np.float32),
         num_items=0.0,
         per_token={name: [np.zeros(completion, np.float32)] * count for name in names},
+        documents=np.full(count, BLANK) if images else None,
     )
 
 

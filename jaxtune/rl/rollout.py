@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxtune.generate import Engine, Sampling, plan
 from jaxtune.generate.weights import merged_bytes
+from jaxtune.images import Processed
 from jaxtune.model import Model
 from jaxtune.rl.config import GRPOConfig
 from jaxtune.rl.data import Prompt
@@ -22,7 +23,8 @@ class Request:
     """Completions that are wanted.
 
     prompts: each `group` times, the same ones together. prompt_ids: their tokens, None where a Rollout makes them.
-    seed: decides every random number. max_new_tokens: of a completion. rows: of the dataset, one for each prompt.
+    seed: decides every random number. max_new_tokens: of a completion. images: of each prompt, what the processor gave
+    of them; None where no prompt has any. rows: of the dataset, one for each prompt.
     """
 
     prompts: list[Prompt]
@@ -30,6 +32,7 @@ class Request:
     group: int
     seed: int
     max_new_tokens: int
+    images: list[Processed] | None = None
     rows: Sequence[Mapping[str, Any]] = ()
 
 
@@ -133,6 +136,7 @@ class EngineRollout:
     def generate(self, request: Request) -> Completions:
         assert request.prompt_ids is not None
         prompts = request.prompt_ids[:: request.group]
+        seen = None if request.images is None else request.images[:: request.group]
         everything = np.arange(len(prompts))
 
         def answers(part: np.ndarray, engine: Engine) -> list[Any]:
@@ -144,6 +148,7 @@ class EngineRollout:
                 seed=request.seed + self._chosen.seed,
                 stop_strings=self._chosen.stop_strings,
                 streams=[(int(i), 0) for i in part],
+                images=None if seen is None else [seen[i] for i in part],
             )
             return list(made)
 

@@ -21,6 +21,7 @@ from flax import nnx
 from jaxtune.devices import ONE_DEVICE, ROWS, STEP_ROWS, WHOLE, Layout
 from jaxtune.kernels.cross_entropy import IGNORE, Options, token_log_probs
 from jaxtune.models.decoder import CausalLM
+from jaxtune.models.layers import fold
 from jaxtune.models.names import Leaves, join
 from jaxtune.models.remat import Remat
 from jaxtune.models.shared_prefix import SharedPrefix
@@ -31,7 +32,8 @@ from jaxtune.step import RECOMPUTE_ALL, Batch, Trainable, TrainStep, clip, defau
 Score = Callable[[Leaves, Leaves, Batch], jax.Array]
 # What the model reads of a batch; the rest is for the loss.
 MODEL_INPUTS = frozenset(
-    "input_ids positions segment_ids starts mask row_positions row_segments row_starts".split()
+    """input_ids positions segment_ids starts mask row_positions row_segments row_starts
+    image_slots images rope_positions""".split()
 )
 
 
@@ -49,7 +51,8 @@ def log_probs(
     """(log-probabilities, entropies) float32 [B, T] of the tokens that follow where batch["mask"] is not 0; else 0.
 
     Args:
-      batch: as experience.Collator or groups.GroupCollator lays it out; one micro-batch.
+      batch: as experience.Collator or groups.GroupCollator lays it out, with images as images.ImageCollator adds them;
+        one micro-batch.
       temperature: logits are divided by it.
       key: of dropout, one a row of input_ids; None: none.
       chunk: tokens whose logits exist at a time.
@@ -75,8 +78,9 @@ def _predictors(
     module: CausalLM, batch: Batch, key: jax.Array | None, remat: Remat | None
 ) -> tuple[jax.Array, jax.Array]:
     """(hidden states [B, T, D], the tokens int32 [B, T] that they predict), places as in batch["mask"]."""
-    ids, how = batch["input_ids"], {"key": key, "remat": remat}
-    x = module.embed(ids)
+    ids, of_tower = batch["input_ids"], None if key is None else fold(key, 2)[0]
+    x, how = module.place_images(module.embed(ids), batch, key=of_tower, remat=remat)
+    how |= {"key": key, "remat": remat}
     if "row_positions" not in batch:
         hidden, _ = module.hidden(x, batch["positions"], batch["segment_ids"], starts=batch["starts"], **how)
         return hidden, jnp.pad(ids[:, 1:], ((0, 0), (0, 1)))

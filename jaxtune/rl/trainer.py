@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +20,12 @@ import numpy as np
 import optax
 
 from jaxtune.checkpoint import leaves_checksum
+from jaxtune.data.responses import chat_tokenizer, text_tokenizer
 from jaxtune.metrics import Record, mean
 from jaxtune.model import Model
 from jaxtune.models.names import Leaves
 from jaxtune.models.remat import Remat
+from jaxtune.rl.checks import checked_args, refuse
 from jaxtune.rl.collect import Collector, Policy
 from jaxtune.rl.completions import CompletionLog
 from jaxtune.rl.config import GRPOConfig
@@ -32,6 +33,7 @@ from jaxtune.rl.data import GRPOBatches, Plan, Prompts, make_plan, prepare_promp
 from jaxtune.rl.environments import with_environments
 from jaxtune.rl.experience import Collator, Experience, blank_rows
 from jaxtune.rl.groups import GroupCollator
+from jaxtune.rl.images import PromptImages, largest_shapes, planned_shapes, with_images
 from jaxtune.rl.losses.grpo import adapted_entropy_coef
 from jaxtune.rl.reference import load_reference, mixed, reference_leaves, save_reference
 from jaxtune.rl.reward_model import with_models
@@ -100,17 +102,18 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         rollout: Rollout | None = None,
         tokenizer: Any = None,
     ) -> None:
-        _refuse(
+        refuse(
             reward_processing_classes=reward_processing_classes,
             optimizers=optimizers,
             peft_config=peft_config,
         )
         model = checked_model(model, "GRPOTrainer", several_hosts=False)
-        args = _checked_args(args).on_devices(model.layout.size)
-        processing_class = processing_class or tokenizer or model.tokenizer
+        args = checked_args(args).on_devices(model.layout.size)
+        processing_class = processing_class or tokenizer or model.processor or model.tokenizer
+        text = chat_tokenizer(processing_class)
         self.rollout = rollout or make_rollout(model, args, rollout_func, self)
         tools, own = list(tools or ()), []
-        around = (self.rollout, processing_class, tools, args, model.max_seq_length)
+        around = (self.rollout, text, tools, args, model.max_seq_length)
         if environment_factory is not None:
             self.rollout = environments = with_environments(*around, environment_factory)
             train_dataset, own = environments.dataset(train_dataset, args), environments.reward_functions()
@@ -122,10 +125,16 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         if eval_dataset is None and (args.eval_strategy != "no" or args.eval_on_start):
             raise ValueError(f"eval_strategy={args.eval_strategy!r} needs an eval_dataset; got None")
 
+        self._images = images = (
+            None if model.processor is None else PromptImages(model, processing_class, args)
+        )
+
         def prepare(data: Any) -> Prompts:
             tokenise, limit = not self.rollout.makes_prompt_ids, model.max_seq_length
             needs = {"tokenise": tokenise, "needs_prompt": environment_factory is None}
-            return prepare_prompts(data, processing_class, args, limit=limit, tools=tools, **needs)
+            if images is not None and images.concern(data, tools):
+                return images.prepare(data, limit=limit, tokenise=tokenise)
+            return prepare_prompts(data, text, args, limit=limit, tools=tools, **needs)
 
         self._prepare = prepare
         self._prompts: Any = None if train_dataset is None else prepare(train_dataset)
@@ -156,7 +165,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         return CompletionLog(folder, names, args.num_completions_to_print, args.log_unique_prompts)
 
     def _make_collector(self, rewards: RewardRunner, reference: Leaves | None) -> Collector:
-        args, tokenizer, model = self.args, self.processing_class, self.model
+        args, tokenizer, model = self.args, text_tokenizer(self.processing_class), self.model
         pad = tokenizer.pad_token_id or 0
         longest = max(
             (data.longest() for data in (self._prompts, *self._eval_prompts.values()) if data), default=0
@@ -166,7 +175,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             if longest
             else model.max_seq_length
         )
-        collator = Collator(limit, pad)
+        rows = Collator(limit, pad)
         groups = GroupCollator(longest or limit, args.max_completion_length, pad, args.num_generations)
         ends = {*model.stop_ids(), tokenizer.pad_token_id} - {None}
         return Collector(
@@ -176,8 +185,14 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             rewards=rewards,
             weights=rewards.weights(args.reward_weights),
             end_ids=frozenset(ends),
-            collator=groups if args.shared_prefix else collator,
-            eval_collator=collator,
+            collator=with_images(
+                groups if args.shared_prefix else rows,
+                self._images,
+                lambda: planned_shapes(self._prompts, self._plan, args),
+            ),
+            eval_collator=with_images(
+                rows, self._images, lambda: largest_shapes(self._eval_prompts.values(), args)
+            ),
             policy=Policy(model, make_score(model, args.temperature, layout=model.layout), reference),
             loss=self._loss,
             state=lambda: self.state,
@@ -222,7 +237,8 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         }
         names = [name for name, is_needed in needed.items() if is_needed]
         completion = min(args.max_completion_length, self.model.max_seq_length - longest)
-        rows = blank_rows(args.per_device_train_batch_size, longest, completion, names)
+        seen = self._prompts.documents is not None
+        rows = blank_rows(args.per_device_train_batch_size, longest, completion, names, images=seen)
         batch = self._collated([(rows, range(len(rows)))] * self._plan.accumulation)
         batch = self.model.layout.put_rows(batch, 1)
         arguments = (self.model.trainable, self.opt_state, self.model.base, batch, jax.random.key(0))
@@ -451,7 +467,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             numbers = range(first, min(first + height // group, len(prompts)))
             experience, samples, metrics = self._collector.evaluation(prompts, numbers)
             batch = self._collector.eval_collator([(experience, range(len(experience)))], len(experience))
-            batch = {name: value[0] for name, value in batch.items()}
+            batch = jax.tree.map(lambda x: x[0], batch)
             batch["accumulation"] = np.float32(1)
             if self._has_entropy_bonus:
                 batch["entropy_coef"] = np.float32(self._entropy.coef)
@@ -467,34 +483,3 @@ class GRPOTrainer(Trainer[GRPOConfig]):
     @cached_property
     def _eval_step(self) -> Callable[..., dict[str, jax.Array]]:
         return make_grpo_eval(self.model, self._loss, temperature=self.args.temperature)
-
-
-def _refuse(**arguments: Any) -> None:
-    advice = {
-        "reward_processing_classes": "give reward_funcs=[RewardModel(name, tokenizer=…)]",
-        "optimizers": "set optim, learning_rate and lr_scheduler_type in GRPOConfig",
-        "peft_config": "call FastLanguageModel.get_peft_model(model, …) first",
-    }
-    for name, value in arguments.items():
-        if value is not None and value != (None, None):
-            raise ValueError(f"GRPOTrainer: {name} is not supported; {advice[name]}")
-
-
-def _checked_args(args: GRPOConfig | None) -> GRPOConfig:
-    args = GRPOConfig() if args is None else args
-    if not isinstance(args, GRPOConfig):
-        raise TypeError(
-            f"args must be a jaxtune.GRPOConfig, got {type(args).__name__}; the argument names are the same"
-        )
-    if args.importance_sampling_level == "sequence" and args.loss_type in (
-        "bnpo",
-        "dr_grpo",
-        "dapo",
-        "cispo",
-    ):
-        warnings.warn(
-            f"importance_sampling_level='sequence' with loss_type={args.loss_type!r} weights a completion by its "
-            "length; GSPO's own objective is loss_type='grpo'",
-            stacklevel=3,
-        )
-    return args

@@ -1,0 +1,203 @@
+"""GRPOTrainer on images with a tiny Qwen2.5-VL: rollouts of the engine, shared prompts, resume, shapes, refusals."""
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import tiny_vision
+from PIL import Image
+from tolerances import LOSS, SAMPLER_GAP
+
+from jaxtune import FastVisionModel, GRPOConfig, GRPOTrainer
+from jaxtune.rl.data import prepare_prompts
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+CLOCK = {"step_time", "tokens_per_second", "peak_memory_gib", "eval_runtime"}
+SHAPES = [(60, 60), (90, 60), (60, 120), (120, 40)]
+
+
+def make_rows(count=6):
+    """Conversations with none, one or two images, as Unsloth's notebooks have them in a column."""
+
+    def row(i):
+        pictures = [tiny_vision.picture(*SHAPES[(i + k) % 4], 10 * i + k) for k in range([1, 2, 0][i % 3])]
+        parts = [*[{"type": "image"}] * len(pictures), {"type": "text", "text": "what" + "?" * i}]
+        return {"prompt": [{"role": "user", "content": parts}], "images": pictures, "answer": i}
+
+    return [row(i) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, quick_compilation):
+    """The model without an adapter, and its processor."""
+    config = tiny_vision.make_config(
+        "qwen2_5_vl",
+        text_config={"num_hidden_layers": 2},
+        vision_config={"depth": 2, "fullatt_block_indexes": [1]},
+    )
+    folder = tiny_vision.save(tiny_vision.make_model(config), tmp_path_factory.mktemp("qwen2_5_vl"))
+    return FastVisionModel.from_pretrained(folder, max_seq_length=128, dtype="float32", load_in_4bit=False)
+
+
+def odd(completion_ids, **_):
+    return [float(sum(ids) % 3) for ids in completion_ids]
+
+
+def make_trainer(base, output_dir, rows=None, *, reward_funcs=odd, eval_dataset=None, tools=None, rollout_func=None,
+                 **settings):  # fmt: skip
+    model, processor = base
+    model = FastVisionModel.get_peft_model(model, r=4, target_modules=["q_proj", "qkv"])
+    defaults = {
+        "per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 10, "max_steps": 3,
+        "learning_rate": 5e-3, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "beta": 0.04,
+        "lr_scheduler_type": "constant", "per_device_eval_batch_size": 4,
+    }  # fmt: skip
+    args = GRPOConfig(str(output_dir), **defaults | settings)
+    return GRPOTrainer(
+        model, reward_funcs, args, make_rows() if rows is None else rows, processing_class=processor,
+        eval_dataset=eval_dataset, tools=tools, rollout_func=rollout_func,
+    )  # fmt: skip
+
+
+def results(trainer):
+    history = trainer.state.log_history
+    return [{k: v for k, v in r.items() if k not in CLOCK and not k.startswith("train_")} for r in history]
+
+
+SAMPLED = {
+    "steps_per_generation": 3,
+    "loss_type": "grpo",
+    "importance_sampling_correction": True,
+    "max_steps": 5,
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(base, tmp_path_factory):
+    settings = SAMPLED | {"save_strategy": "steps", "save_steps": 4, "log_completions": True}
+    trainer = make_trainer(base, tmp_path_factory.mktemp("whole"), eval_dataset=make_rows(2), **settings)
+    trainer.train()
+    return trainer
+
+
+def test_the_engine_sees_what_training_sees(uninterrupted):
+    """Its log-probabilities are those that training computes of the same tokens, images and all."""
+    gaps = [r["sampling/sampling_logp_difference/max"] for r in results(uninterrupted) if "reward" in r]
+    assert len(gaps) == 2 and max(gaps) < SAMPLER_GAP
+    assert {"eval_loss", "eval_reward"} <= uninterrupted.evaluate().keys()
+
+
+def test_few_compilations(uninterrupted):
+    """Rows of one length, and images of at most three shapes; the last holds any."""
+    shapes = uninterrupted._collector.collator.shapes
+    assert 1 <= len(shapes) <= 3
+    assert uninterrupted.compilations <= len(shapes)
+    assert uninterrupted._collector.policy.score._cache_size() <= len(shapes)
+
+
+def test_resume_is_bitwise_equal(base, uninterrupted, tmp_path):
+    checkpoint = Path(uninterrupted.args.output_dir) / "checkpoint-4"
+    assert (checkpoint / "experience.npz").is_file()  # in the middle of a generation
+    resumed = make_trainer(base, tmp_path, **SAMPLED)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    for name, value in uninterrupted.model.trainable.items():
+        np.testing.assert_array_equal(np.asarray(resumed.model.trainable[name]), np.asarray(value))
+    other = make_rows()
+    other[0]["images"] = [tiny_vision.picture(60, 60, 99)]
+    with pytest.raises(ValueError, match=r"data \(digest\)"):
+        make_trainer(base, tmp_path, other, **SAMPLED).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_prompt_that_stands_once_trains_the_same(base, tmp_path):
+    """Its images stand once too."""
+
+    def rollout(prompts, trainer):
+        rng = np.random.default_rng(trainer.state.global_step)
+        render = trainer.processing_class.apply_chat_template
+        made = [render(one, add_generation_prompt=True, tokenize=True, return_dict=True) for one in prompts]
+        ids = [rng.integers(3, 259, rng.integers(2, 8)).tolist() for _ in prompts]
+        ids[0][0] = trainer.model.config.image_token_id  # what the model wrote is text, whatever it is
+        return {"prompt_ids": [one["input_ids"][0] for one in made], "completion_ids": ids, "logprobs": None}
+
+    histories = []
+    for shared in (False, True):
+        settings = {"shared_prefix": shared, "max_completion_length": 8, "max_steps": 2}
+        trainer = make_trainer(base, tmp_path / str(shared), rollout_func=rollout, **settings)
+        trainer.train()
+        histories.append(trainer.state.log_history)
+    for apart, shared in zip(histories[0][:2], histories[1][:2], strict=True):
+        assert shared["grad_norm"] > 0
+        for name in ("loss", "grad_norm", "kl", "entropy", "reward"):
+            assert apart[name] == pytest.approx(shared[name], rel=1e2 * LOSS, abs=1e-6), name
+
+
+def test_the_cells_of_a_vision_grpo_notebook(base, tmp_path):
+    """Prompts rendered to text, an image in a column of a dataset; the reward sees the other columns."""
+    processor, seen = base[1], []
+
+    def render(row):
+        parts = [{"type": "image"}, {"type": "text", "text": f"what is {row['answer']}?"}]
+        prompt = [{"role": "user", "content": parts}]
+        return {
+            "prompt": processor.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True),
+            "image": row["images"][0],
+        }
+
+    rows = [row for row in make_rows(9) if row["images"]]
+    data = datasets.Dataset.from_list([render(row) | {"answer": row["answer"]} for row in rows])
+
+    def correctness(prompts, completions, answer, image, **_):
+        assert all(isinstance(one, Image.Image) for one in image)
+        assert all(f"what is {number}?" in text for text, number in zip(prompts, answer, strict=True))
+        seen.extend(completions)
+        return [float(len(text)) for text in completions]
+
+    trainer = make_trainer(
+        base, tmp_path, data, reward_funcs=[correctness], max_steps=1, loss_type="dr_grpo", beta=0.0,
+        importance_sampling_level="sequence", mask_truncated_completions=False, max_prompt_length=64,
+    )  # fmt: skip
+    trainer.train()
+    assert len(seen) == 4 and all(isinstance(text, str) for text in seen)
+    trainer.model.save_lora(tmp_path / "lora")
+    request = trainer.model.load_lora(tmp_path / "lora")
+    prompt = {"prompt": data[0]["prompt"], "multi_modal_data": {"image": data[0]["image"]}}
+    assert trainer.model.fast_generate(prompt, lora_request=request)[0].outputs[0].token_ids
+
+
+def test_what_does_not_go_with_images(base, tmp_path):
+    def tool(x: int) -> int:
+        """Something.
+
+        Args:
+            x: a number.
+        """
+        return x
+
+    with pytest.raises(ValueError, match="tools do not go with images"):
+        make_trainer(base, tmp_path, tools=[tool])
+    with pytest.raises(ValueError, match="use_vllm=True sends no images"):
+        make_trainer(base, tmp_path, use_vllm=True, vllm_mode="server")
+    rows = [row | {"images": row["images"] + [tiny_vision.picture(60, 60)]} for row in make_rows()]
+    with pytest.raises(ValueError, match="row 0: 1 image placeholders in its messages and 2 images"):
+        make_trainer(base, tmp_path, rows)
+    with pytest.raises(ValueError, match="GRPO needs a column 'prompt'"):
+        make_trainer(base, tmp_path, [{"text": "a", "image": tiny_vision.picture(60, 60)}])
+
+    def blind(prompts, trainer):
+        return {"prompt_ids": [[3, 4]] * 4, "completion_ids": [[5]] * 4, "logprobs": None}
+
+    trainer = make_trainer(base, tmp_path, rollout_func=blind)
+    with pytest.raises(ValueError, match="prompt_ids of completion 0: the images of this row take"):
+        trainer.train()
+    with pytest.raises(ValueError, match="the data has images, and the model takes none"):
+        prepare_prompts(make_rows(), base[1].tokenizer, GRPOConfig(), limit=1024)
+
+
+def test_a_model_of_images_trains_on_text(base, tmp_path):
+    """Messages go through its processor's template; there is no tower in the step."""
+    rows = [{"prompt": [{"role": "user", "content": "say " + "x" * i}]} for i in range(4)]
+    trainer = make_trainer(base, tmp_path, rows, max_steps=1)
+    trainer.train()
+    assert "images" not in trainer._step_batch(0)
+    assert np.isfinite(trainer.state.log_history[0]["loss"])
