@@ -25,7 +25,7 @@ from jaxtune import (
 )
 from jaxtune.optim import make_optimizer
 from jaxtune.rl.experience import Collator, Experience
-from jaxtune.rl.losses.grpo import GRPOLossOptions
+from jaxtune.rl.losses.options import GRPOLossOptions
 from jaxtune.rl.step import make_grpo_step
 
 STEPS, LENGTH, ROWS = 10, 64, 12
