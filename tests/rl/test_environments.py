@@ -6,6 +6,8 @@ from scripted_tools import TEMPLATE, Scripted, add, call
 
 from jaxtune.fast import FastLanguageModel
 from jaxtune.rl.config import GRPOConfig
+from jaxtune.rl.environments import with_environments
+from jaxtune.rl.rollout import Request
 from jaxtune.rl.tools import parsed_message
 from jaxtune.rl.trainer import GRPOTrainer
 
@@ -227,3 +229,14 @@ def test_what_cannot_be_meant(model, tmp_path):
         GRPOTrainer(
             model, None, GRPOConfig(str(tmp_path)), ROWS, environment_factory=Counter, rollout_func=add
         )
+
+
+def test_a_part_of_the_prompts_keeps_its_random_numbers(model):
+    """Another process makes the first three prompts: completions here are those from 3 · GROUP on, in every turn."""
+    lines = Lines(model.tokenizer, [call("more", by=2), "none"], ["done"])
+    args = GRPOConfig(num_generations=GROUP)
+    environments = with_environments(lines, model.tokenizer, [], args, model.max_seq_length, Counter)
+    prompts = [ROWS[0]["prompt"]] * GROUP
+    request = Request(prompts, None, GROUP, seed=0, max_new_tokens=999, rows=[ROWS[0]] * GROUP, first=3)
+    environments.generate(request)
+    assert [(one.first, one.group) for one in lines.requests] == [(3 * GROUP, 1)] * 2
