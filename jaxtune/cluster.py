@@ -6,6 +6,8 @@ folder that all see.
 """
 
 import os
+import pickle
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -67,9 +69,37 @@ def wait_for_all(where: str) -> None:
 
 def smallest(number: int) -> int:
     """Of what the processes say."""
+    return min(gathered(lambda: number))
+
+
+def gathered[T](make: Callable[[], T]) -> list[T]:
+    """What `make` gives in each process, in their order: what can be pickled, less than 2 GiB in each.
+
+    Raises:
+      Exception: that of this process, or RuntimeError where another's failed; so all go on or none does.
+    """
     if jax.process_count() == 1:
-        return number
-    return int(np.min(multihost_utils.process_allgather(np.int64(number))))
+        return [make()]
+    failure, made, message = None, None, None
+    try:
+        made = make()
+    except Exception as error:  # noqa: BLE001  the others have to hear of any
+        failure, message = error, f"{type(error).__name__}: {error}"
+    found = [pickle.loads(one) for one in _all_bytes(pickle.dumps((made, message)))]
+    if failure is not None:
+        raise failure
+    for number, (_, message) in enumerate(found):
+        if message is not None:
+            raise RuntimeError(f"process {number} failed: {message}")
+    return [value for value, _ in found]
+
+
+def _all_bytes(own: bytes) -> list[bytes]:
+    """Those of each process."""
+    lengths = multihost_utils.process_allgather(np.int32(len(own)))  # JAX would cut 64 bits
+    padded = np.frombuffer(own.ljust(int(np.max(lengths)), b"\0"), np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
 
 
 def is_preempted(step: int) -> bool:

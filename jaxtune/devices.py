@@ -105,18 +105,23 @@ class Layout:
         specs = self.specs(module, leaves)
         return {path: self.put(leaf, specs[path]) for path, leaf in leaves.items()}
 
-    def put_rows(self, batch: Mapping[str, np.ndarray], rows_dim: int) -> dict[str, Any]:
+    def put_rows(self, batch: Mapping[str, Any], rows_dim: int) -> dict[str, Any]:
         """A batch of this process's rows [.., B, ..] as one of all rows; arrays without that dimension lie whole."""
         if self.mesh is None:
             return dict(batch)
         rows = NamedSharding(self.mesh, PartitionSpec(*[None] * rows_dim, AXES))
         whole = NamedSharding(self.mesh, WHOLE)
-        return {
-            name: jax.make_array_from_process_local_data(
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(
                 rows if np.ndim(x) > rows_dim else whole, np.asarray(x)
-            )
-            for name, x in batch.items()
-        }
+            ),
+            dict(batch),
+        )
+
+    def put_all_rows(self, batch: Mapping[str, Any], rows_dim: int) -> dict[str, Any]:
+        """A batch of the rows of all processes, which each of them has; else as `put_rows`."""
+        rows = PartitionSpec(*[None] * rows_dim, AXES)
+        return jax.tree.map(lambda x: self.put(x, rows if np.ndim(x) > rows_dim else WHOLE), dict(batch))
 
     @property
     def own_devices(self) -> list[jax.Device]:

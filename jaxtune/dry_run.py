@@ -80,11 +80,8 @@ def dry_run(job: Job, console: Console | None = None) -> None:
     like = types.SimpleNamespace(config=checkpoint.config, dtype=module.dtype)
     collator = vision_collator(job, like, None if host is None else processing_class, rows)
     train = _prepare(rows, processing_class, collator, job)
-    batch = (
-        _text_shapes(layout_of(module, job), job)
-        if collator is None
-        else _vision_shapes(train, collator, job)
-    )
+    layout = layout_of(module, job)
+    batch = _text_shapes(layout, job) if collator is None else _vision_shapes(layout, train, collator, job)
     console.print(_size_table(checkpoint, module, job, batch))
     parts = {"training": train} | (
         {} if held_out is None else {"held-out": _prepare(held_out, processing_class, collator, job)}
@@ -134,22 +131,29 @@ def _text_shapes(layout: Layout, job: Job) -> dict[str, Any]:
     return dict.fromkeys(names, shape(length)) | {"starts": shape(2 if args.packing else 1)}
 
 
-def _vision_shapes(train: datasets.Dataset, collator: VisionDataCollator, job: Job) -> dict[str, Any]:
-    """The shapes of the largest step of the first epoch."""
+def _vision_shapes(
+    layout: Layout, train: datasets.Dataset, collator: VisionDataCollator, job: Job
+) -> dict[str, Any]:
+    """The shapes of the largest step of the first epoch, on all devices."""
     args = job.training
+    steps, height, rows = args.batch_shape(layout.size)
     if args.packing:
         train = pack(train, args.max_length or job.model.max_seq_length, args.packing_strategy)
     batches = VisionBatches(
         train,
         collator,
-        batch_size=args.per_device_train_batch_size,
-        accumulation=args.gradient_accumulation_steps,
+        batch_size=height,
+        accumulation=steps,
         max_length=args.max_length,
         packed=args.packing,
         seed=args.seed if args.data_seed is None else args.data_seed,
+        rows_per_step=rows,
+        devices=layout.size,
     )
+    sharding = layout.sharding(STEP_ROWS)
     return jax.tree.map(
-        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), batches.step(batches.largest_step)
+        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
+        batches.step(batches.largest_step),
     )
 
 

@@ -23,7 +23,7 @@ import huggingface_hub
 import numpy as np
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from jaxtune.formats import Renamed, TensorReader
+from jaxtune.formats import Renamed, TensorReader, Without
 from jaxtune.formats.bnb_reader import BnbFolder, BnbTensor, check_quantization_config
 from jaxtune.formats.gguf_reader import GgufModel
 from jaxtune.formats.gguf_tokenizer import load_tokenizer
@@ -92,6 +92,10 @@ class Checkpoint:
     def renamed(self, rules: Sequence[tuple[str, str]]) -> Checkpoint:
         """The same weights under other names; see `formats.Renamed`."""
         return replace(self, _reader=Renamed(self._reader, rules)) if rules else self
+
+    def without(self, name: str) -> Checkpoint:
+        """The same weights but one."""
+        return replace(self, _reader=Without(self._reader, name))
 
     def stored_name(self, name: str) -> str:
         """What the checkpoint's files call a weight; the name itself for one that they do not hold."""

@@ -110,11 +110,6 @@ class SFTTrainer(Trainer[SFTConfig]):
 
         if collator is not None:
             _refuse_beside_images(args, formatting_func)
-            if model.layout.size > 1:
-                raise ValueError(
-                    f"SFTTrainer: rows with images train on one device, the model is on {model.layout.size}; load it "
-                    "with devices=1"
-                )
 
         def prepare(data: Any, args: SFTConfig) -> Dataset:
             if collator is None:
@@ -182,14 +177,15 @@ class SFTTrainer(Trainer[SFTConfig]):
             "packed": packed,
             "seed": args.seed if args.data_seed is None else args.data_seed,
             "shuffle": train and args.train_sampling_strategy == "random",
+            "rows_per_step": rows,
+            "part": cluster.part(),
         }
         if self._collator is None:
             pad = text_tokenizer(self.processing_class).pad_token_id or 0
-            return Batches(dataset, pad_token_id=pad, rows_per_step=rows, part=cluster.part(), **how)
+            return Batches(dataset, pad_token_id=pad, **how)
         workers = _workers(self._collator, args)
-        return VisionBatches(
-            dataset, self._collator, workers=default_workers() if workers is None else workers, **how
-        )
+        workers = default_workers() if workers is None else workers
+        return VisionBatches(dataset, self._collator, workers=workers, devices=devices, **how)
 
     def _window_record(self, window: Mapping[str, list[float]]) -> Record:
         return {
@@ -299,11 +295,6 @@ def _refuse_beside_images(args: SFTConfig, formatting_func: Any) -> None:
         "chat_template_path": (args.chat_template_path, "set processor.chat_template"),
         "eos_token": (args.eos_token, "set processor.tokenizer.eos_token"),
     }
-    if args.total_batch_size is not None and args.total_batch_size % args.per_device_train_batch_size:
-        raise ValueError(
-            f"SFTTrainer: with images total_batch_size={args.total_batch_size} has to be a multiple of "
-            f"per_device_train_batch_size={args.per_device_train_batch_size}"
-        )
     for name, (value, instead) in advice.items():
         if value is not None:
             raise ValueError(f"SFTTrainer: {name} is not for rows with images; {instead}")

@@ -392,9 +392,7 @@ class Trainer[Config: TrainingConfig](abc.ABC):
         self._write_state(folder)
 
 
-def checked_model(model: Any, trainer: str, *, several_hosts: bool = True) -> Model:
-    if cluster.part()[1] > 1 and not several_hosts:
-        raise ValueError(f"{trainer} runs on the devices of one host; this run has several processes")
+def checked_model(model: Any, trainer: str) -> Model:
     if isinstance(model, Model):
         if not model.trainable:
             raise ValueError(

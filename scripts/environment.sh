@@ -80,8 +80,9 @@ Install one (for instance 'pyenv install 3.12' or https://docs.astral.sh/uv) or 
     done
     stamp="$VENV/.installed-$extras"
     rm -f "$VENV"/.installed-*
+    # --no-compile: the byte code of 16,000 files, of which few are imported, and those are compiled then.
     quietly "Installing jaxtune${extras:+ [$extras]} into .venv: a few minutes the first time" "$VENV/install.log" \
-        "$VENV/bin/python" -m pip install --disable-pip-version-check --retries 5 --no-input --progress-bar off \
+        "$VENV/bin/python" -m pip install --disable-pip-version-check --retries 5 --no-input --progress-bar off --no-compile \
         -c constraints.txt -e ".${extras:+[$extras]}" \
         || fail "installation; the whole log is $VENV/install.log
 If a download broke off, run the same command again: finished downloads are kept."

@@ -3,7 +3,7 @@
 #
 #     bash scripts/test.sh [arguments of pytest]
 #
-# Installation takes a few minutes the first time (PyTorch is among the judges), the checks about 8 on 2 CPU cores.
+# Installation takes a few minutes the first time (PyTorch is among the judges), the checks about 15 on 2 CPU cores.
 # Exit status 0 = all passed. Safe to run again: nothing is installed twice.
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -27,7 +27,9 @@ step "llama.cpp's libraries" fetch_llama_cpp
 step "ruff check" ruff check --output-format concise .
 step "ruff format --check" ruff format --check --output-format concise .
 step "type check (pyrefly)" pyrefly check --summarize-errors
-step "pytest $*" python -m pytest "$@"
+# Two processes, each with whole files: fixtures and compiled steps are shared within a file. In the order of collection,
+# which begins with the long ones (tests/conftest.py).
+step "pytest $*" python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
 
 say "Summary"
 printf '   %s\n' "${results[@]}"

@@ -1,5 +1,6 @@
 """Fixtures for all tests: real and tiny models, the shared data, and the rule for tests that need a GPU."""
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -7,16 +8,19 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test talks to a hub; before transformers is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also in the processes that tests start
 os.environ.setdefault("JAXTUNE_COMPILE_CACHE", "0")  # a test finds nothing that an earlier run left
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache"
+LONG = ("test_devices.py", "test_trainer.py", "test_engine.py", "test_remat.py", "test_parity.py")
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def pytest_configure(config):
+    gc.set_threshold(100_000, 50, 100)  # the many objects of traced programs are not walked again and again
     # The judges run beside jaxtune on few cores: one thread each is faster than a fight over them.
     import torch
 
@@ -26,6 +30,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    # Of several processes none is to begin with a long file when the others have ended.
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     if shutil.which("nvidia-smi") and _gpu_wanted(config):
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU and pytest -m gpu")
@@ -66,8 +72,10 @@ def smollm2_dir(request) -> Path:
 
         part = CACHE / f"smollm2-hf.{os.getpid()}"
         smollm2.write_hf_folder(request.getfixturevalue("smollm2_gguf"), part)
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
+        try:
+            part.rename(folder)
+        except OSError:  # another process was first
+            shutil.rmtree(part)
     return folder
 
 
@@ -118,20 +126,41 @@ def tiny_tokenizer():
     return tiny_models.make_tokenizer()
 
 
-@pytest.fixture(scope="module")
-def quick_compilation(tmp_path_factory):
-    """Compile without most optimisations, and the same step once for all tests of a module."""
+def _settings(values: dict):
+    """Generator of a fixture: these settings of JAX until it ends."""
     import jax
 
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
+    before = {name: jax.config.values[name] for name in values}
+    for name, value in values.items():
         jax.config.update(name, value)
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def compile_once(tmp_path_factory):
+    """Keep compiled steps on disk, so that one is compiled once for all tests of a module -> the folder."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    settings = _settings(
+        {
+            "jax_compilation_cache_dir": folder,
+            "jax_persistent_cache_min_compile_time_secs": 0,
+            "jax_persistent_cache_min_entry_size_bytes": -1,
+        }
+    )
+    next(settings)
+    compilation_cache.reset_cache()  # JAX looks for a cache once in a process
+    jax.clear_caches()  # of what other tests may have compiled in another way
+    yield folder
+    next(settings, None)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def quick_compilation(compile_once):
+    """Compile without most optimisations, and the same step once for all tests of a module."""
+    yield from _settings({"jax_disable_most_optimizations": True})

@@ -1,9 +1,10 @@
-"""One of several processes of a run, for test_processes.
+"""One of several processes of a run, for test_devices.
 
 python tests/processes_program.py MODEL OUT HOST:PORT NUMBER COUNT DATA FSDP HEIGHT ACTION
 
-ACTION: "all" trains to the end; "kill" and "term" send the last process SIGKILL after step 7, SIGTERM after 6. Resumes
-from the last checkpoint of OUT where there is one. OUT/weights.npy: what was trained.
+ACTION: "all" trains to the end; "kill": the last process is killed while all save the second checkpoint; "term": it is
+told to end after step 6. Resumes from the last checkpoint of OUT where there is one. OUT/weights.npy: what was trained.
+"rl": GRPO and DPO, OUT/results.npz.
 """
 
 import os
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from devices_program import flat, sft
+from devices_program import flat, grpo_run, sft, text_dpo
+from saves_program import kill_around_arrays
 
 from jaxtune.checkpoint import checkpoint_steps
 from jaxtune.cluster import connect, is_first
@@ -23,30 +25,44 @@ from jaxtune.config import ClusterArguments
 TIMEOUT = 10  # seconds
 
 
-class Signal:
-    """Sends a signal to this process after a step; then steps take long enough for the others to hear of it."""
-
-    def __init__(self, number: signal.Signals, step: int):
-        self.number, self.step = number, step
+class Preemption:
+    """Tells this process to end after a step; then steps take long enough for the others to hear of it."""
 
     def on_step_end(self, trainer, metrics) -> None:
-        if trainer.state.global_step == self.step:
-            os.kill(os.getpid(), self.number)
-        if trainer.state.global_step >= self.step:
+        if trainer.state.global_step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if trainer.state.global_step >= 6:
             time.sleep(3)
+
+
+def rl(folder: str, out: Path, data: int, fsdp: int) -> None:
+    """GRPO, the same again from its first checkpoint, and DPO."""
+    results = {}
+    for name, settings in {
+        "run": {},
+        "resumed": {"resume_from_checkpoint": str(out / "grpo" / "checkpoint-1")},
+    }.items():
+        found = grpo_run(folder, out / "grpo", data, **settings)
+        results |= {f"grpo {name} {key}": value for key, value in found.items()}
+    results |= {f"dpo 1x1 {key}": value for key, value in text_dpo(folder, out / "dpo", data, fsdp).items()}
+    if is_first():
+        np.savez(out / "results.npz", **results)
 
 
 def main() -> None:
     folder, out, coordinator = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
     number, count, data, fsdp, height = map(int, sys.argv[4:9])
-    signals = {"kill": (signal.SIGKILL, 7), "term": (signal.SIGTERM, 6)}  # it is step 5 that is resumed from
     connect(ClusterArguments(coordinator, count, number, TIMEOUT))
     jax.config.update("jax_disable_most_optimizations", True)
-    chosen = number == count - 1 and sys.argv[9] in signals
+    if sys.argv[9] == "rl":
+        return rl(folder, out, data, fsdp)
+    action = sys.argv[9] if number == count - 1 else "all"
+    if action == "kill":
+        kill_around_arrays(before=False, after_saves=1)
     trainer = sft(
         folder, out, data, fsdp, height, save_strategy="steps", save_steps=5,
         resume_from_checkpoint=bool(checkpoint_steps(out)),
-        callbacks=[Signal(*signals[sys.argv[9]])] if chosen else [],
+        callbacks=[Preemption()] if action == "term" else [],
     )  # fmt: skip
     if is_first():
         np.save(out / "weights.npy", flat(trainer.model))

@@ -1,19 +1,24 @@
 """Several devices give what one gives: the runs of devices_program, on 8 devices that a CPU plays; and what is sent."""
 
 import importlib.util
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from devices_program import GRPO_LAYOUTS, LAYOUTS
+import tiny_vision
+from devices_program import DPO_LAYOUTS, GRPO_LAYOUTS, LAYOUTS, VISION_LAYOUTS
+from processes_program import TIMEOUT
 from tolerances import DEVICES
 
-from jaxtune.checkpoint import checkpoint_steps
+from jaxtune.checkpoint import checkpoint_steps, remove_leftovers
 from jaxtune.cluster import launcher
 from jaxtune.config import ClusterArguments, LoadArguments, SFTConfig
 from jaxtune.data import Batches
@@ -33,18 +38,39 @@ def folder(tiny_model_dir) -> Path:
     return tiny_model_dir("llama")
 
 
-def environment(devices: int) -> dict[str, str]:
-    """Of a program whose CPU plays so many devices."""
+def environment(devices: int, programs: Path) -> dict[str, str]:
+    """Of a program whose CPU plays so many devices; `programs` keeps what it compiles for the next."""
     flags = f"--xla_force_host_platform_device_count={devices}"
-    return {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": flags,
+        "JAX_COMPILATION_CACHE_DIR": str(programs),
+    }
 
 
 @pytest.fixture(scope="module")
-def out(folder, tmp_path_factory) -> Path:
+def programs(tmp_path_factory) -> Path:
+    """Compiled ones, so that the same step is compiled once for all processes of this module."""
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture(scope="module")
+def vision_folder(tmp_path_factory) -> Path:
+    parts = {
+        "text_config": {"num_hidden_layers": 2},
+        "vision_config": {"depth": 2, "fullatt_block_indexes": [1]},
+    }
+    model = tiny_vision.make_model(tiny_vision.make_config("qwen2_5_vl", **parts))
+    return tiny_vision.save(model, tmp_path_factory.mktemp("qwen2_5_vl"))
+
+
+@pytest.fixture(scope="module")
+def out(folder, vision_folder, programs, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("devices")
     done = subprocess.run(
-        [sys.executable, "tests/devices_program.py", str(folder), str(out)],
-        capture_output=True, text=True, cwd=ROOT, timeout=900, env=environment(8),
+        [sys.executable, "tests/devices_program.py", str(folder), str(vision_folder), str(out)],
+        capture_output=True, text=True, cwd=ROOT, timeout=900, env=environment(8, programs),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return out
@@ -65,7 +91,7 @@ SEVERAL = [f"{data}x{fsdp}" for data, fsdp, _ in LAYOUTS if data * fsdp > 1]
 
 @pytest.mark.parametrize("name", [*SEVERAL, "resumed"])
 def test_ten_steps_are_those_of_one_device(results, name):
-    """Packing, accumulation, dropout, noise, steps that do not fill the devices; resumed: half on 4, half on 2."""
+    """Packing, accumulation, dropout, noise, steps that do not fill the devices; resumed: half on 4, half on 8."""
     assert len(results["sft 1x1 loss"]) == 10
     assert_same(results[f"sft {name} loss"], results["sft 1x1 loss"])
     assert_same(results[f"sft {name} weights"], results["sft 1x1 weights"])
@@ -80,6 +106,20 @@ def test_evaluation_is_that_of_one_device(results):
 def test_a_grpo_step_is_that_of_one_device(results, name):
     assert_same(results[f"grpo {name} metrics"], results["grpo 1x1 metrics"])
     assert_same(results[f"grpo {name} weights"], results["grpo 1x1 weights"])
+
+
+@pytest.mark.parametrize("kind", [f"vision {data}x{fsdp}" for data, fsdp, _ in VISION_LAYOUTS[1:]])
+def test_rows_with_images_train_as_on_one_device(results, kind):
+    """Each device has its rows' images to itself."""
+    for name in ("loss", "weights", "eval"):
+        assert_same(results[f"{kind} {name}"], results[f"vision 1x1 {name}"])
+
+
+@pytest.mark.parametrize("layout", [f"{data}x{fsdp}" for data, fsdp in DPO_LAYOUTS[1:]])
+@pytest.mark.parametrize("kind", ["dpo", "vision dpo"])
+def test_dpo_is_that_of_one_device(results, kind, layout):
+    for name in ("loss", "weights", "metrics"):
+        assert_same(results[f"{kind} {layout} {name}"], results[f"{kind} 1x1 {name}"])
 
 
 @pytest.fixture(scope="module")
@@ -171,15 +211,21 @@ def test_layouts_that_cannot_be():
         LoadArguments(fsdp="all")  # pyrefly: ignore
 
 
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
 def run_processes(
-    folder: Path, out: Path, count: int, layout: tuple[int, int, int], action: str
+    folder: Path, out: Path, programs: Path, count: int, layout: tuple[int, int, int], action: str
 ) -> list[tuple]:
     """(exit status, output, seconds after the first that ended) of each process of processes_program; 4 devices in all
     where they are two."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    env = environment(2 if count == 2 else 1) | {"JAX_COORDINATOR_BIND_ADDRESS": address}
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    env = environment(2 if count == 2 else 8, programs) | {"JAX_COORDINATOR_BIND_ADDRESS": address}
     words = [sys.executable, "tests/processes_program.py", str(folder), str(out), address]
     logs = [(out.parent / f"{action}{number}.txt").open("w+") for number in range(count)]
     running = [
@@ -206,31 +252,123 @@ def run_processes(
     return found
 
 
-def test_two_processes(folder, results, tmp_path):
-    """Two processes of two devices each. One is killed; they go on and one is told to end; one alone goes on from
-    there. Every step of theirs is that of one device."""
-    from processes_program import TIMEOUT
+def test_a_process_killed_while_two_save_leaves_whole_checkpoints(programs, tmp_path):
+    """The other ends too, and of what was being written nothing looks like a checkpoint."""
+    from saves_program import MOMENTS
+    from test_checkpoint import assert_whole
 
+    ports = map(str, free_ports(len(MOMENTS)))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "tests/saves_program.py", str(tmp_path), str(TIMEOUT), *ports],
+        capture_output=True, text=True, cwd=ROOT, timeout=300, env=environment(1, programs),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    ended = json.loads(done.stdout)
+    for case, killed in MOMENTS.items():
+        other, log = ended[case][1 - killed], (tmp_path / f"{case}.{1 - killed}.txt").read_text()
+        assert ended[case][killed][0] == -9, (case, (tmp_path / f"{case}.{killed}.txt").read_text()[-3000:])
+        assert other[0] != 0 and other[1] < 2 * TIMEOUT + 5, (case, other, log[-3000:])
+        assert checkpoint_steps(tmp_path / case) == [1], case
+        assert_whole(tmp_path / case / "checkpoint-1", seed=1)
+        remove_leftovers(tmp_path / case)
+        assert [entry.name for entry in (tmp_path / case).iterdir()] == ["checkpoint-1"], case
+
+
+def test_two_processes(folder, programs, results, tmp_path):
+    """Two processes of two devices each. One is killed in the second save; they go on and one is told to end; one alone
+    goes on from there. Every step of theirs is that of one device."""
     out = tmp_path / "run"
-    lost, killed = run_processes(folder, out, 2, (4, 1, 2), "kill")
+    lost, killed = run_processes(folder, out, programs, 2, (4, 1, 2), "kill")
     assert killed[0] == -9
     assert lost[0] != 0 and lost[2] < 2 * TIMEOUT + 5
     assert "tasks are unhealthy (stopped sending heartbeats):\n1" in lost[1], lost[1][-3000:]
     assert checkpoint_steps(out) == [5]
     losses = {record["step"]: record["loss"] for record in read_history(out / "history.jsonl")}
 
-    for status, log, _ in run_processes(folder, out, 2, (1, 4, 3), "term"):
+    for status, log, _ in run_processes(folder, out, programs, 2, (1, 4, 3), "term"):
         assert status == 128 + 15, log[-3000:]
     last = checkpoint_steps(out)[-1]
     assert 7 <= last <= 10  # how far the other was ahead when it heard of it
     again = {r["step"]: r["loss"] for r in read_history(out / "history.jsonl") if "loss" in r}
     assert list(again) == list(range(1, last + 1))
 
-    ((status, log, _),) = run_processes(folder, out, 1, (1, 1, 4), "all")
+    ((status, log, _),) = run_processes(folder, out, programs, 1, (1, 1, 4), "all")
     assert status == 0, log[-3000:]
     assert_same(np.load(out / "weights.npy"), results["sft 1x1 weights"])
     for found in (losses, again):
         assert_same(np.asarray(list(found.values())), results["sft 1x1 loss"][: len(found)])
+
+
+def test_two_processes_do_grpo_and_dpo(folder, programs, results, tmp_path):
+    """Completions, rewards, losses and weights are those of one device; also from a checkpoint inside a generation."""
+    out = tmp_path / "rl"
+    for status, log, _ in run_processes(folder, out, programs, 2, (4, 1, 2), "rl"):
+        assert status == 0, log[-3000:]
+    with np.load(out / "results.npz") as found:
+        for name in ("loss", "weights", "metrics", "eval"):
+            assert_same(found[f"grpo run {name}"], results[f"grpo run {name}"])
+            assert_same(found[f"grpo resumed {name}"], results[f"grpo run {name}"])
+        for name in ("loss", "weights", "metrics"):
+            assert_same(found[f"dpo 1x1 {name}"], results[f"dpo 1x1 {name}"])
+
+
+def test_the_command_of_two_processes(folder, programs, tmp_path):
+    """As docs/devices.md prints it, in two shells: the first speaks and writes."""
+    rows = [{"text": f"the number {i} is " + "long " * i} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "run.yaml").write_text(
+        f"model_name: {folder}\ndataset: {tmp_path / 'rows.jsonl'}\noutput_dir: {tmp_path / 'run'}\nmax_steps: 2\n"
+        "max_seq_length: 64\nper_device_train_batch_size: 1\nsave_strategy: 'no'\nr: 4\ntarget_modules: [q_proj]\n"
+        "remat: all\nlogging_steps: 1\ndtype: float32\n"
+    )
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    words = f"-m jaxtune.train --config {tmp_path / 'run.yaml'} --total_batch_size 4 --coordinator {address}".split()
+    env = environment(1, programs) | {"JAX_COORDINATOR_BIND_ADDRESS": address}
+    running = [
+        subprocess.Popen(
+            [sys.executable, *words, "--num_processes", "2", "--process_id", str(number)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=env,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    (said, log), (silent, other) = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0], log[-2000:] + other[-2000:]
+    assert "(2, 2 processes)" in said and "2 devices (data=2, fsdp=1" in said and "jaxtune" not in silent
+    history = read_history(tmp_path / "run" / "history.jsonl")
+    assert [record["step"] for record in history if "loss" in record] == [1, 2]
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_what_fails_in_one_process_fails_in_all(monkeypatch):
+    """So that all can save, and none waits for one that has gone."""
+    import pickle
+
+    from jaxtune import cluster
+
+    assert cluster.gathered(lambda: 3) == [3]
+    monkeypatch.setattr(cluster.jax, "process_count", lambda: 2)
+    for other, error, message in (
+        ((None, "RewardError: bad"), RuntimeError, "process 1 failed: RewardError: bad"),
+        ((5, None), ZeroDivisionError, "division"),
+    ):
+        monkeypatch.setattr(cluster, "_all_bytes", lambda own, other=other: [own, pickle.dumps(other)])
+        with pytest.raises(error, match=message):
+            cluster.gathered(lambda other=other: 1 if other[1] else 1 / 0)
+    assert cluster.gathered(lambda: 3) == [3, 5]
+
+
+def test_rollouts_that_several_hosts_do_not_make(monkeypatch):
+    from types import SimpleNamespace
+
+    from jaxtune.rl import sources
+    from jaxtune.rl.config import GRPOConfig
+
+    monkeypatch.setattr(sources.cluster, "part", lambda: (0, 2))
+    model: Any = SimpleNamespace(layout=SimpleNamespace(fsdp=2))
+    with pytest.raises(ValueError, match="use_vllm=True is for the GPUs of one host"):
+        sources.make_rollout(model, GRPOConfig(use_vllm=True), None, None)
+    with pytest.raises(ValueError, match="fsdp=2: in a run of several processes"):
+        sources.make_rollout(model, GRPOConfig(), None, None)
 
 
 def test_launchers_and_their_settings(monkeypatch):

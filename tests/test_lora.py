@@ -11,6 +11,8 @@ from jaxtune.fast import FastLanguageModel
 from jaxtune.lora import LoraConfig
 from jaxtune.models.layers import Linear
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TARGETS = {
     "all-linear": "all-linear",
     "list": ("q_proj", "down_proj"),

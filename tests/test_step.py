@@ -13,6 +13,8 @@ from jaxtune.models.remat import Remat
 from jaxtune.optim import make_optimizer
 from jaxtune.step import clip, compiler_options, make_eval_step, make_train_step, neftune, targets
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def test_no_token_predicts_the_next_document():
     labels = jnp.array([[10, 11, 12, 20, 21, -100, 0, 0]])

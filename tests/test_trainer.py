@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from jaxtune import checkpoint
 from jaxtune.config import SFTConfig
@@ -21,27 +20,9 @@ from jaxtune.metrics import read_history
 from jaxtune.trainer import SFTTrainer
 from jaxtune.training_loop import TrainOutput
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 CLOCK = {"tokens_per_second", "peak_memory_gib", "eval_runtime"}
 ROWS = [{"text": f"row {i}: " + "abcdefgh"[: i % 9] * (i % 4)} for i in range(22)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Keep compiled steps on disk, so that the same step in another test or process is not compiled again."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()  # JAX looks for a cache once in a process
-    jax.clear_caches()  # of what other tests may have compiled in another way
-    yield settings["jax_compilation_cache_dir"]
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +172,7 @@ def test_killed_while_saving_then_resumed_is_bitwise_equal(base, uninterrupted, 
         tests=str(Path(__file__).parent), model=str(base.checkpoint.path), folder=str(tmp_path)
     )
     environment = os.environ | {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": compile_once,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

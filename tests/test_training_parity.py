@@ -14,6 +14,8 @@ from jaxtune.fast import FastLanguageModel
 from jaxtune.optim import make_optimizer
 from jaxtune.step import make_train_step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 STEPS, ROWS, TOKENS = 20, 4, 32
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

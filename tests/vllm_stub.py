@@ -4,6 +4,7 @@ It reads an adapter's folder at the time it is loaded, as vLLM does, and fails w
 """
 
 import json
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -122,7 +123,13 @@ class _Handler(BaseHTTPRequestHandler):
         for number in range(payload["n"]):
             ids, log_probs = server.sample(payload, number)
             choices.append(
-                {"index": number, "text": "", "token_ids": ids, "logprobs": {"token_logprobs": log_probs}}
+                {
+                    "index": number,
+                    "text": "",
+                    "token_ids": ids,
+                    "logprobs": {"token_logprobs": log_probs},
+                    "finish_reason": "length" if len(ids) == payload["max_tokens"] else "stop",
+                }
             )
         time.sleep(0.05)
         with server.lock:
@@ -130,9 +137,20 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer({"choices": choices[::-1]})
 
 
-if __name__ == "__main__":
-    import sys
+def python_with_vllm(folder, code=None):
+    """A Python, made in a folder, with a package vllm whose server is `code` (by default this file)."""
+    package = folder / "packages/vllm/entrypoints/openai"
+    package.mkdir(parents=True, exist_ok=True)
+    for place in (package, package.parent, package.parent.parent):
+        (place / "__init__.py").touch()
+    (package / "api_server.py").write_text(Path(__file__).read_text() if code is None else code)
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={folder}/packages exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return str(python)
 
+
+if __name__ == "__main__":
     options = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=False))
     print("listening", flush=True)
     StubVLLM(port=int(options["--port"])).serve_forever()

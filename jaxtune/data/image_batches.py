@@ -25,7 +25,8 @@ class VisionBatches:
 
     As `Batches`, each follows from (seed, step number) alone. Besides its arrays a batch has image_slots int32
     [G, B, T], rope_positions int32 [G, B, T, 3] where the family has them, and images, the family's arrays [G, …].
-    All lengths are those of one of `shapes`.
+    All lengths are those of one of `shapes`. Each device has rows and their images to itself: the images of the first
+    come first, padded to the same lengths as those of the next, and slots count from each device's first.
 
     Attributes:
         shapes: lengths that batches are padded to, by name; each is a compilation of the step.
@@ -46,11 +47,17 @@ class VisionBatches:
         shuffle: bool = True,
         together: int = 1,
         numbers: Mapping[str, np.ndarray] | None = None,
+        rows_per_step: int | None = None,
+        devices: int = 1,
+        part: tuple[int, int] = (0, 1),
     ):
         """
         Args:
             dataset, packed: columns input_ids, labels and documents, of `pack` if packed.
             batch_size, accumulation, max_length, seed, shuffle, together, numbers: as of `Batches`.
+            rows_per_step, part: as of `Batches`.
+            devices: of all parts, among which the rows of a micro-batch are divided; those that stay together lie on
+                one, so batch_size / devices is a multiple of `together`.
             workers: processes that work ahead; 0: images are processed when a step is asked for.
 
         Raises:
@@ -58,8 +65,8 @@ class VisionBatches:
         """
         self._text = Batches(
             dataset,
-            batch_size=batch_size,
-            accumulation=accumulation,
+            batch_size=batch_size // devices,
+            accumulation=accumulation * devices,
             max_length=max_length,
             packed=packed,
             seed=seed,
@@ -67,8 +74,11 @@ class VisionBatches:
             pad_token_id=collator.tokenizer.pad_token_id,
             together=together,
             numbers=numbers,
-        )
+            rows_per_step=rows_per_step,
+        )  # of each device's share of a micro-batch, one after another
         self.batch_size, self.accumulation = batch_size, accumulation
+        first, stop = (devices * (part[0] + i) // part[1] for i in (0, 1))
+        self._own = [micro * devices + i for micro in range(accumulation) for i in range(first, stop)]
         self._collator, self._workers, self._packed = collator, workers, packed
         self._family = collator.encoder.family
         self._documents = ragged_column(dataset, DOCUMENTS)
@@ -87,27 +97,38 @@ class VisionBatches:
         """Which rows of the dataset are in `step(number)`, in order."""
         return self._text.rows(number)
 
+    def own_rows(self, number: int) -> np.ndarray:
+        """`rows`, of this process's part."""
+        shares = self._shares(number)
+        return np.concatenate([shares[i] for i in self._own])
+
     def step(self, number: int) -> VisionBatch:
-        """The batch of optimiser step `number`, counted from 0; the steps after it are begun."""
-        micros = self._micro_batches(number)
-        shape = self._shape(micros)
+        """The batch of optimiser step `number`, counted from 0, this process's part; the steps after it are begun."""
+        shares = self._shares(number)
+        shape = self._shape(shares)
         self._begun = {step: begun for step, begun in self._begun.items() if step >= number}
         for step in range(number, number + 1 + (self._ahead() if self._workers else 0)):
             if step not in self._begun:
-                self._begun[step] = self._begin(self._micro_batches(step))
+                self._begun[step] = self._begin(self._shares(step), self._own)
         images = [begun.result() for begun in self._begun.pop(number)]
-        parts = [self._collate(rows, shape, made) for rows, made in zip(micros, images, strict=True)]
-        return _stacked(parts)
+        parts = [self._collate(shares[i], shape, made) for i, made in zip(self._own, images, strict=True)]
+        return _stacked(parts, self.accumulation)
 
     def eval_batches(self) -> Iterator[VisionBatch]:
         """All rows once, in the dataset's order, as arrays [B, T]; the last batch is filled with empty rows."""
-        size, count = self._text.batch_size, len(self._row_sizes)
-        parts = [np.arange(first, min(first + size, count)) for first in range(0, count, size)]
+        size, devices = self._text.batch_size, self._text.accumulation // self.accumulation
+        order, own = np.arange(len(self._row_sizes)), self._own[: len(self._own) // self.accumulation]
+        batches = [
+            [order[first + i * size : first + (i + 1) * size] for i in range(devices)]
+            for first in range(0, len(order), size * devices)
+        ]
         begun: list[list[Future[ImageArrays]]] = []
-        for place, rows in enumerate(parts):
-            while len(begun) < min(len(parts), place + 1 + self._workers):
-                begun.append(self._begin([parts[len(begun)]]))
-            yield self._collate(rows, self._shape([rows]), begun[place][0].result())
+        for place, shares in enumerate(batches):
+            while len(begun) < min(len(batches), place + 1 + self._workers):
+                begun.append(self._begin(batches[len(begun)], own))
+            shape, images = self._shape(shares), [one.result() for one in begun[place]]
+            parts = [self._collate(shares[i], shape, made) for i, made in zip(own, images, strict=True)]
+            yield _joined(parts)
             begun[place] = []
 
     def close(self) -> None:
@@ -143,7 +164,7 @@ class VisionBatches:
     def _shapes(self) -> list[Shape]:
         """Chosen from the first epoch in its order; the last holds any batch of any order."""
         size = self._text.batch_size
-        epoch = [self._needs(self._micro_batches(step)) for step in range(self.steps_per_epoch)]
+        epoch = [self._needs(self._shares(step)) for step in range(self.steps_per_epoch)]
         needs = {name: np.asarray([need[name] for need in epoch]) for name in epoch[0]}
         most = {
             name: int(np.sort(column)[-size:].sum()) for name, column in zip(self._names, self._row_sizes.T)
@@ -163,20 +184,20 @@ class VisionBatches:
 
     # -- batches ---------------------------------------------------------------------------------------------
 
-    def _micro_batches(self, number: int) -> list[np.ndarray]:
-        """The rows of each micro-batch of a step; a short last step has fewer, and empty ones."""
+    def _shares(self, number: int) -> list[np.ndarray]:
+        """The rows of each device in each micro-batch of a step; a short last step has fewer, and empty ones."""
         rows, size = self._text.rows(number), self._text.batch_size
         return [rows[i * size : (i + 1) * size] for i in range(self._text.accumulation)]
 
     def _ahead(self) -> int:
-        return max(STEPS_AHEAD, -(-self._workers // self._text.accumulation))
+        return max(STEPS_AHEAD, -(-self._workers // len(self._own)))
 
-    def _begin(self, micros: Sequence[np.ndarray]) -> list[Future[ImageArrays]]:
-        """The images of some micro-batches, in the workers."""
-        shape, pool = self._shape(micros), self._collator.pool(self._workers)
+    def _begin(self, shares: Sequence[np.ndarray], own: Sequence[int]) -> list[Future[ImageArrays]]:
+        """The images of some of these shares, in the workers, padded as all need it."""
+        shape, pool = self._shape(shares), self._collator.pool(self._workers)
         sizes = {name: shape[name] for name in self._names}
         begun = []
-        for rows in micros:
+        for rows in (shares[i] for i in own):
             numbers = [int(number) for row in rows for number in self._documents.row(row)]
             lengths = [self._collator.known(number).length for number in numbers]
             documents = [self._collator.document(number) for number in numbers]
@@ -184,7 +205,7 @@ class VisionBatches:
         return begun
 
     def _collate(self, rows: np.ndarray, shape: Mapping[str, int], made: ImageArrays) -> VisionBatch:
-        """One micro-batch: arrays [B, T], and its images."""
+        """One device's share of a micro-batch: arrays [B, T], and its images."""
         batch: VisionBatch = self._text.collate(rows, self._text.batch_size, shape[LENGTH])
         batch["image_slots"] = image_slots(batch["input_ids"], self._family.image_token_id)
         batch["image_slots"][batch["segment_ids"] == 0] = -1  # padding with a token that stands for an image
@@ -203,8 +224,19 @@ class VisionBatches:
         return found
 
 
-def _stacked(parts: Sequence[VisionBatch]) -> VisionBatch:
-    """Micro-batches as one step's arrays [G, …]."""
+def _joined(shares: Sequence[VisionBatch]) -> VisionBatch:
+    """What each device has of a micro-batch, one after another."""
+    names = shares[0].keys() - {"images"}
+    images = {
+        name: np.concatenate([share["images"][name] for share in shares]) for name in shares[0]["images"]
+    }
+    return {name: np.concatenate([share[name] for share in shares]) for name in names} | {"images": images}
+
+
+def _stacked(shares: Sequence[VisionBatch], count: int) -> VisionBatch:
+    """The shares of `count` micro-batches, one after another, as one step's arrays [G, …]."""
+    each = len(shares) // count
+    parts = [_joined(shares[first : first + each]) for first in range(0, len(shares), each)]
     first = parts[0]
     whole: VisionBatch = {
         name: np.stack([part[name] for part in parts]) for name in first if name != "images"

@@ -14,6 +14,7 @@ import tyro
 
 from jaxtune.evaluate.command import run_command
 from jaxtune.evaluate.config import EvaluateConfig
+from jaxtune.rl.vllm_config import VLLMConfig
 
 DESCRIPTION = """Let a model answer questions, check the answers, and tell accuracy, pass@k and maj@k (majority vote).
 
@@ -25,7 +26,8 @@ examples:
   python -m jaxtune.evaluate Qwen/Qwen2.5-0.5B-Instruct --data openai/gsm8k --dataset_config main
   python -m jaxtune.evaluate outputs/grpo/adapter --data gsm8k/test.jsonl --limit 200
   python -m jaxtune.evaluate MODEL --data math-ai/aime25 --n 16 --temperature 0.6 --top_p 0.95 --max_new_tokens 16384
-  python -m jaxtune.evaluate BASE_MODEL --data test.jsonl --few_shot 5 --few_shot_data train.jsonl --checker number"""
+  python -m jaxtune.evaluate BASE_MODEL --data test.jsonl --few_shot 5 --few_shot_data train.jsonl --checker number
+  python -m jaxtune.evaluate MODEL --data test.jsonl --use_vllm --vllm_python vllm-env/bin/python"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Evaluate:
     data: str
     """Questions with answers: JSONL, JSON, CSV or Parquet file, or hub name."""
     asking: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    serving: VLLMConfig = dataclasses.field(default_factory=VLLMConfig)
     output_dir: Path | None = None
     """Folder for completions and results. None = outputs/evaluate/MODEL_DATA."""
     dataset_config: str | None = None
@@ -67,6 +70,7 @@ class Evaluate:
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1, got {self.limit}")
+        self.serving.check_server()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

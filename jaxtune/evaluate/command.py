@@ -9,6 +9,8 @@ from typing import Any
 
 import tyro
 
+from jaxtune.rl.vllm_server import VLLMError
+
 
 def run_command(
     module: str,
@@ -41,7 +43,7 @@ def run_command(
         return _fail(error)
     try:
         work(found, f"{command} {shlex.join(_without_token(given))}")
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, VLLMError) as error:
         if found.traceback:
             raise
         return _fail(error)
@@ -58,5 +60,7 @@ def _without_token(given: Sequence[str]) -> list[str]:
 
 
 def _fail(error: Exception) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    """Says an error: in one line, but for what the log of a server adds."""
+    said = "\n".join([str(error), *getattr(error, "__notes__", [])])
+    print(f"error: {said if isinstance(error, VLLMError) else ' '.join(said.split())}", file=sys.stderr)
     return 2

@@ -19,6 +19,7 @@ from jaxtune.checkpoint import leaves_checksum
 from jaxtune.data.sources import load_dataset
 from jaxtune.evaluate.results import Results
 from jaxtune.evaluate.run import Plan, carry_out, plan
+from jaxtune.evaluate.serving import ROWS, check_server, vllm_engine
 from jaxtune.evaluate.store import COMPLETIONS, RESULTS, Store
 from jaxtune.fast import FastLanguageModel
 from jaxtune.job import make_console, make_table
@@ -59,7 +60,7 @@ def run(settings: "Evaluate", command: str) -> Results:
         few_shot_data=None if examples is None else load_dataset(examples, "train", **hub_set),
     )
     prompts = [_digest(ids) for ids in planned.prompts]
-    made_by = decides(model, nf4, planned)
+    made_by = decides(model, nf4, planned) | ({"engine": "vllm"} if settings.serving.use_vllm else {})
     folder = settings.output_dir or default_folder(settings)
     store = Store(folder, made_by, prompts)
     known = store.completions()
@@ -69,7 +70,16 @@ def run(settings: "Evaluate", command: str) -> Results:
     console.print(f"[bold]jaxtune[/bold]: {settings.model} on {device}", highlight=False)
     if there:
         console.print(f"{there} of {len(wanted)} completions are in {folder / COMPLETIONS}")
-    results = carry_out(model, planned, known=known, save=store.save, progress=sys.stderr.isatty())
+    bar = sys.stderr.isatty()
+    if settings.serving.use_vllm and there < len(wanted):
+        with vllm_engine(model, planned, settings.serving, folder) as engine:
+            gap = check_server(engine, planned, settings.serving)
+            console.print(f"answers from vLLM, whose log-probabilities differ by {gap:.2g} from jaxtune's")
+            results = carry_out(
+                model, planned, known=known, save=store.save, engine=engine, rows=ROWS, progress=bar
+            )
+    else:
+        results = carry_out(model, planned, known=known, save=store.save, progress=bar)
     about = {
         "command": command,
         "data": {
@@ -177,8 +187,6 @@ def _digest(value: Any) -> str:
 def _plain(settings: "Evaluate") -> dict[str, Any]:
     """The settings as JSON knows them; no access token."""
     values = dataclasses.asdict(settings)
-    asking = values.pop("asking")
+    values |= values.pop("asking") | values.pop("serving")
     values.pop("token")
-    return {
-        name: str(value) if isinstance(value, Path) else value for name, value in (values | asking).items()
-    }
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from jaxtune.evaluate.questions import (
 from jaxtune.evaluate.results import Completion, Judged, Results, judge
 from jaxtune.generate import Engine, Sampling
 from jaxtune.model import Model
+from jaxtune.rl.vllm_engine import VLLMEngine
 
 ROWS = {"cpu": 32}  # answers between two saves
 MOST_ROWS = 512  # the same, on an accelerator
@@ -116,6 +118,7 @@ def evaluate(
     question_column: str | None = None,
     answer_column: str | None = None,
     few_shot_data: Source | None = None,
+    engine: VLLMEngine | None = None,
     progress: bool = True,
 ) -> Results:
     """Answers questions and checks the answers.
@@ -128,6 +131,7 @@ def evaluate(
         split: of a hub set or a `DatasetDict`.
         question_column, answer_column: where they stand, if not under a known name.
         few_shot_data: rows that config.few_shot examples are drawn from; the split "train" where there are several.
+        engine: that answers in the place of the embedded one; it is left open.
         progress: show a bar.
 
     Raises:
@@ -143,7 +147,7 @@ def evaluate(
         answer_column=answer_column,
         few_shot_data=few_shot_data,
     )
-    return carry_out(model, planned, progress=progress)
+    return carry_out(model, planned, engine=engine, progress=progress)
 
 
 def carry_out(
@@ -152,6 +156,8 @@ def carry_out(
     *,
     known: Known | None = None,
     save: Callable[[list[Completion]], object] | None = None,
+    engine: VLLMEngine | None = None,
+    rows: int | None = None,
     progress: bool = True,
 ) -> Results:
     """Generates what is missing, and checks everything.
@@ -159,19 +165,21 @@ def carry_out(
     Args:
         known: (question, sample) -> a completion that is there already.
         save: gets completions as they come.
+        engine: that answers in the place of the embedded one; it is left open.
+        rows: answers between two saves; None: what suits the embedded engine.
     """
     config, started, new = planned.config, time.perf_counter(), 0
     have = dict(known or {})
     total = len(planned.questions) * config.n
     judged: dict[int, Judged] = {}
     with (
-        Engine(model, progress=progress) as engine,
+        Engine(model, progress=progress) if engine is None else nullcontext(engine) as asked,
         tqdm(total=total, desc="evaluate", unit="answer", disable=None if progress else True) as bar,
     ):
         right = 0
-        for part, first in chunks(planned, have):
+        for part, first in chunks(planned, have, rows):
             if first < config.n:
-                made = _generate(engine, planned, part, first)
+                made = _generate(asked, planned, part, first)
                 new += sum(one.tokens for one in made)
                 have |= {(one.question, one.sample): one for one in made}
                 if save is not None:
@@ -198,10 +206,10 @@ def carry_out(
     )
 
 
-def chunks(planned: Plan, have: Known) -> list[tuple[list[int], int]]:
+def chunks(planned: Plan, have: Known, rows: int | None = None) -> list[tuple[list[int], int]]:
     """(questions to go through together, their first missing sample), the complete ones first."""
     n = planned.config.n
-    rows = ROWS.get(jax.default_backend(), MOST_ROWS)
+    rows = rows or ROWS.get(jax.default_backend(), MOST_ROWS)
     by_first: dict[int, list[int]] = {}
     for i in range(len(planned.questions)):
         first = next((j for j in range(n) if (i, j) not in have), n)
@@ -213,7 +221,9 @@ def chunks(planned: Plan, have: Known) -> list[tuple[list[int], int]]:
     return parts
 
 
-def _generate(engine: Engine, planned: Plan, part: Sequence[int], first: int) -> list[Completion]:
+def _generate(
+    engine: Engine | VLLMEngine, planned: Plan, part: Sequence[int], first: int
+) -> list[Completion]:
     """Samples `first` to n of some questions; what a sample gets depends on its question, number and seed alone."""
     config, tokenizer = planned.config, engine.model.tokenizer
     cuts = {"top_k": config.top_k, "top_p": config.top_p, "min_p": config.min_p}

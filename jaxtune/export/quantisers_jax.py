@@ -138,7 +138,9 @@ class Exact(NamedTuple):
     def over(self, a, b) -> jax.Array:
         """a / b, to the nearest."""
         with jax.enable_x64(True):
-            quotient = self._kept(jnp.asarray(a, jnp.float64) / jnp.asarray(b, jnp.float64)).astype(jnp.float32)
+            quotient = self._kept(jnp.asarray(a, jnp.float64) / jnp.asarray(b, jnp.float64)).astype(
+                jnp.float32
+            )
         return self._kept(quotient)
 
     def root(self, a: jax.Array) -> jax.Array:

@@ -54,3 +54,14 @@ class Renamed:
     def read(self, name: str) -> np.ndarray | BnbTensor:
         """A weight by its new name."""
         return self._reader.read(self.stored[name])
+
+
+class Without:
+    """A reader that leaves one weight out."""
+
+    def __init__(self, reader: TensorReader, name: str):
+        self._reader, self._name = reader, name
+        self.info, self.read = reader.info, reader.read
+
+    def names(self) -> list[str]:
+        return [name for name in self._reader.names() if name != self._name]

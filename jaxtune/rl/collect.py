@@ -8,14 +8,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxtune import cluster
 from jaxtune.images import check_row
 from jaxtune.models.names import Leaves
 from jaxtune.rl.advantages import ZERO_STD, Advantages, compute_advantages
 from jaxtune.rl.config import GRPOConfig
-from jaxtune.rl.data import Plan, Prompts, is_conversational
+from jaxtune.rl.data import NO_PROMPT, Plan, Prompts, is_conversational
 from jaxtune.rl.experience import Experience, Sample
 from jaxtune.rl.images import Collators
-from jaxtune.rl.losses.grpo import GRPOLossOptions, sampling_metrics
+from jaxtune.rl.losses.grpo import sampling_metrics
+from jaxtune.rl.losses.options import GRPOLossOptions
 from jaxtune.rl.reference import without_adapter
 from jaxtune.rl.reward_runner import RewardRunner
 from jaxtune.rl.rollout import Completions, Request, Rollout
@@ -49,7 +51,7 @@ class Policy:
     def _scored(self, trainable: Leaves, base: Leaves, batch: dict[str, np.ndarray]) -> np.ndarray:
         layout = self.model.layout
         return np.asarray(
-            self.score(layout.put_leaves(self.model.module, trainable), base, layout.put_rows(batch, 1))
+            self.score(layout.put_leaves(self.model.module, trainable), base, layout.put_all_rows(batch, 1))
         )
 
 
@@ -114,7 +116,25 @@ class Collector:
     def _samples(
         self, prompts: Prompts, numbers: Sequence[int], group: int, seed: int
     ) -> tuple[list[Sample], Metrics]:
-        """Rewarded completions of some prompts, `group` of each together; and what reward functions logged."""
+        """Rewarded completions of some prompts, `group` of each together; and what reward functions logged. On several
+        hosts each makes those of its part of the prompts, and then all have all."""
+        index, count = cluster.part()
+        parts = np.array_split(np.asarray(numbers), count)
+        first = sum(map(len, parts[:index]))
+        made = cluster.gathered(lambda: self._own_samples(prompts, parts[index], group, seed, first))
+        metrics: dict[str, list[float]] = {}
+        for _, logged in made:
+            for name, value in logged.items():
+                metrics.setdefault(name, []).append(value)
+        samples = [sample for part, _ in made for sample in part]
+        return samples, {name: float(np.mean(values)) for name, values in metrics.items()}
+
+    def _own_samples(
+        self, prompts: Prompts, numbers: Sequence[int], group: int, seed: int, first: int
+    ) -> tuple[list[Sample], Metrics]:
+        """Those of prompts of which the first is number `first` of the request of all processes."""
+        if not len(numbers):
+            return [], {}
         step = self.state().global_step
         if self.synced != step:
             self.rollout.sync(step)
@@ -125,24 +145,31 @@ class Collector:
         documents = None if prompts.documents is None else [prompts.documents[i] for i in each]
         seen = prompts.looked(each)
         request = Request(
-            prompts=[row["prompt"] for row in rows] if seen is None else [one.prompt for one in seen],
+            prompts=[row.get("prompt", NO_PROMPT) for row in rows]
+            if seen is None
+            else [one.prompt for one in seen],
             prompt_ids=None if prompts.ids is None else [prompts.ids[i] for i in each],
             group=group,
             seed=seed,
             max_new_tokens=self.args.max_completion_length,
             images=None if seen is None else [one.row for one in seen],
+            rows=rows,
+            first=first,
         )
         made = self.rollout.generate(request)
         _check(made, prompts, request)
+        prompts_made = made.prompts or request.prompts
         for i, row in enumerate(rows):
             row |= {name: values[i] for name, values in made.extra.items()}
         completions = self._decoded(made, request)
         columns = {name: [row.get(name) for row in rows] for name in rows[0]}
-        rewards = self.rewards(request.prompts, completions, made.completion_ids, columns, self.state())
+        if made.environments is not None:
+            columns["environments"] = made.environments
+        rewards = self.rewards(prompts_made, completions, made.completion_ids, columns, self.state())
         samples = [
             Sample(
                 row=row,
-                prompt=row["prompt"],
+                prompt=prompts_made[i],
                 completion=completions[i],
                 prompt_ids=made.prompt_ids[i],
                 completion_ids=made.completion_ids[i],
@@ -247,9 +274,11 @@ class Collector:
         elif args.use_vllm and samples[0].log_probs is not None:
             metrics = self._first_rows_gap(experience, samples, height, collator)
         if args.use_vllm and GAP in metrics:
-            self._warned |= check_gap(metrics[GAP], args, warn=not self._warned)
             if metrics[GAP] > args.vllm_logprob_warning / 2:
                 self._check_adapter(experience, samples, height, collator)
+            correct = "; vllm_importance_sampling_correction=True corrects for the difference"
+            advice = "" if args.corrects_sampler else correct
+            self._warned |= check_gap(metrics[GAP], args, advice=advice, warn=not self._warned)
         return experience, metrics
 
     def _check_adapter(

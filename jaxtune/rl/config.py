@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from jaxtune.config import TrainingConfig
+from jaxtune.rl.losses.options import Correction, GRPOLossOptions, Level, LossType
+from jaxtune.rl.vllm_config import VLLMConfig
 from jaxtune.settings import FOREIGN, ForeignNames, check_at_least, tolerant
 
 Plain = bool | int | float | str
@@ -33,31 +35,26 @@ SAMPLING_IGNORED = {
     "n",
 }
 _POSITIVE = """num_generations_eval max_completion_length generation_batch_size steps_per_generation num_iterations
-    max_prompt_length num_completions_to_print vllm_server_port vllm_tensor_parallel_size
-    vllm_max_model_length max_tool_calling_iterations""".split()
+    max_prompt_length num_completions_to_print max_tool_calling_iterations ref_model_sync_steps""".split()
 _NOT_NEGATIVE = """top_k epsilon epsilon_high delta beta entropy_target entropy_coef_delta max_resample_rounds
     reward_timeout off_policy_mask_threshold""".split()
 
 
 @tolerant
 @dataclasses.dataclass(frozen=True)
-class GRPOConfig(TrainingConfig):
+class GRPOConfig(VLLMConfig, TrainingConfig):
     """Group relative policy optimisation (arXiv 2402.03300), with TRL's defaults, and what TrainingConfig has."""
 
     FOREIGN: ClassVar[ForeignNames] = FOREIGN.extended(
         ignored="""activation_checkpointing activation_checkpointing_kwargs cache_implementation
             cast_lm_head_to_fp32 dataloader_drop_last dataloader_num_workers dataset_num_proc
-            ds3_gather_for_generation group_by_length log_multimodal ref_model_mixup_alpha ref_model_sync_steps
-            train_sampling_strategy transformers_continuous_batching_config unsloth_grpo_mini_batch
+            ds3_gather_for_generation group_by_length log_multimodal train_sampling_strategy
+            transformers_continuous_batching_config unsloth_grpo_mini_batch
             unsloth_logit_chunk_multiplier unsloth_num_chunks use_transformers_continuous_batching
             use_transformers_paged vllm_enable_sleep_mode vllm_group_port vllm_model_impl""",
         refused={
             "log_completions_hub_repo": (None, "upload the folder output_dir/completions"),
             "neftune_noise_alpha": (None, "leave it out"),
-            "sync_ref_model": (
-                False,
-                "the reference is the model without its adapter, or as it was at the start",
-            ),
             "vllm_structured_outputs_regex": (None, "leave it out"),
         },
     )
@@ -116,40 +113,6 @@ class GRPOConfig(TrainingConfig):
     max_resample_rounds: int = 0
     """DAPO's dynamic sampling (arXiv 2503.14476): groups whose rewards are all equal are given other prompts, up to so
     many times a generation; 0 = never, as in TRL."""
-    use_vllm: bool = False
-    """Sample with vLLM instead of the embedded engine."""
-    vllm_mode: Literal["colocate", "server"] = "colocate"
-    """server: one that runs already; colocate: one started beside the trainer."""
-    vllm_server_base_url: str | None = None
-    """Address of the server. None = made of host and port."""
-    vllm_server_host: str = "0.0.0.0"
-    """Host of the server."""
-    vllm_server_port: int = 8000
-    """Port of the server."""
-    vllm_server_timeout: float = 240.0
-    """Seconds to wait for the server to be up."""
-    vllm_request_timeout: float = 1800.0
-    """Seconds that vLLM may take for the completions made at a time."""
-    vllm_python: str | None = None
-    """Python of the environment that vLLM is installed in (colocate). None = the environment variable
-    JAXTUNE_VLLM_PYTHON, or this one."""
-    vllm_server_args: tuple[str, ...] = ()
-    """More arguments for the server that is started (colocate), such as --enforce-eager."""
-    vllm_base: Literal["policy", "checkpoint"] = "policy"
-    """What is served (colocate). policy: the weights that training sees, the 4-bit ones dequantised; checkpoint: the
-    16-bit ones of the checkpoint, which the adapter has never seen."""
-    vllm_adapter_dir: str | None = None
-    """Folder that trainer and server both see, for the adapters on their way. None = in shared memory."""
-    vllm_logprob_warning: float = 0.1
-    """Warn where log-probabilities of vLLM and the trainer differ by more, on average (nats per token)."""
-    vllm_logprob_limit: float | None = 1.0
-    """Stop where they do by more: another model is served. None = never."""
-    vllm_gpu_memory_utilization: float = 0.3
-    """Share of the device's memory for vLLM."""
-    vllm_max_model_length: int | None = None
-    """Longest sequence that vLLM prepares for. None = what training needs."""
-    vllm_tensor_parallel_size: int = 1
-    """Devices that vLLM spreads the model over."""
 
     # -- rewards -----------------------------------------------------------------------------------
     reward_weights: tuple[float, ...] | None = None
@@ -162,17 +125,23 @@ class GRPOConfig(TrainingConfig):
     """Seconds that one call of a reward function may take. None = any."""
 
     # -- objective ---------------------------------------------------------------------------------
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"] = "dapo"
+    loss_type: LossType = "dapo"
     """How token losses are made and averaged; see jaxtune.rl.losses.grpo."""
     beta: float = 0.0
     """Weight of the KL divergence from the reference; 0 = no reference."""
+    sync_ref_model: bool = False
+    """Move the reference towards the model as training goes on (arXiv 2404.09656); full fine-tuning only, as in TRL."""
+    ref_model_mixup_alpha: float = 0.6
+    """How far: reference = α * model + (1 - α) * reference."""
+    ref_model_sync_steps: int = 512
+    """How often, in optimizer steps."""
     epsilon: float = 0.2
     """Ratios below 1 - epsilon are clipped."""
     epsilon_high: float | None = None
     """Ratios above 1 + epsilon_high are clipped (cispo: above epsilon_high itself). None = epsilon."""
     delta: float | None = None
     """Upper bound of the ratio where the advantage is negative (two-sided clipping). None = not."""
-    importance_sampling_level: Literal["token", "sequence"] = "token"
+    importance_sampling_level: Level = "token"
     """One ratio a token, or one a completion (GSPO)."""
     sapo_temperature_neg: float = 1.05
     """SAPO's temperature where the advantage is not positive."""
@@ -210,9 +179,7 @@ class GRPOConfig(TrainingConfig):
     """Correct for the sampler's log-probabilities. None = with vLLM, if vllm_importance_sampling_correction."""
     vllm_importance_sampling_correction: bool = True
     """Correct for the difference between vLLM's log-probabilities and the trainer's."""
-    vllm_importance_sampling_mode: Literal[
-        "sequence_mask", "sequence_truncate", "token_mask", "token_truncate"
-    ] = "sequence_mask"
+    vllm_importance_sampling_mode: Correction = "sequence_mask"
     """One ratio a completion or a token; out of bounds it is masked to 0 or truncated."""
     vllm_importance_sampling_clip_max: float | None = 3.0
     """Upper bound of that ratio."""
@@ -240,11 +207,12 @@ class GRPOConfig(TrainingConfig):
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
         if not 0 < self.top_p <= 1 or not 0 <= (self.min_p or 0) <= 1:
             raise ValueError(f"top_p and min_p are probabilities, got {self.top_p} and {self.min_p}")
-        if not 0 < self.top_entropy_quantile <= 1:
-            raise ValueError(f"top_entropy_quantile must be in (0, 1], got {self.top_entropy_quantile}")
-        for name in ("vllm_server_timeout", "vllm_request_timeout"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0 seconds, got {getattr(self, name)}")
+        if not 0 <= self.ref_model_mixup_alpha <= 1:
+            raise ValueError(f"ref_model_mixup_alpha must be in [0, 1], got {self.ref_model_mixup_alpha}")
+        if self.sync_ref_model and self.beta == 0:
+            raise ValueError("sync_ref_model=True needs a reference, and there is none with beta=0")
+        self.check_server()
+        self.loss_options()
         self._check_batches()
         self._check_correction()
 
@@ -289,20 +257,6 @@ class GRPOConfig(TrainingConfig):
 
     def _check_correction(self) -> None:
         mode = self.vllm_importance_sampling_mode
-        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
-        if low is not None and high is not None and low >= high:
-            raise ValueError(
-                f"vllm_importance_sampling_clip_min={low} must be less than vllm_importance_sampling_clip_max={high}"
-            )
-        if (
-            self.vllm_importance_sampling_correction
-            and mode.endswith("truncate")
-            and low is None
-            and high is None
-        ):
-            raise ValueError(
-                f"vllm_importance_sampling_mode={mode!r} needs vllm_importance_sampling_clip_max or _clip_min"
-            )
         if self.loss_type == "vespo" and self.corrects_sampler and mode.startswith("sequence"):
             raise ValueError(
                 f"loss_type='vespo' needs vllm_importance_sampling_mode 'token_truncate' or 'token_mask', got {mode!r}"
@@ -326,6 +280,12 @@ class GRPOConfig(TrainingConfig):
             }
             given["generation_kwargs"] = {**chosen, **(given.get("generation_kwargs") or {})}
         return given
+
+    def loss_options(self) -> GRPOLossOptions:
+        """The static options of grpo_loss."""
+        names = [field.name for field in dataclasses.fields(GRPOLossOptions)]
+        values = {name: getattr(self, name) for name in names}
+        return GRPOLossOptions(**values | {"vllm_importance_sampling_correction": self.corrects_sampler})
 
     def on_devices(self, devices: int) -> "GRPOConfig":
         """The same run with micro-batches that are those of all devices together."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jaxtune.rl.images import ImageRows, Looked, PromptImages
 
 Prompt = str | list[dict[str, Any]]  # text, or messages
+NO_PROMPT: Prompt = [{"role": "user", "content": ""}]  # where an environment says what is asked
 
 
 def is_conversational(prompt: Prompt) -> bool:
@@ -145,7 +146,7 @@ class GRPOBatches:
 class Prompts:
     """Rows of a dataset with their prompts' tokens.
 
-    rows: with a column "prompt". ids: of each row; None where a rollout_func makes them. documents: the number of each
+    rows: with a column "prompt". ids: of each row; None where the rollout makes them. documents: the number of each
     row in `images`; None where no row has images.
     """
 
@@ -186,6 +187,7 @@ def prepare_prompts(
     *,
     limit: int,
     tokenise: bool = True,
+    needs_prompt: bool = True,
     tools: Sequence[Any] = (),
 ) -> Prompts:
     """Load rows, and make their prompts' tokens as TRL does.
@@ -193,14 +195,15 @@ def prepare_prompts(
     Args:
         data: what load_dataset takes; a column "prompt" of text or messages, and any others for the rewards.
         limit: most tokens that prompt and completion may have together.
-        tokenise: False: a rollout_func does it.
+        tokenise: False: a rollout_func or an environment does it.
+        needs_prompt: False: there may be no such column.
         tools: functions that the chat template tells the model of.
 
     Raises:
         ValueError: no such column, or every prompt is too long.
     """
     rows = load_dataset(data)
-    if "prompt" not in rows.column_names:
+    if needs_prompt and "prompt" not in rows.column_names:
         raise ValueError(
             f"GRPO needs a column 'prompt' (text, or a list of messages); the data has {', '.join(rows.column_names)}"
         )

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from tqdm.auto import tqdm
 
+from jaxtune import cluster
 from jaxtune.checkpoint import leaves_checksum
 from jaxtune.data import (
     PAIR_COLUMNS,
@@ -91,7 +92,7 @@ class DPOTrainer(Trainer[DPOConfig]):
             optimizers=optimizers,
             peft_config=peft_config,
         )
-        model = checked_model(model, "DPOTrainer", several_hosts=False)
+        model = checked_model(model, "DPOTrainer")
         args = _resolved_args(args, model, beta=beta, max_length=max_length)
         if max_prompt_length is not None:
             warnings.warn("DPOTrainer: max_prompt_length is not used; max_length cuts", stacklevel=2)
@@ -133,17 +134,12 @@ class DPOTrainer(Trainer[DPOConfig]):
         """Pairs with images, which the collator keeps.
 
         Raises:
-            ValueError: the model takes none, or is on several devices.
+            ValueError: the model takes none.
         """
         if self.model.processor is None:
             raise ValueError(
                 "the data has images, and the model takes none; load one with FastVisionModel, or remove the columns "
                 "image and images"
-            )
-        if self.model.layout.size > 1:
-            raise ValueError(
-                f"DPOTrainer: rows with images train on one device, the model is on {self.model.layout.size}; load it "
-                "with devices=1"
             )
         if self._collator is None:
             self._collator = VisionDataCollator(self.model, self.processing_class, resize="max")
@@ -166,28 +162,28 @@ class DPOTrainer(Trainer[DPOConfig]):
         return np.concatenate(parts)[: len(pairs)]
 
     def _batches(
-        self, pairs: Dataset, size: int, *, shuffle: bool, accumulation: int = 1
+        self, pairs: Dataset, size: int, *, shuffle: bool, devices: int = 1, **more: Any
     ) -> Batches | VisionBatches:
-        """Batches of `size` pairs."""
+        """Batches of `size` pairs for each of these devices; more: as of Batches."""
         args, numbers = self.args, {}
         if args.precompute_ref_log_probs and set(REF_COLUMNS) <= set(pairs.column_names):
             both = np.asarray([pairs[name][:] for name in REF_COLUMNS], np.float32)  # [2, N]
             numbers = {"ref_log_probs": both.T.reshape(-1)}
         how: dict[str, Any] = {
-            "batch_size": 2 * size,
-            "accumulation": accumulation,
+            "batch_size": 2 * size * devices,
             "max_length": args.max_length,
             "packed": False,
             "seed": args.seed if args.data_seed is None else args.data_seed,
             "shuffle": shuffle,
             "together": 2,
             "numbers": numbers,
+            **more,
         }
         rows = pair_rows(pairs, args.max_length)
         if DOCUMENTS in pairs.column_names:
             assert self._collator is not None, "it prepared these pairs"
             workers = args.dataloader_num_workers or default_workers()
-            return VisionBatches(rows, self._collator, workers=workers, **how)
+            return VisionBatches(rows, self._collator, workers=workers, devices=devices, **how)
         return Batches(rows, pad_token_id=text_tokenizer(self.processing_class).pad_token_id or 0, **how)
 
     def _end(self, run: Run) -> None:
@@ -198,9 +194,11 @@ class DPOTrainer(Trainer[DPOConfig]):
         args = self.args
         return self._batches(
             self.train_dataset,
-            args.per_device_train_batch_size * self.model.layout.size,
+            args.per_device_train_batch_size,
             shuffle=args.train_sampling_strategy == "random",
+            devices=self.model.layout.size,
             accumulation=args.gradient_accumulation_steps,
+            part=cluster.part(),
         )
 
     def _filled(self, run: Run, n: int) -> int:

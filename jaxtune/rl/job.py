@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 from rich.console import Console
 
+from jaxtune import cluster
 from jaxtune.data import load_dataset
 from jaxtune.job import SETTINGS_FILE, load_model, make_console, make_table
 from jaxtune.rl import rewards
@@ -117,7 +118,8 @@ def train(prepared: Prepared) -> None:
     job, trainer, console = prepared.job, prepared.trainer, prepared.console
     output = Path(job.training.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    (output / SETTINGS_FILE).write_text(job.to_yaml())
+    if cluster.is_first():
+        (output / SETTINGS_FILE).write_text(job.to_yaml())
     trainer.train()
     folder = output / ("model" if trainer.model.lora is None else "adapter")
     trainer.save_model(str(folder))

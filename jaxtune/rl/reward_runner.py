@@ -46,26 +46,49 @@ class RewardRunner:
         folder: where completions are kept that a function failed on.
         timeout: seconds that one call may take; None: any. The call then runs in a thread of its own, which goes on
             by itself when its time is up.
+        own: functions of environments, behind the others.
 
     Raises:
-        TypeError: something that is no function, such as a reward model.
+        TypeError: something that is no function, such as a torch module.
     """
 
     def __init__(
-        self, functions: RewardFunction | Sequence[RewardFunction], folder: Path, timeout: float | None = None
+        self,
+        functions: RewardFunction | Sequence[RewardFunction],
+        folder: Path,
+        timeout: float | None = None,
+        *,
+        own: Sequence[RewardFunction] = (),
     ):
-        single = callable(functions) or isinstance(functions, str)
-        self.functions: list[RewardFunction] = [functions] if single else list(functions)
+        given = [functions] if callable(functions) else list(functions)
+        self.functions: list[RewardFunction] = [*given, *own]
+        self._given = len(given)
         if not self.functions:
-            raise ValueError("reward_funcs is empty; expected at least one function")
+            raise ValueError(
+                "reward_funcs is empty; expected at least one function, or an environment with get_reward"
+            )
         for function in self.functions:
             if not callable(function) or hasattr(function, "state_dict"):
                 raise TypeError(
                     f"reward_funcs: expected functions (prompts, completions, **columns) -> list of numbers, got "
-                    f"{type(function).__name__} {function!r:.60}; put a reward model behind such a function"
+                    f"{type(function).__name__} {function!r:.60}; for a reward model give its name or a RewardModel"
                 )
         self.names = [_name(function) for function in self.functions]
         self._folder, self._timeout = Path(folder), timeout
+
+    def weights(self, given: Sequence[float] | None) -> np.ndarray:
+        """Of each function, float32 [F]; those of environments have 1.
+
+        Raises:
+            ValueError: there are more or fewer than functions.
+        """
+        if given is not None and len(given) != self._given:
+            raise ValueError(
+                f"reward_weights has {len(given)} numbers for {self._given} reward functions "
+                f"({', '.join(self.names[: self._given])})"
+            )
+        own = [1.0] * (len(self.functions) - self._given)
+        return np.asarray([*([1.0] * self._given if given is None else given), *own], np.float32)
 
     def __call__(
         self,

@@ -23,8 +23,9 @@ class Request:
     """Completions that are wanted.
 
     prompts: each `group` times, the same ones together. prompt_ids: their tokens, None where a Rollout makes them.
-    seed: decides every random number. max_new_tokens: of a completion. images: of each prompt, what the processor gave
-    of them; None where no prompt has any.
+    seed: decides every random number, with a prompt's place, which is counted from `first`: on several hosts each makes
+    a part of the prompts. max_new_tokens: of a completion. images: of each prompt, what the processor gave of them;
+    None where no prompt has any. rows: of the dataset, one for each prompt.
     """
 
     prompts: list[Prompt]
@@ -33,6 +34,8 @@ class Request:
     seed: int
     max_new_tokens: int
     images: list[Processed] | None = None
+    rows: Sequence[Mapping[str, Any]] = ()
+    first: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +45,8 @@ class Completions:
     prompt_ids: tokens before the completion. completion_ids: with the token that ended it, without padding.
     logprobs: of each token, what the sampler gave it before top-k, top-p and min-p (NaN: not known); None: not given.
     tool_mask: 1 where the model wrote the token; None: everywhere. extra: further columns for the reward functions.
-    messages: of each completion, where it is more than one of the assistant. metrics: to log.
+    messages: of each completion, where it is more than one of the assistant. metrics: to log. prompts: where they are
+    others than those of the request. environments: that each completion was made in, for the reward functions.
     """
 
     prompt_ids: list[list[int]]
@@ -52,6 +56,8 @@ class Completions:
     extra: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
     messages: list[list[dict[str, Any]]] | None = None
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    prompts: list[Prompt] | None = None
+    environments: list[Any] | None = None
 
 
 class Rollout(Protocol):
@@ -143,7 +149,7 @@ class EngineRollout:
                 max_new_tokens=min(request.max_new_tokens, self._chosen.max_new_tokens),
                 seed=request.seed + self._chosen.seed,
                 stop_strings=self._chosen.stop_strings,
-                streams=[(int(i), 0) for i in part],
+                streams=[(request.first + int(i), 0) for i in part],
                 images=None if seen is None else [seen[i] for i in part],
             )
             return list(made)

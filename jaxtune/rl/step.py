@@ -25,7 +25,8 @@ from jaxtune.models.layers import fold
 from jaxtune.models.names import Leaves, join
 from jaxtune.models.remat import Remat
 from jaxtune.models.shared_prefix import SharedPrefix
-from jaxtune.rl.losses.grpo import GRPOLossOptions, active_entropy, grpo_loss
+from jaxtune.rl.losses.grpo import active_entropy, grpo_loss
+from jaxtune.rl.losses.options import GRPOLossOptions
 from jaxtune.step import RECOMPUTE_ALL, Batch, Trainable, TrainStep, clip, default_chunk, jit_step, row_keys
 
 Score = Callable[[Leaves, Leaves, Batch], jax.Array]

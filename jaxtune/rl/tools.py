@@ -77,7 +77,6 @@ class ToolRollout:
         limit: int,
     ):
         self._inner, self._tokenizer, self._tools = inner, tokenizer, list(tools)
-        self._by_name = {tool.__name__: tool for tool in tools}
         self._turns, self._template_kwargs, self._limit = turns, template_kwargs, limit
 
     def sync(self, step: int) -> None:
@@ -93,19 +92,23 @@ class ToolRollout:
         self._inner.close()
 
     def generate(self, request: Request) -> Completions:
+        return self.converse(request, [self._tools] * len(request.prompts))
+
+    def converse(self, request: Request, tools: Sequence[Sequence[Callable[..., Any]]]) -> Completions:
+        """Completions with tools of their own."""
         assert request.prompt_ids is not None
         made = self._inner.generate(request)
         prompts, ids = request.prompt_ids, [list(one) for one in made.completion_ids]
         log_probs = [list(one) for one in made.logprobs] if made.logprobs is not None else None
         own = [[1] * len(one) for one in ids]
-        messages = [[self._parsed(one, prefix)] for one, prefix in zip(ids, prompts, strict=True)]
+        messages = [[self._parsed(ids[i], prompts[i], tools[i])] for i in range(len(ids))]
         calls = failures = turn = 0
         active = [i for i in range(len(ids)) if messages[i][-1].get("tool_calls")]
         while active and (self._turns is None or turn < self._turns):
             turn += 1
             answers = {}
             for i in active:
-                answers[i], failed = self._answers(messages[i][-1]["tool_calls"])
+                answers[i], failed = _answers(messages[i][-1]["tool_calls"], tools[i])
                 calls, failures = calls + len(answers[i]), failures + failed
             suffixes = {i: self._suffix(answers[i]) for i in active}
             active = [i for i in active if self._fits(request, prompts[i], ids[i], suffixes[i])]
@@ -117,12 +120,14 @@ class ToolRollout:
                 group=1,
                 seed=request.seed + turn,
                 max_new_tokens=max(request.max_new_tokens - len(ids[i]) - len(suffixes[i]) for i in active),
+                first=request.first * request.group,
             )
             more = self._inner.generate(following)
             for k, i in enumerate(active):
                 room = request.max_new_tokens - len(ids[i]) - len(suffixes[i])
                 new = list(more.completion_ids[k])[:room]
-                messages[i] += answers[i] + ([self._parsed(new, following.prompt_ids[k])] if new else [])
+                said = [self._parsed(new, following.prompt_ids[k], tools[i])] if new else []
+                messages[i] += answers[i] + said
                 own[i] += [0] * len(suffixes[i]) + [1] * len(new)
                 if log_probs is not None and more.logprobs is not None:
                     log_probs[i] += [0.0] * len(suffixes[i]) + list(more.logprobs[k])[:room]
@@ -134,49 +139,13 @@ class ToolRollout:
         }
         return Completions(prompts, ids, log_probs, own, messages=messages, metrics=metrics)
 
-    def _parsed(self, ids: list[int], prefix: list[int]) -> Message:
-        return parsed_message(self._tokenizer, ids, prefix, self._tools)
+    def _parsed(self, ids: list[int], prefix: list[int], tools: Sequence[Callable[..., Any]]) -> Message:
+        return parsed_message(self._tokenizer, ids, prefix, tools)
 
     def _fits(self, request: Request, prompt: list[int], ids: list[int], suffix: list[int]) -> bool:
         """Whether there is room for a tool's answer and a token after it."""
         length = len(ids) + len(suffix)
         return length < request.max_new_tokens and len(prompt) + length < self._limit
-
-    def _answers(self, calls: list[dict[str, Any]]) -> tuple[list[Message], int]:
-        """Messages of the tools that a message calls, in order; and how many calls failed."""
-        results: list[Any] = []
-        waiting: dict[int, Any] = {}
-        for n, call in enumerate(calls):
-            function = (
-                call["function"] if call.get("type") == "function" else {"name": call.get("name", "unknown")}
-            )
-            results.append((function["name"], None))
-            try:
-                tool = self._by_name[function["name"]]
-                arguments = function["arguments"]
-                if inspect.iscoroutinefunction(tool):
-                    waiting[n] = tool(**arguments)
-                else:
-                    results[n] = (function["name"], tool(**arguments))
-            except KeyError as error:
-                missing = (
-                    f"Tool {function['name']} not found."
-                    if function["name"] not in self._by_name
-                    else str(error)
-                )
-                results[n] = (function["name"], ToolFailure(missing))
-            except Exception as error:  # noqa: BLE001  the model is told what its call did
-                results[n] = (function["name"], ToolFailure(str(error)))
-        if waiting:
-
-            async def together() -> list[Any]:
-                return await asyncio.gather(*waiting.values(), return_exceptions=True)
-
-            for n, result in zip(waiting, apart(lambda: asyncio.run(together())), strict=True):
-                failed = isinstance(result, BaseException)
-                results[n] = (results[n][0], ToolFailure(str(result)) if failed else result)
-        messages = [{"role": "tool", "name": name, "content": str(result)} for name, result in results]
-        return messages, sum(isinstance(result, ToolFailure) for _, result in results)
 
     def _suffix(self, answers: list[Message]) -> list[int]:
         """Tokens that follow the end of the model's turn: the tools' answers, and the beginning of its next turn."""
@@ -199,6 +168,40 @@ class ToolRollout:
                 "changes what stands before a tool's answer"
             )
         return full[len(prefix) :]
+
+
+def _answers(calls: list[dict[str, Any]], tools: Sequence[Callable[..., Any]]) -> tuple[list[Message], int]:
+    """Messages of the tools that a message calls, in order; and how many calls failed."""
+    by_name = {tool.__name__: tool for tool in tools}
+    results: list[Any] = []
+    waiting: dict[int, Any] = {}
+    for n, call in enumerate(calls):
+        function = (
+            call["function"] if call.get("type") == "function" else {"name": call.get("name", "unknown")}
+        )
+        results.append((function["name"], None))
+        try:
+            tool = by_name[function["name"]]
+            arguments = function["arguments"]
+            if inspect.iscoroutinefunction(tool):
+                waiting[n] = tool(**arguments)
+            else:
+                results[n] = (function["name"], tool(**arguments))
+        except KeyError as error:
+            missing = f"Tool {function['name']} not found." if function["name"] not in by_name else str(error)
+            results[n] = (function["name"], ToolFailure(missing))
+        except Exception as error:  # noqa: BLE001  the model is told what its call did
+            results[n] = (function["name"], ToolFailure(str(error)))
+    if waiting:
+
+        async def together() -> list[Any]:
+            return await asyncio.gather(*waiting.values(), return_exceptions=True)
+
+        for n, result in zip(waiting, apart(lambda: asyncio.run(together())), strict=True):
+            failed = isinstance(result, BaseException)
+            results[n] = (results[n][0], ToolFailure(str(result)) if failed else result)
+    messages = [{"role": "tool", "name": name, "content": str(result)} for name, result in results]
+    return messages, sum(isinstance(result, ToolFailure) for _, result in results)
 
 
 class ToolFailure:

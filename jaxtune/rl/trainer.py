@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,20 +19,25 @@ import jax
 import numpy as np
 import optax
 
+from jaxtune import cluster
 from jaxtune.checkpoint import leaves_checksum
 from jaxtune.data.responses import chat_tokenizer, text_tokenizer
 from jaxtune.metrics import Record, mean
 from jaxtune.model import Model
+from jaxtune.models.names import Leaves
 from jaxtune.models.remat import Remat
+from jaxtune.rl.checks import checked_args, refuse
 from jaxtune.rl.collect import Collector, Policy
 from jaxtune.rl.completions import CompletionLog
 from jaxtune.rl.config import GRPOConfig
 from jaxtune.rl.data import GRPOBatches, Plan, Prompts, make_plan, prepare_prompts
+from jaxtune.rl.environments import with_environments
 from jaxtune.rl.experience import Collator, Experience, blank_rows
 from jaxtune.rl.groups import GroupCollator
 from jaxtune.rl.images import PromptImages, largest_shapes, planned_shapes, with_images
-from jaxtune.rl.losses.grpo import GRPOLossOptions, adapted_entropy_coef
-from jaxtune.rl.reference import reference_leaves
+from jaxtune.rl.losses.grpo import adapted_entropy_coef
+from jaxtune.rl.reference import load_reference, mixed, reference_leaves, save_reference
+from jaxtune.rl.reward_model import with_models
 from jaxtune.rl.reward_runner import RewardRunner
 from jaxtune.rl.rollout import Rollout, RolloutFunc
 from jaxtune.rl.sources import make_rollout
@@ -44,6 +48,7 @@ from jaxtune.training_loop import Run, Trainer, TrainOutput, checked_model
 
 EXPERIENCE_FILE = "experience.npz"
 ENTROPY_FILE = "entropy_control.json"
+REFERENCE_FILE = "reference.safetensors"
 FIRST = ("reward", "reward_std", "loss", "kl", "completions/mean_length")  # in a record
 NOT_LOGGED = ("num_tokens", "entropy_sum", "entropy_count")
 
@@ -62,7 +67,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
     Args:
         model: from FastLanguageModel.from_pretrained and, unless full_finetuning, get_peft_model.
         reward_funcs: a function or several, `f(prompts, completions, completion_ids, **columns) -> list`, plain or
-            async; see reward_runner.
+            async, see reward_runner; or the name of a reward model, see reward_model.
         args: GRPOConfig.
         train_dataset, eval_dataset: a `datasets.Dataset`, a list of rows, a file or a hub name, with a column "prompt"
             (text or messages); eval_dataset may be a dict of them. The other columns go to the reward functions.
@@ -71,6 +76,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         rollout_func: `f(prompts, trainer) -> {"prompt_ids", "completion_ids", "logprobs", …}` in place of the engine;
             see rollout.FunctionRollout.
         tools: functions that the model may call, see tools.ToolRollout; prompts are then messages.
+        environment_factory: makes an environment, or a dict of such functions, see environments.
         rollout: a `Rollout` of your own.
 
     With beta, the reference is the model as it is when the trainer is made: without its adapter where that is new.
@@ -97,21 +103,26 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         rollout: Rollout | None = None,
         tokenizer: Any = None,
     ) -> None:
-        _refuse(
+        refuse(
             reward_processing_classes=reward_processing_classes,
             optimizers=optimizers,
             peft_config=peft_config,
-            environment_factory=environment_factory,
         )
-        model = checked_model(model, "GRPOTrainer", several_hosts=False)
-        args = _checked_args(args).on_devices(model.layout.size)
+        model = checked_model(model, "GRPOTrainer")
+        args = checked_args(args).on_devices(model.layout.size)
         processing_class = processing_class or tokenizer or model.processor or model.tokenizer
         text = chat_tokenizer(processing_class)
-        rewards = RewardRunner(reward_funcs or (), Path(args.output_dir) / "completions", args.reward_timeout)
         self.rollout = rollout or make_rollout(model, args, rollout_func, self)
-        tools = list(tools or ())
-        if tools:
-            self.rollout = with_tools(self.rollout, text, tools, args, model.max_seq_length)
+        tools, own = list(tools or ()), []
+        around = (self.rollout, text, tools, args, model.max_seq_length)
+        if environment_factory is not None:
+            self.rollout = environments = with_environments(*around, environment_factory)
+            train_dataset, own = environments.dataset(train_dataset, args), environments.reward_functions()
+        elif tools:
+            self.rollout = with_tools(*around)
+        folder = Path(args.output_dir) / "completions"
+        functions = with_models(reward_funcs or (), args.chat_template_kwargs)
+        rewards = RewardRunner(functions, folder, args.reward_timeout, own=own)
         if eval_dataset is None and (args.eval_strategy != "no" or args.eval_on_start):
             raise ValueError(f"eval_strategy={args.eval_strategy!r} needs an eval_dataset; got None")
 
@@ -121,9 +132,10 @@ class GRPOTrainer(Trainer[GRPOConfig]):
 
         def prepare(data: Any) -> Prompts:
             tokenise, limit = not self.rollout.makes_prompt_ids, model.max_seq_length
+            needs = {"tokenise": tokenise, "needs_prompt": environment_factory is None}
             if images is not None and images.concern(data, tools):
                 return images.prepare(data, limit=limit, tokenise=tokenise)
-            return prepare_prompts(data, text, args, limit=limit, tokenise=tokenise, tools=tools)
+            return prepare_prompts(data, text, args, limit=limit, tools=tools, **needs)
 
         self._prepare = prepare
         self._prompts: Any = None if train_dataset is None else prepare(train_dataset)
@@ -134,9 +146,14 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         rows = None if self._prompts is None else self._prompts.rows
         super().__init__(model, args, rows, eval_dataset, processing_class, callbacks)
         self.reward_funcs, self.reward_func_names = rewards.functions, rewards.names
-        self._loss = _loss_options(args)
-        self._reference = reference_leaves(model) if args.beta != 0 else None
-        self._collector = self._make_collector(rewards)
+        self._loss = args.loss_options()
+        reference = reference_leaves(model) if args.beta != 0 else None
+        self._reference_checksum = None if reference is None else leaves_checksum(reference)
+        if args.sync_ref_model and model.lora is not None:
+            raise ValueError(
+                "sync_ref_model=True needs full_finetuning=True: a reference of adapters is no mixture of models"
+            )
+        self._collector = self._make_collector(rewards, reference)
         self._completions = self._make_log(rewards.names)
         self._held: dict[int, Experience] = {}
         self._entropy = EntropyControl(args.entropy_coef)
@@ -148,14 +165,8 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         folder = Path(args.output_dir) / "completions"
         return CompletionLog(folder, names, args.num_completions_to_print, args.log_unique_prompts)
 
-    def _make_collector(self, rewards: RewardRunner) -> Collector:
+    def _make_collector(self, rewards: RewardRunner, reference: Leaves | None) -> Collector:
         args, tokenizer, model = self.args, text_tokenizer(self.processing_class), self.model
-        weights = args.reward_weights or (1.0,) * len(rewards.names)
-        if len(weights) != len(rewards.names):
-            raise ValueError(
-                f"reward_weights has {len(weights)} numbers for {len(rewards.names)} reward functions "
-                f"({', '.join(rewards.names)})"
-            )
         pad = tokenizer.pad_token_id or 0
         longest = max(
             (data.longest() for data in (self._prompts, *self._eval_prompts.values()) if data), default=0
@@ -173,7 +184,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             tokenizer=tokenizer,
             rollout=self.rollout,
             rewards=rewards,
-            weights=np.asarray(weights, np.float32),
+            weights=rewards.weights(args.reward_weights),
             end_ids=frozenset(ends),
             collator=with_images(
                 groups if args.shared_prefix else rows,
@@ -183,7 +194,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             eval_collator=with_images(
                 rows, self._images, lambda: largest_shapes(self._eval_prompts.values(), args)
             ),
-            policy=Policy(model, make_score(model, args.temperature, layout=model.layout), self._reference),
+            policy=Policy(model, make_score(model, args.temperature, layout=model.layout), reference),
             loss=self._loss,
             state=lambda: self.state,
         )
@@ -230,11 +241,11 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         seen = self._prompts.documents is not None
         rows = blank_rows(args.per_device_train_batch_size, longest, completion, names, images=seen)
         batch = self._collated([(rows, range(len(rows)))] * self._plan.accumulation)
-        batch = self.model.layout.put_rows(batch, 1)
+        batch = self.model.layout.put_all_rows(batch, 1)
         arguments = (self.model.trainable, self.opt_state, self.model.base, batch, jax.random.key(0))
         self._train_step.prepare(arguments)
         line = self.rollout.forecast(self._plan.unique, self._plan.group, longest)
-        if line:
+        if line and cluster.is_first():
             print(line, flush=True)
 
     # -- batches ---------------------------------------------------------------------------------------------
@@ -274,7 +285,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         experience, samples, metrics = self._collector.train(self._prompts, self._plan, generation)
         self.state.record(metrics)
         self._reward = metrics["reward"]
-        if self.args.log_completions:
+        if self.args.log_completions and cluster.is_first():
             self._completions.add(samples)
         return experience
 
@@ -284,11 +295,20 @@ class GRPOTrainer(Trainer[GRPOConfig]):
 
     def _prepares_ahead(self, n: int) -> bool:
         starts = any(micro.is_first for micro in self._plan.micros(n))
-        return not starts and not self.args.use_adaptive_entropy
+        return not (starts or self.args.use_adaptive_entropy or self._moves_reference(n))
+
+    def _moves_reference(self, done: int) -> bool:
+        return self.args.sync_ref_model and done % self.args.ref_model_sync_steps == 0
+
+    def _count(self, run: Run, n: int, metrics: Mapping[str, jax.Array]) -> None:
+        super()._count(run, n, metrics)
+        policy = self._collector.policy
+        if self._moves_reference(n + 1) and policy.reference is not None:
+            policy.reference = mixed(policy.reference, self.model.trainable, self.args.ref_model_mixup_alpha)
 
     def _batch(self, run: Run, n: int) -> dict[str, Any]:
         try:
-            return super()._batch(run, n)
+            return self.model.layout.put_all_rows(run.batches.step(n), 1)
         except Exception as error:
             if n == self.state.global_step:
                 self._save_before(run, error)
@@ -387,8 +407,8 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             "data (digest)": self._prompts.digest(),
             "reward functions": self.reward_func_names,
         }
-        if self._reference is not None:
-            summary["reference (checksum of a sample)"] = leaves_checksum(self._reference)
+        if self._reference_checksum is not None:
+            summary["reference (checksum of a sample)"] = self._reference_checksum
         return summary
 
     def _write_state(self, folder: Path) -> None:
@@ -396,12 +416,17 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         if not following.is_first:
             self._held[following.generation].save(folder / EXPERIENCE_FILE)
         (folder / ENTROPY_FILE).write_text(json.dumps(dataclasses.asdict(self._entropy)), encoding="utf-8")
+        if self.args.sync_ref_model:
+            save_reference(folder / REFERENCE_FILE, self._collector.policy.reference)
 
     def _read_state(self, folder: Path) -> None:
         following = self._plan.micros(self.state.global_step)[0]
         if not following.is_first:
             self._held = {following.generation: Experience.load(folder / EXPERIENCE_FILE)}
         self._entropy = EntropyControl(**json.loads((folder / ENTROPY_FILE).read_text(encoding="utf-8")))
+        if self.args.sync_ref_model:
+            policy = self._collector.policy
+            policy.reference = load_reference(folder / REFERENCE_FILE, policy.reference)
 
     # -- evaluation ------------------------------------------------------------------------------------------
 
@@ -451,7 +476,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             loss = jax.device_get(self._eval_step(one.trainable, one.base, batch))
             for name, value in {**metrics, **loss}.items():
                 gathered.setdefault(name, []).append(float(value))
-            if self.args.log_completions:
+            if self.args.log_completions and cluster.is_first():
                 self._completions.add(samples)
         record = {name: mean(values) for name, values in gathered.items() if name not in NOT_LOGGED}
         return {**record, "runtime": time.perf_counter() - began}
@@ -459,41 +484,3 @@ class GRPOTrainer(Trainer[GRPOConfig]):
     @cached_property
     def _eval_step(self) -> Callable[..., dict[str, jax.Array]]:
         return make_grpo_eval(self.model, self._loss, temperature=self.args.temperature)
-
-
-def _loss_options(args: GRPOConfig) -> GRPOLossOptions:
-    names = {field.name for field in dataclasses.fields(GRPOLossOptions)}
-    values = {name: getattr(args, name) for name in names}
-    return GRPOLossOptions(**values | {"vllm_importance_sampling_correction": args.corrects_sampler})
-
-
-def _refuse(**arguments: Any) -> None:
-    advice = {
-        "reward_processing_classes": "put a reward model behind a function",
-        "optimizers": "set optim, learning_rate and lr_scheduler_type in GRPOConfig",
-        "peft_config": "call FastLanguageModel.get_peft_model(model, …) first",
-        "environment_factory": "write the turns in a rollout_func, with env_mask for what the model did not write",
-    }
-    for name, value in arguments.items():
-        if value is not None and value != (None, None):
-            raise ValueError(f"GRPOTrainer: {name} is not supported; {advice[name]}")
-
-
-def _checked_args(args: GRPOConfig | None) -> GRPOConfig:
-    args = GRPOConfig() if args is None else args
-    if not isinstance(args, GRPOConfig):
-        raise TypeError(
-            f"args must be a jaxtune.GRPOConfig, got {type(args).__name__}; the argument names are the same"
-        )
-    if args.importance_sampling_level == "sequence" and args.loss_type in (
-        "bnpo",
-        "dr_grpo",
-        "dapo",
-        "cispo",
-    ):
-        warnings.warn(
-            f"importance_sampling_level='sequence' with loss_type={args.loss_type!r} weights a completion by its "
-            "length; GSPO's own objective is loss_type='grpo'",
-            stacklevel=3,
-        )
-    return args

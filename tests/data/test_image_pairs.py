@@ -9,7 +9,7 @@ import tiny_vision
 import torch
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from jaxtune.data import VisionDataCollator, pair_rows, prepare_image_pairs
+from jaxtune.data import VisionBatches, VisionDataCollator, pair_rows, prepare_image_pairs
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +76,39 @@ def test_errors_name_the_row(processor):
         prepare_image_pairs(
             [{name: value for name, value in make_row(0).items() if name != "chosen"}], collator
         )
+
+
+def test_pairs_stay_together_on_devices_and_in_processes(processor):
+    """Also in a step that does not fill the devices; the images of a device are those of its pairs."""
+    collator = VisionDataCollator(tiny_processors.stand_in(), processor, resize="max")
+    sides = pair_rows(prepare_image_pairs([make_row(i) for i in range(7)], collator))
+    numbers = {"ref_log_probs": np.arange(14, dtype=np.float32)}
+
+    def batches(devices=4, part=(0, 1)):
+        return VisionBatches(
+            sides, collator, batch_size=8, max_length=None, packed=False, together=2, numbers=numbers, devices=devices,
+            part=part,
+        )  # fmt: skip
+
+    one, whole, parts = batches(1), batches(), [batches(part=(i, 2)) for i in range(2)]
+    assert one.batch_size == whole.batch_size == 8 and one.steps_per_epoch == 2
+    for step in range(4):
+        made, halves = whole.step(step), [part.step(step) for part in parts]
+        rows = one.rows(step)
+        assert (whole.rows(step) == rows).all() and (rows[1::2] == rows[::2] + 1).all()
+        got = made["ref_log_probs"].reshape(-1)
+        assert got[: len(rows)].tolist() == rows.tolist() and not got[len(rows) :].any()
+        for ids, row in zip(made["input_ids"][0], rows):
+            own = sides[int(row)]["input_ids"]
+            assert ids[: len(own)].tolist() == own
+        for device, slots in enumerate(np.split(made["image_slots"], 4, 1)):
+            found = slots[slots >= 0]
+            assert found.tolist() == list(range(len(found))) and bool(len(found)) == (2 * device < len(rows))
+        for name in made.keys() - {"images"}:
+            np.testing.assert_array_equal(np.concatenate([half[name] for half in halves], 1), made[name])
+        for name, array in made["images"].items():
+            np.testing.assert_array_equal(np.concatenate([half["images"][name] for half in halves], 1), array)
+    for half, rows in zip(
+        [part.own_rows(1) for part in parts], (one.rows(1)[:4], one.rows(1)[4:]), strict=True
+    ):
+        assert half.tolist() == rows.tolist()

@@ -11,6 +11,8 @@ from tolerances import LOGITS
 
 from jaxtune.export.adapter import save_adapter
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 VARIANTS = {
     "all-linear": {},
     "two targets": {"target_modules": ["q_proj", "down_proj"]},

@@ -8,6 +8,8 @@ from tolerances import SAMPLED_LOGPROBS
 from jaxtune.fast import FastLanguageModel
 from jaxtune.generate import Engine, Sampling, engine, plan, wave
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SAMPLED = Sampling(do_sample=True, temperature=1.3)
 NEW = 12
 

@@ -12,6 +12,8 @@ from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 from jaxtune.kernels import cross_entropy
 from jaxtune.kernels.cross_entropy import Options, fused_cross_entropy, token_log_probs, token_scores
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TOKENS, WIDTH, VOCAB = 100, 16, 501
 
 

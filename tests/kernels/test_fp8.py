@@ -11,6 +11,8 @@ from jaxtune.kernels.fp8 import fp8_linear
 from jaxtune.kernels.linear import Adapter
 from jaxtune.quant import quantize_nf4
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CASES = [
     (128, (128, 64, 64), (8, 8, 8)),  # like q, k, v
     (256, (128,), (8,)),  # like down

@@ -17,6 +17,8 @@ from jaxtune.kernels.linear import Adapter, adapted_linear, reference
 from jaxtune.kernels.nf4_matmul import Config, config_for, nf4_matmul, supported
 from jaxtune.quant import NF4, NF4_CODE, quantize_nf4
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 GROUPS = {
     "qkv": (4096, (4096, 1024, 1024)),
     "o": (4096, (4096,)),

@@ -14,6 +14,8 @@ from jaxtune.kernels.gated_mlp import gated_mlp
 from jaxtune.kernels.linear import Adapter
 from jaxtune.quant import quantize_nf4
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def arrays(n, f, r, s, dtype=jnp.bfloat16):
     keys = jax.random.split(jax.random.key(n + f + r + s), 4)

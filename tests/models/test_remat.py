@@ -18,6 +18,8 @@ from jaxtune.models.names import leaf_shapes, trainable_paths
 from jaxtune.models.remat import Remat
 from jaxtune.step import loss_sum, make_train_step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TOKENS = 32
 POLICIES = ["all", "attention", "attention+gate_up", "attention+qkv+gate_up", "residual", "none"]
 

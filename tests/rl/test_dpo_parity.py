@@ -14,6 +14,8 @@ from jaxtune.fast import FastLanguageModel
 from jaxtune.rl.dpo import DPOTrainer
 from jaxtune.rl.dpo_config import DPOConfig
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 STEPS = 3
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 CLOCK = {"learning_rate", "tokens_per_second", "peak_memory_gib", "epoch", "step", "eval_runtime"}

@@ -16,27 +16,12 @@ from jaxtune.rl.dpo_config import DPOConfig
 ROWS = [
     {"prompt": f"row {i}:", "chosen": " yes" * (1 + i % 3), "rejected": " no" * (1 + i % 2)} for i in range(9)
 ]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 CLOCK = {"tokens_per_second", "peak_memory_gib", "eval_runtime"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Keep compiled steps on disk, so that the same step in another test is not compiled again."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 @pytest.fixture(scope="module")
-def base(tiny_model_dir):
+def base(tiny_model_dir, quick_compilation):
     folder = tiny_model_dir("llama", num_hidden_layers=1)
     return FastLanguageModel.from_pretrained(str(folder), max_seq_length=64, dtype="float32")[0]
 

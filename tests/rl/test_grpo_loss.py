@@ -12,7 +12,6 @@ import pytest
 import tolerances
 
 from jaxtune.rl.losses.grpo import (
-    GRPOLossOptions,
     active_entropy,
     adapted_entropy_coef,
     grpo_loss,
@@ -20,6 +19,7 @@ from jaxtune.rl.losses.grpo import (
     importance_ratio,
     sampling_metrics,
 )
+from jaxtune.rl.losses.options import GRPOLossOptions
 
 CASES = grpo_cases.cases()
 NUM_ITEMS = 31.0  # of a generation batch, as the judge has it

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from jaxtune.rl.reward_runner import RewardError, RewardRunner
 
@@ -137,7 +138,7 @@ def test_rows_that_no_function_scores(tmp_path):
 
 
 def test_what_is_no_function(tmp_path):
-    with pytest.raises(TypeError, match="got str 'org/model'; put a reward model behind such a function"):
-        RewardRunner("org/model", tmp_path)
+    with pytest.raises(TypeError, match=r"got Linear .*for a reward model give its name or a RewardModel"):
+        RewardRunner([torch.nn.Linear(1, 1)], tmp_path)
     with pytest.raises(ValueError, match="reward_funcs is empty"):
         RewardRunner([], tmp_path)

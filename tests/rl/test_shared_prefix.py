@@ -18,7 +18,7 @@ from jaxtune.models.names import leaf_shapes, trainable_paths
 from jaxtune.rl.config import GRPOConfig
 from jaxtune.rl.experience import Collator, Experience
 from jaxtune.rl.groups import GroupCollator
-from jaxtune.rl.losses.grpo import GRPOLossOptions
+from jaxtune.rl.losses.options import GRPOLossOptions
 from jaxtune.rl.step import log_probs, make_grpo_step
 from jaxtune.rl.trainer import GRPOTrainer
 

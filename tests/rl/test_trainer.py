@@ -188,20 +188,20 @@ def test_evaluation(base, tmp_path):
 
 def test_arguments_that_are_not_there(base, tmp_path):
     model = FastLanguageModel.get_peft_model(base, r=4)
-    with pytest.raises(
-        ValueError, match="environment_factory is not supported; write the turns in a rollout_func"
-    ):
-        GRPOTrainer(model, odd, GRPOConfig(str(tmp_path)), ROWS, environment_factory=dict)
     with pytest.raises(ValueError, match="give tools or rollout_func, not both"):
         GRPOTrainer(model, odd, GRPOConfig(str(tmp_path)), ROWS, rollout_func=rollout, tools=[len])
+    with pytest.raises(ValueError, match="sync_ref_model=True needs full_finetuning=True"):
+        make_trainer(base, tmp_path, sync_ref_model=True, beta=0.1)
+    with pytest.raises(ValueError, match="sync_ref_model=True needs a reference"):
+        make_trainer(base, tmp_path, sync_ref_model=True, beta=0.0)
     with pytest.raises(ValueError, match="one generation takes 8"):
         make_trainer(base, tmp_path, per_device_train_batch_size=16, steps_per_generation=1).train()
     with pytest.raises(ValueError, match="reward_weights has 2 numbers for 1"):
         make_trainer(base, tmp_path, reward_weights=(1, 2))
     with pytest.raises(ValueError, match="needs a column 'prompt'"):
         make_trainer(base, tmp_path, rows=[{"text": "a"}])
-    with pytest.raises(TypeError, match="put a reward model behind"):
-        make_trainer(base, tmp_path, "org/reward-model")
+    with pytest.raises(FileNotFoundError, match="no/reward-model does not exist"):
+        make_trainer(base, tmp_path, "./no/reward-model")
 
 
 def test_the_engine_samples_from_the_policy_of_its_step(base, tmp_path, capsys):

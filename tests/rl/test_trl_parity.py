@@ -161,6 +161,37 @@ def test_five_steps(case, tiny_model_dir, tmp_path, monkeypatch):
         assert np.abs(got - value).max() <= WEIGHTS * np.abs(value).max(), name
 
 
+def test_a_reference_that_moves(tiny_model_dir, tmp_path, monkeypatch):
+    """All weights trained, the reference mixed with them every second step; and resumed between two mixtures."""
+    moves = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.3, "beta": 0.2}
+    settings = COMMON | moves
+    folder = tiny_model_dir("llama", num_hidden_layers=1)
+    judge = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+    def make(name, **more):
+        model, tokenizer = FastLanguageModel.from_pretrained(
+            folder, load_in_4bit=False, dtype="float32", max_seq_length=64, full_finetuning=True
+        )
+        args = GRPOConfig(str(tmp_path / name), **settings | more)
+        return GRPOTrainer(
+            model, [even, bonus], args, ROWS, processing_class=tokenizer, rollout_func=Rollouts(tokenizer)
+        )
+
+    trainer = make("ours", save_strategy="steps", save_steps=3)
+    trainer.train()
+    theirs = [r for r in trl_run(judge, folder, settings, tmp_path / "theirs", monkeypatch) if "loss" in r]
+    ours = [r for r in trainer.state.log_history if "loss" in r]
+    assert [got["kl"] for got in ours] == pytest.approx([want["kl"] for want in theirs], rel=1e-3, abs=1e-7)
+    for got, want in zip(ours, theirs, strict=True):
+        assert got["loss"] == pytest.approx(want["loss"], rel=1e2 * LOSS, abs=1e-6)
+
+    resumed = make("ours", save_strategy="steps", save_steps=3)
+    resumed._collector.rollout._function.calls = 3
+    resumed.train(resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-3"))
+    again = [r for r in resumed.state.log_history if "loss" in r]
+    assert [r["kl"] for r in again] == [r["kl"] for r in ours]
+
+
 def test_cases_reach_what_they_are_for():
     configs = [GRPOConfig(**COMMON | case) for case in CASES.values()]
     assert {c.loss_type for c in configs} == {"dapo", "bnpo", "grpo", "dr_grpo", "cispo"}

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import math
 import os
 import subprocess
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 from tolerances import SAMPLER_GAP
-from vllm_stub import EOS, StubVLLM
+from vllm_stub import EOS, StubVLLM, python_with_vllm
 
 from jaxtune.fast import FastLanguageModel
 from jaxtune.generate import Engine, Sampling
@@ -25,7 +26,8 @@ from jaxtune.rl.config import GRPOConfig
 from jaxtune.rl.reference import without_adapter
 from jaxtune.rl.rollout import Request
 from jaxtune.rl.trainer import GRPOTrainer
-from jaxtune.rl.vllm_rollout import VLLMRollout, save_policy_base, served_folder
+from jaxtune.rl.vllm_engine import save_policy_base, served_folder
+from jaxtune.rl.vllm_rollout import VLLMRollout
 from jaxtune.rl.vllm_server import VLLMError, VLLMProcess, VLLMServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,8 +133,9 @@ def test_log_probabilities_of_what_was_kept_are_not_given(model, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         own = VLLMRollout(model, config(tmp_path, top_k=5, vllm_python=sys.executable))
-    assert own._server_arguments(tmp_path, 1)[-4:-3] == ["0.3"]
-    assert "raw_logprobs" in own._server_arguments(tmp_path, 1)
+    arguments = " ".join(own.engine._server_arguments(tmp_path, 1))
+    assert "--logprobs-mode raw_logprobs" in arguments and "--gpu-memory-utilization 0.3" in arguments
+    assert "--enable-lora --max-lora-rank 8" in arguments
 
 
 # -- failures ------------------------------------------------------------------------------------------------
@@ -186,7 +189,7 @@ def test_a_server_that_is_not_there_or_not_fit(model, tmp_path):
     with StubVLLM(max_model_len=100, takes_adapters=False) as server:
         url = server.url
         with pytest.raises(
-            VLLMError, match="takes 100 tokens, training needs 128; start it with --max-model-len 128"
+            VLLMError, match="takes 100 tokens, 128 are needed; start it with --max-model-len 128"
         ):
             VLLMRollout(model, config(tmp_path, url)).sync(0)
         short = VLLMRollout(model, config(tmp_path, url, vllm_max_model_length=100))
@@ -235,21 +238,7 @@ def test_no_vllm_here(model, tmp_path, monkeypatch):
 
 @pytest.fixture
 def fake_python(tmp_path):
-    """`fake_python(code)` -> a Python with a package vllm whose server is `code` (by default the stub)."""
-
-    def make(code=None):
-        package = tmp_path / "packages/vllm/entrypoints/openai"
-        package.mkdir(parents=True, exist_ok=True)
-        for folder in (package, package.parent, package.parent.parent):
-            (folder / "__init__.py").touch()
-        code = (ROOT / "tests/vllm_stub.py").read_text() if code is None else code
-        (package / "api_server.py").write_text(code)
-        python = tmp_path / "python"
-        python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path}/packages exec {sys.executable} "$@"\n')
-        python.chmod(0o755)
-        return str(python)
-
-    return make
+    return functools.partial(python_with_vllm, tmp_path)
 
 
 def is_alive(pid):
@@ -267,7 +256,7 @@ def test_a_server_is_started_and_ended(model, tmp_path, fake_python):
     made = rollout.generate(request([[7, 8]]))
     assert len(made.completion_ids) == 2
     assert "listening" in (tmp_path / "vllm.log").read_text()
-    pid = rollout._server._process._process.pid
+    pid = rollout.engine._server._process._process.pid
     assert is_alive(pid)
     os.kill(pid, 9)
     with pytest.raises(

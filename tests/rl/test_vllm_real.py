@@ -4,18 +4,23 @@ Skipped unless JAXTUNE_VLLM_PYTHON names the Python of an environment with vLLM.
 0.32.0, without torchvision and triton; about 3 minutes on 2 cores.
 """
 
+import json
 import os
+import re
 
 import jax
 import numpy as np
 import pytest
 from tolerances import VLLM_LOGPROBS
 
+from jaxtune.evaluate import EvaluateConfig, evaluate
+from jaxtune.evaluate.__main__ import main
 from jaxtune.fast import FastLanguageModel
 from jaxtune.rl.config import GRPOConfig
-from jaxtune.rl.rollout import Request
+from jaxtune.rl.rollout import Completions, Request
 from jaxtune.rl.trainer import GRPOTrainer
-from jaxtune.rl.vllm_rollout import PYTHON_VARIABLE, VLLMRollout
+from jaxtune.rl.vllm_engine import PYTHON_VARIABLE
+from jaxtune.rl.vllm_rollout import VLLMRollout
 
 pytestmark = [
     pytest.mark.slow,
@@ -106,7 +111,7 @@ def gap(made, all_log_probs):
 
 def test_log_probs_are_those_of_the_policy(rollout):
     """Over the whole vocabulary, though the tokens came from 90 % of it: from the 4-bit base with its adapter."""
-    model = rollout._model
+    model = rollout.engine.model
     made = rollout.generate(request(prompts(model), 2))
     assert gap(made, log_probs(model, made)) <= VLLM_LOGPROBS
     again = rollout.generate(request(prompts(model), 2))
@@ -115,14 +120,17 @@ def test_log_probs_are_those_of_the_policy(rollout):
     assert len({tuple(ids) for ids in other.completion_ids}) > 4
 
 
-def test_the_most_likely_token_is_jaxtunes(rollout):
-    model, fields = rollout._model, rollout._fields
-    rollout._fields = fields | {"top_k": 1}
-    made = rollout.generate(request(prompts(model), 1))
+def greedy(rollout, asked):
+    made = rollout.engine.generate(asked, max_new_tokens=8)
+    return Completions(asked, [one.token_ids for one in made], [list(one.logprobs) for one in made])
+
+
+def test_the_most_likely_token_is_jaxtunes(rollout, monkeypatch):
+    model = rollout.engine.model
+    made = greedy(rollout, prompts(model))
     end = made.completion_ids[0][4]
-    rollout._fields |= {"stop_token_ids": [end]}
-    ended = rollout.generate(request(prompts(model, 1), 1))
-    rollout._fields = fields
+    monkeypatch.setattr(type(model), "stop_ids", lambda self: [end])
+    ended = greedy(rollout, prompts(model, 1))
     found = log_probs(model, made)
     assert gap(made, found) <= VLLM_LOGPROBS
     for ids, row in zip(made.completion_ids, found, strict=True):
@@ -135,7 +143,7 @@ def test_the_most_likely_token_is_jaxtunes(rollout):
 
 def test_a_new_version_is_used_for_cached_prompts_too(rollout):
     """vLLM's prefix cache keeps blocks of 128 tokens (on a CPU) under an adapter's name and path."""
-    model = rollout._model
+    model = rollout.engine.model
     long = [(prompts(model, 1)[0] * 20)[:200]]
     first = rollout.generate(request(long, 2))
     before = log_probs(model, first)
@@ -149,7 +157,7 @@ def test_a_new_version_is_used_for_cached_prompts_too(rollout):
 
 
 def test_a_server_that_runs_already(base, rollout, tmp_path):
-    args = config(tmp_path, vllm_mode="server", vllm_server_base_url=rollout._server.url + "/v1")
+    args = config(tmp_path, vllm_mode="server", vllm_server_base_url=rollout.engine._server.url + "/v1")
     model = with_adapter(base)
     other = VLLMRollout(model, args)
     other.sync(0)
@@ -157,7 +165,37 @@ def test_a_server_that_runs_already(base, rollout, tmp_path):
     assert gap(made, log_probs(model, made)) <= VLLM_LOGPROBS
     other.close()
     own = rollout.generate(request(prompts(model), 1))  # and its first user goes on
-    assert gap(own, log_probs(rollout._model, own)) <= VLLM_LOGPROBS
+    assert gap(own, log_probs(rollout.engine.model, own)) <= VLLM_LOGPROBS
+
+
+def test_evaluation(base, rollout, smollm2_dir, tmp_path, capsys):
+    """Greedy answers of the adapter and of the base are the embedded engine's."""
+    rows = [{"question": f"What is {i} and {i}?", "answer": f"#### {2 * i}"} for i in range(1, 5)]
+    asking = EvaluateConfig(max_new_tokens=8, instruction="")
+    change(rollout.engine.model, seed=2)
+    rollout.sync(2)
+    expected, found = (
+        [
+            one.text
+            for judged in evaluate(rollout.engine.model, rows, asking, engine=engine, progress=False).judged
+            for one in judged.completions
+        ]
+        for engine in (None, rollout.engine)
+    )
+    assert found == expected
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [str(smollm2_dir), "--data", str(tmp_path / "rows.jsonl"), "--load_in_4bit", "True"]
+    command += ["--max_new_tokens", "8", "--instruction", "", "--output_dir"]
+    where = ["--vllm_mode", "server", "--vllm_server_base_url", rollout.engine._server.url]
+    assert main([*command, str(tmp_path / "vllm"), "--use_vllm", *where]) == 0
+    gap = re.search(r"log-probabilities differ by (\S+) from", capsys.readouterr().out)
+    assert float(gap[1]) <= VLLM_LOGPROBS
+    assert main([*command, str(tmp_path / "own")]) == 0
+    said = [
+        [json.loads(line)["text"] for line in (tmp_path / name / "completions.jsonl").open()]
+        for name in ("vllm", "own")
+    ]
+    assert said[0] == said[1] != expected
 
 
 def test_two_steps_of_training(base, rollout, tmp_path):
