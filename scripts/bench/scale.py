@@ -1,11 +1,11 @@
 """What a QLoRA step should take on many GPUs: compute, gathers, sums and memory, as a table. No GPU needed.
 
     python scripts/bench/scale.py                      # the tables of docs/scale.md
-    python scripts/bench/scale.py --rate 600e12 --nvlink 350e9 --infiniband 300e9
+    python scripts/bench/scale.py --nvlink 200e9 --infiniband 100e9
 
-A model, not a measurement. Compute: operations of a step at the rate that one H200 reached in the 8B step (docs/
-benchmarks.md). Bytes are those of the compiled programs (step.py --compile_for_h200 says them). Gathers run beside
-compute, one layer ahead, so that of them only the first layer's is waited for, and what compute does not cover.
+Compute: operations of a step at the rates that one H200 reached. Bytes are those of the compiled programs (step.py
+--compile_for_h200 says them). The rate inside a host is what gathers cost the steps of 2 and 4 H200s (docs/
+benchmarks.md): what is waited for, and what they take from the kernels that run beside them. Between hosts it is assumed.
 """
 
 import argparse
@@ -17,16 +17,16 @@ SHAPES = {
     "70B": (8192, 28672, 80, 64, 8, 128, 128256),
     "405B": (16384, 53248, 126, 128, 8, 128, 128256),
 }
+RATES = {"8B": 516e12, "70B": 637e12, "405B": 637e12}  # operations/s of one H200's step; 405B's is 70B's
 CODE_BYTES = 1 / 2 + 1 / 64  # of a weight in NF4: its code and its block's 8-bit scale
 HOST = 8  # GPUs of a host
 
 
 class Machine(NamedTuple):
-    """Operations/s of a step; bytes/s that a GPU gets in collectives inside a host and between hosts; bytes."""
+    """Bytes that a GPU gets in collectives, by second that they cost a step, inside a host and between hosts; bytes."""
 
-    rate: float = 530e12
-    nvlink: float = 360e9
-    infiniband: float = 300e9  # 8 cards of 400 Gbit/s a host, rings over all of them
+    nvlink: float = 135e9
+    infiniband: float = 112e9  # 8 cards of 400 Gbit/s a host: assumed to lose as much as NVLink does
     memory: float = 141e9
 
 
@@ -64,16 +64,19 @@ class Step(NamedTuple):
     memory: float
 
 
-def step(m: Model, machine: Machine, data: int, fsdp: int, rows: int, tokens: int, passes: int = 3) -> Step:
+def step(
+    m: Model, machine: Machine, rate: float, data: int, fsdp: int, rows: int, tokens: int, passes: int = 3
+) -> Step:
     """A step of rows x tokens a GPU on data x fsdp GPUs.
 
     Args:
+      rate: operations a second.
       passes: products with each frozen weight: 2, or 3 where the backward pass computes all again.
     """
     count, gpus = rows * tokens, data * fsdp
     operations = 2.0 * count * (passes * m.linear + 2 * m.head)
     operations += (passes + 1.5) * 2 * rows * m.layers * tokens**2 * m.attention_width
-    compute = operations / machine.rate
+    compute = operations / rate
     link = machine.nvlink if fsdp <= HOST else machine.infiniband
     codes, share = CODE_BYTES * m.linear, (fsdp - 1) / fsdp
     gathered = share * (
@@ -82,12 +85,11 @@ def step(m: Model, machine: Machine, data: int, fsdp: int, rows: int, tokens: in
     gather = gathered / link
     summed = 2 * (gpus - 1) / gpus * 4 * m.adapter
     reduce = summed / (machine.nvlink if gpus <= HOST else machine.infiniband)
-    first = share * codes / m.layers / link
     kept = 2 * count * m.layers * (m.hidden if passes == 3 else m.everything)
     working = 2 * count * (12 * m.hidden)  # of one layer, about
     held = (codes + 4 * m.head) / fsdp + (2 * codes / m.layers + 2 * m.head) * (fsdp > 1)
     memory = held + 4 * m.adapter * (1 + 1 + 0.5) + kept + working
-    total = max(compute, gather) + first + reduce
+    total = compute + gather + reduce
     return Step(compute, gather, reduce, total, gathered, summed, memory)
 
 
@@ -99,10 +101,10 @@ def fits(m: Model, machine: Machine, fsdp: int) -> bool:
 def lines(name: str, gpus: int, machine: Machine, rows: int, tokens: int, passes: int) -> list[str]:
     """The base whole on each GPU, split over a host's, and split over all."""
     m, found = model(name), []
-    alone = step(m, machine, 1, 1, rows, tokens, passes).compute
+    alone = step(m, machine, RATES[name], 1, 1, rows, tokens, passes).compute
     for fsdp in sorted({1, min(gpus, HOST), gpus}):
         if fits(m, machine, fsdp):
-            s = step(m, machine, gpus // fsdp, fsdp, rows, tokens, passes)
+            s = step(m, machine, RATES[name], gpus // fsdp, fsdp, rows, tokens, passes)
             rate = gpus * rows * tokens / s.total
             found.append(
                 f"| {name} | {gpus} | {gpus // fsdp} × {fsdp} | {s.gathered / 1e9:.1f} ({s.gather * 1e3:,.0f}) | "
@@ -120,7 +122,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=float, default=value)
     machine = Machine(**vars(parser.parse_args()))
     for name, rows, tokens, passes in (("8B", 4, 2048, 2), ("70B", 1, 8192, 3), ("405B", 1, 8192, 3)):
-        compute = step(model(name), machine, 1, 1, rows, tokens, passes).compute
+        compute = step(model(name), machine, RATES[name], 1, 1, rows, tokens, passes).compute
         print(f"\n{name}, {rows}×{tokens} tokens a GPU, {compute * 1e3:,.0f} ms of compute\n")
         print(
             "| model | GPUs | data × fsdp | gathered, GB (ms) | summed, GB (ms) | step, ms | tokens/s | of ideal | GB |"
