@@ -4,8 +4,8 @@
     python scripts/bench/scale.py --nvlink 200e9 --infiniband 100e9
 
 Compute: operations of a step at the rates that one H200 reached. Bytes are those of the compiled programs (step.py
---compile_for_h200 says them). The rate inside a host is what gathers cost the steps of 2 and 4 H200s (docs/
-benchmarks.md): what is waited for, and what they take from the kernels that run beside them. Between hosts it is assumed.
+--compile_for_h200 says them). The rate inside a host is what gathers cost the steps of 2 and 4 H200s (docs/scale.md):
+what is waited for, and what they take from the kernels beside them. Between hosts it is assumed.
 """
 
 import argparse
