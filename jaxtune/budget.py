@@ -29,7 +29,10 @@ CHOICES = tuple(
         ("none", "attention+qkv+gate_up", "attention+gate_up", "attention+qkv", "attention", "all"),
     )
 )
-SMALLEST = Remat.parse("all+offload")  # only where the host's memory is another one
+# Smallest, where the host's memory is another one. Attention's outputs are sent there too where rows are long: fetching
+# them takes less time than another forward pass.
+OFFLOAD, OFFLOAD_LONG = Remat.parse("all+offload"), Remat.parse("attention+offload")
+LONG_ROW = 4096
 HEADROOM = 0.96  # of free memory: cuDNN's workspaces and fragmentation are in no forecast
 
 
@@ -53,7 +56,7 @@ class Choice(NamedTuple):
 
 
 def kept_bytes(remat: Remat, config: DecoderConfig, tokens: int, itemsize: int) -> int:
-    """Bytes on the device that a choice keeps for the backward pass, layer inputs included."""
+    """Bytes that a choice keeps for the backward pass, layer inputs included: on the device, or on the host."""
     heads, kv, h = config.num_heads, config.num_kv_heads, config.head_dim
     elements = {
         "attention": heads * h + heads * 4 // itemsize,  # its softmax statistics are float32
@@ -61,7 +64,7 @@ def kept_bytes(remat: Remat, config: DecoderConfig, tokens: int, itemsize: int) 
         "residual": config.hidden_size,
         "gate_up": 2 * config.intermediate_size,
     }
-    total = sum(elements[name] for name in remat.keep) + (0 if remat.offload else config.hidden_size)
+    total = sum(elements[name] for name in remat.keep) + config.hidden_size
     return tokens * len(config.windows) * itemsize * total
 
 
@@ -70,6 +73,12 @@ def peak_bytes(compiled) -> int:
     needs = compiled.memory_analysis()
     fresh = needs.output_size_in_bytes - needs.alias_size_in_bytes
     return needs.argument_size_in_bytes + needs.temp_size_in_bytes + fresh
+
+
+def free_on_host() -> int:
+    """Bytes of this host's memory that a step may take for each device: half of what is free."""
+    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return pages // 2 // jax.local_device_count()
 
 
 def free_bytes(arguments: Any) -> int:
@@ -142,7 +151,7 @@ class PlannedStep:
             budget=cluster.smallest(free_bytes(arguments))
             if self._budget_gb is None
             else int(self._budget_gb * 1e9),
-            offload=jax.default_backend() == "gpu",
+            host=cluster.smallest(free_on_host()) if jax.default_backend() == "gpu" else 0,
             fp8=self._fp8,
             devices=self._layout.size,
         )
@@ -163,7 +172,7 @@ def choose(
     *,
     itemsize: int,
     budget: int,
-    offload: bool,
+    host: int,
     fp8: bool = False,
     devices: int = 1,
 ) -> Choice:
@@ -175,16 +184,21 @@ def choose(
       arguments: of the step, arrays or shapes; their shapes are what is remembered.
       itemsize: bytes of an activation.
       budget: bytes.
-      offload: whether SMALLEST may be tried.
+      host: bytes that may be put into host memory for each device, where that is another one.
       fp8: whether the step multiplies in 8-bit floats, which its arguments do not tell.
       devices: over which the rows of the batch are split; bytes are those of one.
 
     Raises:
       MemoryError: none fits; says what the smallest needs.
     """
-    choices = [*CHOICES, SMALLEST] if offload else list(CHOICES)
     _, rows, length = arguments[3]["input_ids"].shape
-    keeps = {remat: kept_bytes(remat, config, rows // devices * length, itemsize) for remat in choices}
+    keeps = {
+        remat: kept_bytes(remat, config, rows // devices * length, itemsize)
+        for remat in (*CHOICES, OFFLOAD_LONG, OFFLOAD)
+    }
+    offloads = (OFFLOAD_LONG, OFFLOAD) if length >= LONG_ROW else (OFFLOAD,)
+    choices = [*CHOICES, *(remat for remat in offloads if keeps[remat] <= host)]
+    keeps |= {remat: 0 for remat in offloads}
     place, base = _place(arguments, fp8), _size(arguments)
     memory = _remembered(place)
     measured = {remat: memory[str(remat)] for remat in choices if str(remat) in memory}

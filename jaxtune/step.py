@@ -46,10 +46,13 @@ def targets(labels: jax.Array, segment_ids: jax.Array) -> jax.Array:
     return jnp.where(same, following, IGNORE)
 
 
-def default_chunk() -> int:
-    """Tokens a chunk of the loss: enough to keep a GPU's matrix units busy, few on a CPU, where the last, partly
+def default_chunk(tokens: int) -> int:
+    """Tokens of a batch of so many that are a chunk of the loss: enough to keep a GPU's matrix units busy and no more
+    than a part of a small batch, of which the logits would be the largest array; few on a CPU, where the last, partly
     filled chunk costs real time."""
-    return 256 if target.capability() is None and jax.default_backend() == "cpu" else 1024
+    if target.capability() is None and jax.default_backend() == "cpu":
+        return 256
+    return min(max(tokens // 8, 512), 1024)
 
 
 def row_keys(key: jax.Array, batch: Batch) -> jax.Array:
@@ -99,7 +102,7 @@ def loss_sum(
     )
     want = targets(batch["labels"], batch["segment_ids"]).reshape(-1)
     options = Options(
-        chunk=loss_chunk or default_chunk(),
+        chunk=loss_chunk or default_chunk(want.size),
         softcap=module.config.logit_softcap,
         train_head=module.trains_head(),
     )

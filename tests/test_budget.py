@@ -8,7 +8,7 @@ import pytest
 import tiny_models
 
 from jaxtune import budget, models
-from jaxtune.budget import CHOICES, PlannedStep, choose, kept_bytes
+from jaxtune.budget import CHOICES, OFFLOAD, OFFLOAD_LONG, PlannedStep, choose, kept_bytes
 
 CONFIG = models.build(tiny_models.make_config("llama"), jnp.bfloat16).config
 BATCH = {"input_ids": jax.ShapeDtypeStruct((1, 4, 512), jnp.int32)}
@@ -18,7 +18,7 @@ WORK = 50_000_000  # what every choice needs beside what it keeps
 
 def compiled(remat):
     """A program of the size that the forecast would have, but for some work space."""
-    temp = WORK + kept_bytes(remat, CONFIG, 4 * 512, 2)
+    temp = WORK + (0 if remat.offload else kept_bytes(remat, CONFIG, 4 * 512, 2))
     needs = SimpleNamespace(
         argument_size_in_bytes=1_008_192,
         temp_size_in_bytes=temp,
@@ -39,12 +39,12 @@ def tried(monkeypatch, tmp_path):
     return []
 
 
-def plan(tried, budget, offload=False):
+def plan(tried, budget, host=0):
     def compile_step(remat):
         tried.append(str(remat))
         return compiled(remat)
 
-    return choose(compile_step, CONFIG, ARGUMENTS, itemsize=2, budget=budget, offload=offload)
+    return choose(compile_step, CONFIG, ARGUMENTS, itemsize=2, budget=budget, host=host)
 
 
 def test_with_room_nothing_is_recomputed_and_one_step_is_compiled(tried):
@@ -56,7 +56,7 @@ def test_what_fp8_needs_is_remembered_apart(tried):
     for fp8 in (False, True, True):
         choose(
             lambda remat: tried.append(str(remat)) or compiled(remat), CONFIG, ARGUMENTS, itemsize=2,
-            budget=10**12, offload=False, fp8=fp8,
+            budget=10**12, host=0, fp8=fp8,
         )  # fmt: skip
     assert tried == ["none", "none"]
 
@@ -91,7 +91,17 @@ def test_the_answer_is_forgotten_when_the_code_changes(tried, monkeypatch):
 
 
 def test_layer_inputs_go_to_the_host_when_nothing_else_fits(tried):
-    assert str(plan(tried, need("all") - 1, offload=True).remat) == "all+offload"
+    inputs = kept_bytes(OFFLOAD, CONFIG, 4 * 512, 2)
+    assert str(plan(tried, need("all") - 1, host=inputs).remat) == "all+offload"
+    with pytest.raises(MemoryError):
+        plan(tried, need("all") - 1, host=inputs - 1)
+
+
+def test_attention_goes_to_the_host_where_rows_are_long_and_it_has_room(tried, monkeypatch):
+    monkeypatch.setattr(budget, "LONG_ROW", 512)
+    both = kept_bytes(OFFLOAD_LONG, CONFIG, 4 * 512, 2)
+    assert str(plan(tried, need("all") - 1, host=both).remat) == "attention+offload"
+    assert str(plan(tried, need("all") - 1, host=both - 1).remat) == "all+offload"
 
 
 def test_too_little_memory_says_how_much_is_needed(tried):

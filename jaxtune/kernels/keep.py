@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtune.kernels import target
 
 _nothing = ContextVar("nothing", default=False)
+_kept: ContextVar[frozenset[str] | None] = ContextVar("kept", default=None)
 
 
 @contextmanager
@@ -21,6 +22,22 @@ def keeping_nothing() -> Iterator[None]:
         yield
     finally:
         _nothing.reset(token)
+
+
+@contextmanager
+def keeping(names: frozenset[str]) -> Iterator[None]:
+    """Of what is traced inside, the arrays of these names are kept for the backward pass and others are made again."""
+    token = _kept.set(names)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+def is_made_again(name: str) -> bool:
+    """Whether there is a backward pass that makes the arrays of this name again."""
+    kept = _kept.get()
+    return kept is not None and name not in kept
 
 
 def keep(x: Any, name: str) -> Any:

@@ -159,8 +159,8 @@ def with_tail(columns: jax.Array) -> jax.Array:
     return jnp.pad(columns, ((0, 0), (0, tail_columns(rank) - rank)))
 
 
-def _beside(weights: tuple, adapters: tuple) -> jax.Array:
-    """[W | Bᵀ | 0], [sum(out), in + tail]."""
+def beside(weights: tuple, adapters: tuple) -> jax.Array:
+    """[W | Bᵀ | 0], [sum(out), in + tail]: what `joined_product` takes."""
     with jax.named_scope("dequantise"):
         return nf4_matrix(weights, with_tail(joined_b(weights, adapters).T))
 
@@ -184,21 +184,42 @@ def _widen(x: jax.Array, through: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jax.lax.dynamic_update_slice(wide, product, (0, x.shape[1])), product[:, :rank]
 
 
-def joined_product(x: jax.Array, weights: tuple, adapters: tuple) -> tuple[jax.Array, jax.Array]:
-    """x [N, in] -> (y [N, sum(out)], x A [N, R]) in one product over K = in + R."""
+def joined_product(x: jax.Array, adapters: tuple, matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x [N, in] -> (y [N, sum(out)], x A [N, R]) in one product over K = in + R; matrix: `beside` of the layers."""
     wide, xa = _widen(x, joined_a(adapters))
-    return wide @ _beside(weights, adapters).T, xa
+    return _times_transposed(wide, matrix), xa
 
 
-def input_gradient(dy: jax.Array, weights: tuple, adapters: tuple) -> tuple[jax.Array, jax.Array]:
-    """dy [N, sum(out)] -> (dx [N, in], d(x A) [N, R]) of `joined_product`."""
+def repeated_product(x: jax.Array, xa: jax.Array, matrix: jax.Array) -> jax.Array:
+    """y of `joined_product` once more, from the x A it returned."""
+    return _times_transposed(jnp.concatenate([x, with_tail(xa)], axis=1), matrix)
+
+
+def _times_transposed(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """x · matrixᵀ in one operation: XLA would move a transposition of its own out of a loop and keep what it made."""
+    return jax.lax.dot_general(x, matrix, (((1,), (1,)), ((), ())))
+
+
+def gradient_matrix(weights: tuple, adapters: tuple) -> jax.Array:
+    """What `input_gradient` takes: `beside` where dy is the widest array, else [W; Aᵀ; 0]."""
+    return (beside if reads_once(weights, adapters) else _below)(weights, adapters)
+
+
+def reads_once(weights: tuple, adapters: tuple) -> bool:
+    """Whether dy [N, sum(out)] is so much wider than x that two passes over dx cost less than two over dy."""
+    return sum(map(rows, weights)) >= 3 * len(joined_a(adapters))
+
+
+def input_gradient(
+    dy: jax.Array, weights: tuple, adapters: tuple, matrix: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """dy [N, sum(out)] -> (dx [N, in], d(x A) [N, R]) of `joined_product`; matrix: `gradient_matrix`."""
     a = joined_a(adapters)
     width = a.shape[0]
-    if dy.shape[1] < 3 * width:
+    if not reads_once(weights, adapters):
         wide, dxa = _widen(dy, joined_b(weights, adapters).T)
-        return wide @ _below(weights, adapters), dxa
-    # dy is the widest array: read it once and make two passes over dx
-    both = dy @ _beside(weights, adapters)
+        return wide @ matrix, dxa
+    both = dy @ matrix
     dxa = both[:, width : width + a.shape[1]]
     with jax.named_scope("lora"):
         # without the barrier XLA copies the slice to add to it inside the skinny product
@@ -228,18 +249,18 @@ def skinny(left: jax.Array, right: jax.Array) -> jax.Array:
 @jax.custom_vjp
 def _joined(x: jax.Array, weights: tuple, adapters: tuple) -> jax.Array:
     """[N, in] -> [N, sum(out)]."""
-    return joined_product(x, weights, adapters)[0]
+    return joined_product(x, adapters, beside(weights, adapters))[0]
 
 
 def _joined_forward(x, weights, adapters):
-    y, xa = joined_product(x, weights, adapters)
+    y, xa = joined_product(x, adapters, beside(weights, adapters))
     return y, (x, xa, weights, adapters)
 
 
 def _joined_backward(residuals, dy):
     x, xa, weights, adapters = residuals
     weights, dy = apart(weights, dy)
-    dx, dxa = input_gradient(dy, weights, adapters)
+    dx, dxa = input_gradient(dy, weights, adapters, gradient_matrix(weights, adapters))
     return dx, None, adapter_gradients(skinny(x, dxa), skinny(xa, dy), weights, adapters)
 
 

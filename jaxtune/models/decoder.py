@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaxtune.kernels.attention import cudnn_attention, masked_attention, rows, supports_cudnn
 from jaxtune.kernels.cross_entropy import softcapped
-from jaxtune.kernels.keep import keep
+from jaxtune.kernels.keep import keep, keeping
 from jaxtune.models import rope
 from jaxtune.models.layers import Embedding, Linear, RMSNorm, apply_gated, apply_together, fold
 from jaxtune.models.remat import Remat
@@ -347,7 +347,7 @@ def run_segment(
         return x, (None if caches is None else new)
 
     if remat is not None:
-        body = jax.checkpoint(body, prevent_cse=False, policy=remat.policy())
+        body = jax.checkpoint(keeping(remat.keep)(body), prevent_cse=False, policy=remat.policy())
     return jax.lax.scan(
         body, x, (state, jnp.arange(repeats), caches, None if deep is None else deep.features)
     )

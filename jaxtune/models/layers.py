@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxtune.kernels.fp8 import fp8_linear
 from jaxtune.kernels.fp8_mlp import fp8_gated_mlp
@@ -110,8 +111,9 @@ class Linear(nnx.Module):
         """A and scaling · B in `dtype`."""
         if self.lora_A is None:
             return None
-        b = self.lora_B[...] * self.lora_scaling[...]
-        return Adapter(self.lora_A[...].astype(dtype), b.astype(dtype))
+        a, b = self.lora_A[...].astype(dtype), (self.lora_B[...] * self.lora_scaling[...]).astype(dtype)
+        # As they lie in the stacks of all layers, which XLA would turn around to have this layer's turned around.
+        return Adapter(*(with_layout_constraint(part, Layout((0, 1))) for part in (a, b)))
 
     def apply_alone(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """The layer without its bias where it is not plain: trained weight, dropout, DoRA."""

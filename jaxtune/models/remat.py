@@ -11,15 +11,16 @@ import jax
 from jaxtune.config import KEEPABLE, remat_parts
 
 _BLOCK_INPUT = "block_input"
+_ALWAYS = ["adapter"]
 
 
 @dataclass(frozen=True)
 class Remat:
-    """A choice of what to keep on the device beside each layer's input, and whether that input goes to the host.
+    """A choice of what to keep beside each layer's input, and whether all that waits on the device or on the host.
 
     keep, per token and layer, elements: attention (its output, D, and softmax statistics), qkv (D + 2·K·h), residual
-    (x + attention, D), gate_up (2·F). The few elements of x A are kept always where products are joined. offload: layer
-    inputs wait in pinned host memory.
+    (x + attention, D), gate_up (2·F). The few elements of x A are kept always where products are joined, on the
+    device. offload: the rest waits in pinned host memory.
     """
 
     keep: frozenset[str] = frozenset()
@@ -40,12 +41,11 @@ class Remat:
 
     def policy(self):
         """For jax.checkpoint."""
-        names = ["adapter", *sorted(self.keep)]
         if not self.offload:
-            return jax.checkpoint_policies.save_only_these_names(*names)
+            return jax.checkpoint_policies.save_only_these_names(*_ALWAYS, *sorted(self.keep))
         return jax.checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=names,
-            names_which_can_be_offloaded=[_BLOCK_INPUT],
+            names_which_can_be_saved=_ALWAYS,
+            names_which_can_be_offloaded=[_BLOCK_INPUT, *sorted(self.keep)],
             offload_src="device",
             offload_dst="pinned_host",
         )

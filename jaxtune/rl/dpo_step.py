@@ -84,7 +84,9 @@ def _score_rows(
     )
     want = targets(batch["labels"], batch["segment_ids"])
     options = Options(
-        chunk=chunk or default_chunk(), softcap=module.config.logit_softcap, train_head=module.trains_head()
+        chunk=chunk or default_chunk(want.size),
+        softcap=module.config.logit_softcap,
+        train_head=module.trains_head(),
     )
     with jax.named_scope("scores"):
         found = token_scores(hidden.reshape(-1, hidden.shape[-1]), module.head(), want.reshape(-1), options)

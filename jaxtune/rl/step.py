@@ -61,7 +61,7 @@ def log_probs(
     hidden, ids = _predictors(module, batch, key, remat)
     want = jnp.where(batch["mask"] != 0, ids, IGNORE)
     options = Options(
-        chunk=chunk or default_chunk(),
+        chunk=chunk or default_chunk(want.size),
         softcap=module.config.logit_softcap,
         temperature=temperature,
         train_head=module.trains_head(),

@@ -11,6 +11,7 @@ from jaxtune.kernels import gated_mlp as module
 from jaxtune.kernels import linear, swiglu, swiglu8, target
 from jaxtune.kernels.fp8_mlp import fp8_gated_mlp
 from jaxtune.kernels.gated_mlp import gated_mlp
+from jaxtune.kernels.keep import keeping
 from jaxtune.kernels.linear import Adapter
 from jaxtune.quant import quantize_nf4
 
@@ -130,6 +131,31 @@ def test_the_joined_mlp_is_three_layers(ranks):
     got, want = probe(lambda x, a: gated_mlp(x, weights, a)), probe(apart)
     for ours, theirs in zip(got, want, strict=True):
         assert np.abs(ours - theirs).max() <= GRADIENT * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("ranks", [(8, 8, 8), (8, None, 4)])
+@pytest.mark.parametrize("ffn", [128, 64])  # backwards the joined matrix of gate and up serves twice, or not
+def test_tiles_of_tokens_change_nothing(monkeypatch, ranks, ffn):
+    weights, adapters = mlp(64, ffn, ranks)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 96, 64)), jnp.float32)
+    monkeypatch.setattr(module, "TILE", 64)
+
+    def probe(kept):
+        with keeping(frozenset(kept)):
+            y, vjp = jax.vjp(lambda x, a: gated_mlp(x, weights, a), x, adapters)
+            program = str(jax.make_jaxpr(vjp)(y))
+        return jax.tree.leaves((y, vjp(jnp.cos(y)))), "while" in program or "scan" in program
+
+    (got, tiled), (want, whole) = probe(()), probe(("gate_up",))
+    assert tiled and not whole
+    for ours, theirs in zip(got, want, strict=True):
+        assert np.abs(ours - theirs).max() <= GRADIENT * np.abs(theirs).max()
+
+
+def test_tiles_are_equal_and_whole_for_the_kernel(monkeypatch):
+    monkeypatch.setattr(module, "TILE", 256)
+    tiles = {256: 1, 257: 1, 320: 1, 512: 2, 576: 3, 640: 5, 1000: 1, 1024: 4}
+    assert {tokens: module.tiles_of(tokens) for tokens in tiles} == tiles
 
 
 @pytest.mark.parametrize("dy_scale", [1e-9, 1.0, 1e4])
