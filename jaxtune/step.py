@@ -141,6 +141,8 @@ def compiler_options(
             "xla_gpu_enable_latency_hiding_scheduler": True,
             "xla_gpu_pipeline_all_gather": "2",  # on; compiler options take the number
             "xla_gpu_all_gather_combine_threshold_bytes": 1 << 27,
+            # It takes compute for longer than it is, and starts gathers just before they are waited for.
+            "xla_gpu_enable_analytical_sol_latency_estimator": False,
         }
     if fp8:  # trying Triton's kernels for 8-bit products takes 80 s of compilation
         options["xla_gpu_enable_triton_gemm"] = False
