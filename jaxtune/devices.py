@@ -85,6 +85,20 @@ class Layout:
         dims = _divided(module, self.fsdp)[1]
         return {path: _spec(dims[path]) if path in dims else WHOLE for path in leaves}
 
+    def turn_bytes(self, module: CausalLM) -> int:
+        """Bytes that a turn of the scan over layers gathers: its split leaves, whole."""
+        shapes, split = leaf_shapes(module), _divided(module, self.fsdp)[1]
+        return max(
+            sum(
+                math.prod(shapes[p].shape) * shapes[p].dtype.itemsize
+                for p in split
+                if p.startswith(f"{stack}.{i}.")
+            )
+            // segment.repeats
+            for stack, plan in module.stacks
+            for i, segment in enumerate(plan)
+        )
+
     # -- arrays ----------------------------------------------------------------------------------------------
 
     def sharding(self, spec: PartitionSpec = WHOLE) -> NamedSharding | None:

@@ -9,6 +9,7 @@ G micro-batches [G, B, T] and normalises the loss by the label tokens of all of 
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -29,6 +30,7 @@ Metrics = dict[str, jax.Array]
 TrainStep = Callable[[Leaves, Any, Leaves, Batch, jax.Array], tuple[Leaves, Any, Metrics]]
 
 RECOMPUTE_ALL = Remat()
+GATHERS = Path(__file__).with_name("gathers.pbtxt")
 
 
 class Trainable(Protocol):
@@ -120,9 +122,12 @@ def clip(grads: Leaves, max_norm: float | None) -> tuple[Leaves, jax.Array]:
 
 
 def compiler_options(
-    remat: Remat, fp8: bool, layout: Layout = ONE_DEVICE
+    remat: Remat, fp8: bool, layout: Layout = ONE_DEVICE, turn_bytes: int = 0
 ) -> dict[str, bool | str | int] | None:
-    """XLA's options for a step on a GPU; see docs/benchmarks.md for what each was worth."""
+    """XLA's options for a step on a GPU; see docs/benchmarks.md for what each was worth.
+
+    turn_bytes: `layout.turn_bytes` of the model.
+    """
     if target.capability() is None:
         return None
     # The stacks of what is kept are written whole: no need to fill them with zeros first.
@@ -139,11 +144,17 @@ def compiler_options(
             # A CUDA graph runs its copies and kernels one after another.
             "xla_gpu_enable_command_buffer": "",
         }
-    if layout.fsdp > 1:  # a layer's codes are gathered, a few at a time, while the layer before is worked on
+    if layout.fsdp > 1:
         options |= {
             "xla_gpu_enable_latency_hiding_scheduler": True,
+            # A layer's codes are gathered in one piece, while the layer before is worked on.
             "xla_gpu_pipeline_all_gather": "2",  # on; compiler options take the number
-            "xla_gpu_all_gather_combine_threshold_bytes": 1 << 27,
+            "xla_gpu_all_gather_combine_threshold_bytes": turn_bytes,
+            # A gather starts as early as it can, and is waited for where it is used.
+            "xla_gpu_pgle_profile_file_or_directory_path": str(GATHERS),
+            "xla_gpu_pgle_accuracy_checker": "PGLE_STRICTNESS_LEVEL_OFF",  # the file knows gathers alone
+            # The head's is under way during the whole forward pass, beside those of the layers.
+            "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
         }
     if fp8:  # trying Triton's kernels for 8-bit products takes 80 s of compilation
         options["xla_gpu_enable_triton_gemm"] = False
@@ -156,7 +167,7 @@ def jit_step(step: TrainStep, model: Trainable, remat: Remat, layout: Layout) ->
         step,
         donate_argnums=(0, 1),
         out_shardings=layout.sharding(),
-        compiler_options=compiler_options(remat, model.module.fp8, layout),
+        compiler_options=compiler_options(remat, model.module.fp8, layout, layout.turn_bytes(model.module)),
     )
 
 

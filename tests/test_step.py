@@ -1,12 +1,18 @@
 """The parts of the step that the runs against PEFT do not show: document borders, noise, clipping, accumulation."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 from tolerances import LOSS
+from transformers import LlamaConfig
 
+from jaxtune import models
 from jaxtune.config import SFTConfig
+from jaxtune.devices import AXES, Layout
 from jaxtune.fast import FastLanguageModel
 from jaxtune.kernels import target
 from jaxtune.models.remat import Remat
@@ -125,3 +131,22 @@ def test_options_of_the_compiler():
         "xla_disable_hlo_passes": "dynamic-slice-copy-fusion-async-wrapper",
         "xla_gpu_enable_command_buffer": "",
     }
+
+
+def test_gathers_are_scheduled_from_a_file():
+    """It is there, and names instructions as XLA does; codes of a layer and their scales are gathered together."""
+    layout = Layout(AbstractMesh((1, 2), AXES))  # pyrefly: ignore
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=64, vocab_size=64,
+    )  # fmt: skip
+    module = models.build(config, jnp.float32, nf4=True)
+    weights = 128 * (128 + 2 * 64 + 128) + 3 * 128 * 256
+    assert layout.turn_bytes(module) == weights // 2 + weights // 64
+    with target.tracing_for((9, 0)):
+        options = compiler_options(Remat.parse("all"), False, layout, 1234)
+    assert options is not None and options["xla_gpu_all_gather_combine_threshold_bytes"] == 1234
+    lines = Path(str(options["xla_gpu_pgle_profile_file_or_directory_path"])).read_text().splitlines()
+    lines = [line for line in lines if not line.startswith("#")]
+    assert lines[0] == 'costs { name: "all-gather-start" cost_us: 30000 }'
+    assert lines[9] == 'costs { name: "all-gather-start.9" cost_us: 30000 }'

@@ -25,11 +25,11 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import overlap
 import roofline
 
 # hidden, ffn, layers, heads, kv heads, head_dim, vocabulary, tied
@@ -266,37 +266,6 @@ def run(bench: Bench, result: Result, compiled, batch) -> None:
         result.took_ms, result.kernels = profile(step, compiled.as_text(), bench.ceilings)
 
 
-COLLECTIVE = re.compile(
-    "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|nccl", re.IGNORECASE
-)
-
-
-def exposed(events: list[tuple[str, float, float]]) -> tuple[float, float]:
-    """Milliseconds of collectives in sorted events, and those of them in which nothing else ran."""
-    total = alone = 0.0
-    others = [event for event in events if not COLLECTIVE.search(event[0])]
-    for name, start, end in events:
-        if not COLLECTIVE.search(name):
-            continue
-        total, at = total + end - start, start
-        for _, begin, stop in others:
-            if stop <= at or begin >= end:
-                continue
-            alone, at = alone + max(0.0, begin - at), max(at, stop)
-        alone += max(0.0, end - at)
-    return total / 1e6, alone / 1e6
-
-
-def device_events(trace) -> Iterator[tuple[str, float, float]]:
-    """(HLO instruction or kernel name, start, end) in nanoseconds of what ran on the first GPU."""
-    for plane in [plane for plane in trace.planes if "/device:GPU" in plane.name][:1]:
-        for line in plane.lines:
-            if line.name.startswith("Stream"):
-                for event in line.events:
-                    name = str(dict(event.stats).get("hlo_op", event.name))
-                    yield name, event.start_ns, event.start_ns + event.duration_ns
-
-
 def profile(
     step, text: str, ceilings, unknown_trips: int = 8
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -314,7 +283,8 @@ def profile(
         with jax.profiler.trace(folder):
             step()
         trace = jax.profiler.ProfileData.from_file(str(next(Path(folder).rglob("*.xplane.pb"))))
-    events = sorted(device_events(trace), key=lambda event: event[1])
+    found = sorted(overlap.device_events(trace), key=lambda event: event[2])
+    events = [event[1:] for event in found]
     took: collections.Counter[str] = collections.Counter()
     launches = collections.Counter(name for name, _, _ in events)
     for name, start, end in events:
@@ -336,8 +306,8 @@ def profile(
         busy += max(0.0, stop - max(start, end))
         end = max(end, stop)
     kinds["gaps"] = (end - events[0][1] - busy) / 1e6
-    if any(COLLECTIVE.search(name) for name, _, _ in events):
-        kinds["collectives"], kinds["collectives alone"] = exposed(events)
+    if any(overlap.COLLECTIVE.search(name) for name, _, _ in events):
+        kinds["collectives"], kinds["collectives alone"] = overlap.exposed(found)
     return {kind: round(value, 2) for kind, value in kinds.most_common()}, table
 
 

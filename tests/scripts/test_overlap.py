@@ -1,0 +1,70 @@
+"""What the benchmarks say of collectives beside compute, on a small program and on a profile's events."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
+
+
+@pytest.fixture
+def overlap(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    monkeypatch.delitem(sys.modules, "roofline", raising=False)
+    yield importlib.import_module("overlap")
+    for name in ("overlap", "roofline"):
+        sys.modules.pop(name, None)
+
+
+PROGRAM = """HloModule step, is_scheduled=true
+
+%body (p: (s32[], bf16[1024], bf16[512])) -> (s32[], bf16[1024], bf16[512]) {
+  %p = (s32[], bf16[1024]{0}, bf16[512]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = bf16[1024]{0} get-tuple-element(%p), index=1
+  %own = bf16[512]{0} get-tuple-element(%p), index=2
+  %y = bf16[1024]{0} copy(%x)
+  %all-gather-start.1 = ((bf16[512]{0}), bf16[1024]{0}) all-gather-start(%own), dimensions={0}
+  %z = bf16[1024]{0} copy(%y)
+  %all-gather-done.1 = bf16[1024]{0} all-gather-done(%all-gather-start.1)
+  ROOT %next = (s32[], bf16[1024]{0}, bf16[512]{0}) tuple(%i, %z, %own)
+}
+
+%more (c: (s32[], bf16[1024], bf16[512])) -> pred[] {
+  %c = (s32[], bf16[1024]{0}, bf16[512]{0}) parameter(0)
+  ROOT %yes = pred[] constant(true)
+}
+
+ENTRY %main (a: bf16[1024], h: bf16[2048]) -> bf16[4096] {
+  %a = bf16[1024]{0} parameter(0)
+  %h = bf16[2048]{0} parameter(1)
+  %zero = s32[] constant(0)
+  %part = bf16[512]{0} slice(%a), slice={[0:512]}
+  %all-gather-start = ((bf16[2048]{0}), bf16[4096]{0}) all-gather-start(%h), dimensions={0}
+  %begin = (s32[], bf16[1024]{0}, bf16[512]{0}) tuple(%zero, %a, %part)
+  %layers = (s32[], bf16[1024]{0}, bf16[512]{0}) while(%begin), condition=%more, body=%body, \
+backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %all-gather-done = bf16[4096]{0} all-gather-done(%all-gather-start)
+}
+"""
+
+
+def test_a_window_is_what_runs_until_the_collective_is_waited_for(overlap):
+    copy = 2 * 2 * 1024 / 1e9  # seconds, read and written
+    found = {w.name: w for w in overlap.windows(PROGRAM, overlap.roofline.Ceilings(bandwidth=1e9))}
+    head, layer = found["all-gather-start"], found["all-gather-start.1"]
+    assert (head.times, head.bytes) == (1, 2 * 4096) and head.seconds == pytest.approx(3 * 2 * copy)
+    assert (layer.times, layer.bytes) == (3, 2 * 1024) and layer.seconds == pytest.approx(copy)
+
+
+def test_copies_on_a_stream_of_their_own_hide_no_collective(overlap):
+    ms = 1e6
+    events = [
+        ("Stream 1", "product", 0, 10 * ms),
+        ("Stream 2", "all-gather-start", 8 * ms, 14 * ms),
+        ("Stream 3", "copy of what is kept", 10 * ms, 14 * ms),
+        ("Stream 1", "product", 13 * ms, 20 * ms),
+    ]
+    assert overlap.exposed(events) == pytest.approx((6, 3))  # from 10 to 13
