@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_vision
-from devices_program import DPO_LAYOUTS, GRPO_LAYOUTS, LAYOUTS, VISION_LAYOUTS
+from devices_program import DPO_LAYOUTS, GRPO_LAYOUTS, LAYOUTS, VISION_GRPO_LAYOUTS, VISION_LAYOUTS
 from processes_program import TIMEOUT
 from tolerances import DEVICES
 
@@ -120,6 +120,13 @@ def test_rows_with_images_train_as_on_one_device(results, kind):
 def test_dpo_is_that_of_one_device(results, kind, layout):
     for name in ("loss", "weights", "metrics"):
         assert_same(results[f"{kind} {layout} {name}"], results[f"{kind} 1x1 {name}"])
+
+
+@pytest.mark.parametrize("kind", [f"vision grpo {data}x{fsdp}" for data, fsdp in VISION_GRPO_LAYOUTS[1:]])
+def test_grpo_on_images_is_that_of_one_device(results, kind):
+    """Completions, rewards, losses and weights; each device has its rows' images to itself."""
+    for name in ("loss", "weights", "metrics", "eval"):
+        assert_same(results[f"{kind} {name}"], results[f"vision grpo 1x1 {name}"])
 
 
 @pytest.fixture(scope="module")
