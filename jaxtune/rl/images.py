@@ -80,10 +80,6 @@ class PromptImages:
         kept = within(ids, self._args, limit)
         ids, documents = [ids[i] for i in kept], [documents[i] for i in kept]
         seen = any(self._collator.known(number).sizes for number in documents)
-        if seen and self._args.use_vllm:
-            raise ValueError(
-                "use_vllm=True sends no images to vLLM; leave it out: the embedded engine sees them"
-            )
         rows, tokens = ImageRows(self, documents), ids if tokenise else None
         return Prompts(rows, tokens, documents, self) if seen else Prompts(rows, tokens)
 
