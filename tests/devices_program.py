@@ -34,6 +34,7 @@ LAYOUTS = [(1, 1, 4), (8, 1, 1), (1, 2, 3), (1, 4, 3), (1, 8, 1)]
 GRPO_LAYOUTS = [(1, 1), (4, 1), (2, 4)]
 VISION_LAYOUTS = [(1, 1, 2), (2, 2, 1)]  # (data, fsdp, rows of a device)
 DPO_LAYOUTS = [(1, 1), (2, 2)]
+VISION_GRPO_LAYOUTS = [(1, 1), (2, 2)]
 TARGETS = ("q_proj", "down_proj")  # few, because each layer's dropout takes long to compile
 
 
@@ -205,6 +206,25 @@ def grpo_run(folder: str, out: Path, data: int, **settings) -> dict[str, np.ndar
     return found | {"eval": np.asarray(trainer.evaluate()["eval_reward"])}
 
 
+def vision_grpo(folder: str, out: Path, data: int, fsdp: int) -> dict[str, np.ndarray]:
+    """Two steps of one generation, of four prompts with two images, one, or none; one image is on several devices."""
+    model, processor = load_vision(folder, data, fsdp)
+    args = GRPOConfig(
+        str(out), max_steps=2, per_device_train_batch_size=4 // model.layout.size, num_generations=2,
+        steps_per_generation=2, max_completion_length=6, learning_rate=1e-3, remat="all", logging_steps=1, beta=0.04,
+        disable_tqdm=True, save_strategy="no", dataloader_num_workers=1,
+    )  # fmt: skip
+    prompts = [{"prompt": row["messages"][:1]} for row in image_rows()[:4]]
+    trainer = GRPOTrainer(model, [letters], args, prompts, prompts[:2], processing_class=processor)
+    trainer.train()
+    figures = [
+        [record[name] for name in ("reward", "kl", "entropy", "completions/mean_length", "num_tokens")]
+        for record in trainer.state.log_history if "reward" in record
+    ]  # fmt: skip
+    found = measured(trainer) | {"metrics": np.asarray(figures)}
+    return found | {"eval": np.asarray(trainer.evaluate()["eval_reward"])}
+
+
 def program(folder: str, data: int, fsdp: int) -> str:
     """The compiled text of an SFT step of two micro-batches with a row a device."""
     from jaxtune.step import make_train_step
@@ -245,6 +265,8 @@ def main() -> None:
     for data, fsdp in DPO_LAYOUTS:
         keep(f"dpo {data}x{fsdp}", text_dpo(folder, out / "dpo", data, fsdp))
         keep(f"vision dpo {data}x{fsdp}", vision_dpo(vision_folder, out / "dpo", data, fsdp))
+    for data, fsdp in VISION_GRPO_LAYOUTS:
+        keep(f"vision grpo {data}x{fsdp}", vision_grpo(vision_folder, out / "vision grpo", data, fsdp))
     keep("grpo run", grpo_run(folder, out / "grpo", 1))
     np.savez(out / "results.npz", **results)
 

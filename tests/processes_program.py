@@ -1,10 +1,10 @@
 """One of several processes of a run, for test_devices.
 
-python tests/processes_program.py MODEL OUT HOST:PORT NUMBER COUNT DATA FSDP HEIGHT ACTION
+python tests/processes_program.py MODEL OUT HOST:PORT NUMBER COUNT DATA FSDP HEIGHT ACTION [VISION_MODEL]
 
 ACTION: "all" trains to the end; "kill": the last process is killed while all save the second checkpoint; "term": it is
 told to end after step 6. Resumes from the last checkpoint of OUT where there is one. OUT/weights.npy: what was trained.
-"rl": GRPO and DPO, OUT/results.npz.
+"rl": GRPO, of VISION_MODEL too, and DPO, OUT/results.npz.
 """
 
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from devices_program import flat, grpo_run, sft, text_dpo
+from devices_program import flat, grpo_run, sft, text_dpo, vision_grpo
 from saves_program import kill_around_arrays
 
 from jaxtune.checkpoint import checkpoint_steps
@@ -35,8 +35,8 @@ class Preemption:
             time.sleep(3)
 
 
-def rl(folder: str, out: Path, data: int, fsdp: int) -> None:
-    """GRPO, the same again from its first checkpoint, and DPO."""
+def rl(folder: str, vision_folder: str, out: Path, data: int, fsdp: int) -> None:
+    """GRPO, the same again from its first checkpoint, GRPO on images, and DPO."""
     results = {}
     for name, settings in {
         "run": {},
@@ -44,6 +44,8 @@ def rl(folder: str, out: Path, data: int, fsdp: int) -> None:
     }.items():
         found = grpo_run(folder, out / "grpo", data, **settings)
         results |= {f"grpo {name} {key}": value for key, value in found.items()}
+    seen = vision_grpo(vision_folder, out / "vision grpo", data, fsdp)
+    results |= {f"vision grpo 1x1 {key}": value for key, value in seen.items()}
     results |= {f"dpo 1x1 {key}": value for key, value in text_dpo(folder, out / "dpo", data, fsdp).items()}
     if is_first():
         np.savez(out / "results.npz", **results)
@@ -55,7 +57,7 @@ def main() -> None:
     connect(ClusterArguments(coordinator, count, number, TIMEOUT))
     jax.config.update("jax_disable_most_optimizations", True)
     if sys.argv[9] == "rl":
-        return rl(folder, out, data, fsdp)
+        return rl(folder, sys.argv[10], out, data, fsdp)
     action = sys.argv[9] if number == count - 1 else "all"
     if action == "kill":
         kill_around_arrays(before=False, after_saves=1)

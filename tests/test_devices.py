@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_vision
-from devices_program import DPO_LAYOUTS, GRPO_LAYOUTS, LAYOUTS, VISION_LAYOUTS
+from devices_program import DPO_LAYOUTS, GRPO_LAYOUTS, LAYOUTS, VISION_GRPO_LAYOUTS, VISION_LAYOUTS
 from processes_program import TIMEOUT
 from tolerances import DEVICES
 
@@ -122,6 +122,13 @@ def test_dpo_is_that_of_one_device(results, kind, layout):
         assert_same(results[f"{kind} {layout} {name}"], results[f"{kind} 1x1 {name}"])
 
 
+@pytest.mark.parametrize("kind", [f"vision grpo {data}x{fsdp}" for data, fsdp in VISION_GRPO_LAYOUTS[1:]])
+def test_grpo_on_images_is_that_of_one_device(results, kind):
+    """Completions, rewards, losses and weights; each device has its rows' images to itself."""
+    for name in ("loss", "weights", "metrics", "eval"):
+        assert_same(results[f"{kind} {name}"], results[f"vision grpo 1x1 {name}"])
+
+
 @pytest.fixture(scope="module")
 def leaves(folder):
     """(those that fsdp splits, bytes by dtype; the trained ones, bytes) of the program's model."""
@@ -220,17 +227,17 @@ def free_ports(count: int) -> list[int]:
 
 
 def run_processes(
-    folder: Path, out: Path, programs: Path, count: int, layout: tuple[int, int, int], action: str
+    folder: Path, out: Path, programs: Path, count: int, layout: tuple[int, int, int], *action: str
 ) -> list[tuple]:
     """(exit status, output, seconds after the first that ended) of each process of processes_program; 4 devices in all
     where they are two."""
     address = f"127.0.0.1:{free_ports(1)[0]}"
     env = environment(2 if count == 2 else 8, programs) | {"JAX_COORDINATOR_BIND_ADDRESS": address}
     words = [sys.executable, "tests/processes_program.py", str(folder), str(out), address]
-    logs = [(out.parent / f"{action}{number}.txt").open("w+") for number in range(count)]
+    logs = [(out.parent / f"{action[0]}{number}.txt").open("w+") for number in range(count)]
     running = [
         subprocess.Popen(
-            [*words, str(number), str(count), *map(str, layout), action],
+            [*words, str(number), str(count), *map(str, layout), *action],
             stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=env,
         )
         for number, log in enumerate(logs)
@@ -299,15 +306,17 @@ def test_two_processes(folder, programs, results, tmp_path):
         assert_same(np.asarray(list(found.values())), results["sft 1x1 loss"][: len(found)])
 
 
-def test_two_processes_do_grpo_and_dpo(folder, programs, results, tmp_path):
-    """Completions, rewards, losses and weights are those of one device; also from a checkpoint inside a generation."""
+def test_two_processes_do_grpo_and_dpo(folder, vision_folder, programs, results, tmp_path):
+    """Completions, rewards, losses and weights are those of one device; also from a checkpoint inside a generation, and
+    on images."""
     out = tmp_path / "rl"
-    for status, log, _ in run_processes(folder, out, programs, 2, (4, 1, 2), "rl"):
+    for status, log, _ in run_processes(folder, out, programs, 2, (4, 1, 2), "rl", str(vision_folder)):
         assert status == 0, log[-3000:]
     with np.load(out / "results.npz") as found:
         for name in ("loss", "weights", "metrics", "eval"):
             assert_same(found[f"grpo run {name}"], results[f"grpo run {name}"])
             assert_same(found[f"grpo resumed {name}"], results[f"grpo run {name}"])
+            assert_same(found[f"vision grpo 1x1 {name}"], results[f"vision grpo 1x1 {name}"])
         for name in ("loss", "weights", "metrics"):
             assert_same(found[f"dpo 1x1 {name}"], results[f"dpo 1x1 {name}"])
 

@@ -3,6 +3,8 @@
 It reads an adapter's folder at the time it is loaded, as vLLM does, and fails where a test asks it to.
 """
 
+import base64
+import io
 import json
 import sys
 import threading
@@ -10,6 +12,8 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from jinja2 import Environment
+from PIL import Image
 from safetensors.numpy import load_file
 
 EOS = 2
@@ -25,15 +29,17 @@ class StubVLLM(ThreadingHTTPServer):
     """`with StubVLLM() as server:` serves on a free port of the loopback until the block ends.
 
     sample: (payload, number of the sample) -> (token ids, log-probabilities). max_model_len: of its model.
-    takes_adapters: False: started without VLLM_ALLOW_RUNTIME_LORA_UPDATING. events: (route, name) in order.
-    payloads: of completions. adapters: name -> (adapter_config.json, tensors) of what is loaded.
+    takes_adapters: False: started without VLLM_ALLOW_RUNTIME_LORA_UPDATING. processor: of what has images.
+    events: (route, name) in order. payloads: of completions; those with images get "prompt", the tokens that the
+    processor made. adapters: name -> (adapter_config.json, tensors) of what is loaded.
     answers: route -> function of the handler that answers in its place.
     """
 
     daemon_threads = True
 
-    def __init__(self, sample=countdown, max_model_len=128, takes_adapters=True, port=0):
+    def __init__(self, sample=countdown, max_model_len=128, takes_adapters=True, port=0, processor=None):
         super().__init__(("127.0.0.1", port), _Handler)
+        self.processor = processor
         self.sample, self.max_model_len, self.takes_adapters = sample, max_model_len, takes_adapters
         self.events, self.payloads, self.adapters, self.answers = [], [], {}, {}
         self.together = self.most_together = 0
@@ -86,7 +92,9 @@ class _Handler(BaseHTTPRequestHandler):
         if route in self.server.answers:
             self.server.answers[route](self)
         elif route == "completions":
-            self.complete(payload)
+            self.complete(payload, "completions")
+        elif route == "chat/completions":
+            self.complete(payload | {"prompt": self.rendered(payload)}, "chat/completions")
         elif not self.server.takes_adapters:
             self.answer({"detail": "Not Found"}, 404)
         else:
@@ -108,11 +116,19 @@ class _Handler(BaseHTTPRequestHandler):
         server.events.append((route, name))
         self.answer(f"Success: LoRA adapter '{name}'")
 
-    def complete(self, payload):
+    def rendered(self, payload):
+        """Tokens of messages with images."""
+        text = Environment().from_string(payload["chat_template"]).render(messages=payload["messages"])
+        parts = [part for message in payload["messages"] for part in message["content"]]
+        urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+        images = [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) for url in urls]
+        return self.server.processor(text=[text], images=[images], add_special_tokens=False)["input_ids"][0]
+
+    def complete(self, payload, route):
         server = self.server
         with server.lock:
             server.payloads.append(payload)
-            server.events.append(("completions", payload["model"]))
+            server.events.append((route, payload["model"]))
             server.together += 1
             server.most_together = max(server.together, server.most_together)
         if payload["model"] not in {"base", *server.adapters}:
@@ -122,19 +138,21 @@ class _Handler(BaseHTTPRequestHandler):
         choices = []
         for number in range(payload["n"]):
             ids, log_probs = server.sample(payload, number)
+            chat = {"content": [{"token": "", "logprob": value} for value in log_probs]}
             choices.append(
                 {
                     "index": number,
                     "text": "",
                     "token_ids": ids,
-                    "logprobs": {"token_logprobs": log_probs},
+                    "logprobs": chat if route == "chat/completions" else {"token_logprobs": log_probs},
                     "finish_reason": "length" if len(ids) == payload["max_tokens"] else "stop",
                 }
             )
         time.sleep(0.05)
         with server.lock:
             server.together -= 1
-        self.answer({"choices": choices[::-1]})
+        whole = {"prompt_token_ids": payload["prompt"]} if route == "chat/completions" else {}
+        self.answer({"choices": choices[::-1]} | whole)
 
 
 def python_with_vllm(folder, code=None):

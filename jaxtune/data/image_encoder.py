@@ -50,6 +50,20 @@ class ImageArrays:
 
 
 @dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt to be continued.
+
+    ids: int32 [T]. text: what they are the tokens of, with one placeholder for each image. pictures: its images as the
+    processor got them. row: what it gave of them, {} without images.
+    """
+
+    ids: np.ndarray
+    text: str
+    pictures: list[Image.Image]
+    row: Processed
+
+
+@dataclass(frozen=True)
 class ImageEncoder:
     """
     Attributes:
@@ -114,16 +128,17 @@ class ImageEncoder:
         dtype = np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
         return arrays | {PIXELS: arrays[PIXELS].astype(dtype)}
 
-    def prompt(self, document: Document) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Tokens int32 [T] of a document, and what the processor gave of its images, {} where it has none.
+    def prompt(self, document: Document) -> EncodedPrompt:
+        """A document that has no completion.
 
         Raises:
             ImageError: as `encode`.
         """
         with _Naming(document):
-            ids, _, _, row = self._processed(document, self._pictures(document))
+            pictures = self._pictures(document)
+            ids, _, _, row = self._processed(document, pictures)
             check_row(self.family, ids, row)
-        return ids, {} if row is None else row
+            return EncodedPrompt(ids, self._texts(document)[0], pictures, row or {})
 
     def processed(self, examples: Sequence[Document], **options: Any) -> Any:
         """The processor's own output for some documents; options as its call takes them."""

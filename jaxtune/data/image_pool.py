@@ -17,7 +17,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from jaxtune.data.image_encoder import EncodedDocument, ImageArrays, ImageEncoder
+from jaxtune.data.image_encoder import EncodedDocument, EncodedPrompt, ImageArrays, ImageEncoder
 from jaxtune.data.image_rows import Document
 from jaxtune.data.images import ImageError
 
@@ -64,6 +64,10 @@ class ImagePool:
         """`ImageEncoder.arrays` of a micro-batch."""
         return self._submit("arrays", documents, lengths, sizes)
 
+    def prompt(self, document: Document) -> "Future[EncodedPrompt]":
+        """`ImageEncoder.prompt`."""
+        return self._submit("prompt", document)
+
     def close(self) -> None:
         """Ends the processes; the next call starts new ones."""
         if self._threads is not None:
@@ -98,8 +102,8 @@ class ImagePool:
 
 def call(encoder: ImageEncoder, name: str, arguments: tuple) -> Any:
     """What a worker is asked for."""
-    if name == "arrays":
-        return encoder.arrays(*arguments)
+    if name != "encode_all":
+        return getattr(encoder, name)(*arguments)
     found: list[EncodedDocument | ImageError] = []
     for document in arguments[0]:
         try:

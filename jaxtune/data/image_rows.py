@@ -99,13 +99,16 @@ def _read(row: Any, number: int, text_field: str) -> Document:
     )
 
 
+def image_column(row: Mapping[str, Any]) -> str | None:
+    """The column that the images beside a row's text are in."""
+    return next((column for column in IMAGE_COLUMNS if row.get(column) is not None), None)
+
+
 def _images_of(row: Mapping[str, Any]) -> list[Any]:
-    """What is in the column images or image."""
-    for column in IMAGE_COLUMNS:
-        value = row.get(column)
-        if value is not None:
-            return list(value) if isinstance(value, (list, tuple)) else [value]
-    return []
+    """What is in that column."""
+    column = image_column(row)
+    value = [] if column is None else row[column]
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _messages(talk: Sequence[Mapping[str, Any]]) -> Messages:

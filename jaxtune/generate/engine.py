@@ -230,7 +230,7 @@ class Engine:
         job = job._replace(prompts=[job.prompts[i] for i in first])
         self._seen = 0
         if images is not None:
-            look = Sight(self.model, [images[i] for i in first])
+            look = Sight(self.model, [images[i] for i in first], self._device)
             self._seen, job = look.columns, job._replace(look=look)
         by_prompt = dict(enumerate(rows.values()))
         columns = plan.bucket(max(map(len, job.prompts)), plan.PROMPT_COLUMNS)

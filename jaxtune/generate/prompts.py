@@ -58,8 +58,8 @@ def read_prompts(
     read = [
         encoder.prompt(_document(one, own, i)) for i, (one, own) in enumerate(zip(asked, beside, strict=True))
     ]
-    rows: list[images.Processed] = [row for _, row in read]
-    return [ids.tolist() for ids, _ in read], rows if any(rows) else None
+    rows: list[images.Processed] = [one.row for one in read]
+    return [one.ids.tolist() for one in read], rows if any(rows) else None
 
 
 def _document(prompt: Any, pictures: Any, number: int) -> Any:

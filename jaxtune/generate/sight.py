@@ -16,9 +16,9 @@ from jaxtune.models.names import join
 PATCHES = 64  # the smallest number of patches that the tower runs on
 
 
-@partial(jax.jit, static_argnames="graphdef")
-def _placed(graphdef, trainable, base, batch) -> tuple[jax.Array, dict[str, Any]]:
-    module = join(graphdef, trainable, base)
+@partial(jax.jit, static_argnames=("graphdef", "unread"))
+def _placed(graphdef, leaves, batch, unread) -> tuple[jax.Array, dict[str, Any]]:
+    module = join(graphdef, leaves, dict(unread))
     return module.place_images(module.embed(batch["input_ids"]), batch)
 
 
@@ -32,13 +32,22 @@ class Sight:
 
     Args:
       model: a `jaxtune.model.Model` with a tower. rows: of each prompt, what the processor gave.
+      device: which of its layout's own devices looks.
     """
 
-    def __init__(self, model: Any, rows: Sequence[images.Processed]):
+    def __init__(self, model: Any, rows: Sequence[images.Processed], device: int = 0):
         family = images.family(model.config)
         if family is None:
             raise ValueError(f"{model.config.model_type} takes no images")
-        self._model, self._rows, self._family = model, rows, family
+        self._graphdef, self._rows, self._family = model.graphdef, rows, family
+        layers, leaves = f"{model.module.decoder_path}.layers.", {**model.base, **model.trainable}
+        read = {path: leaf for path, leaf in leaves.items() if not path.startswith(layers)}
+        self._leaves = model.layout.on_one_device(read, device)
+        self._unread = tuple(
+            (path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+            for path, leaf in leaves.items()
+            if path not in read
+        )
         most = max((len(family.tokens(row)) for row in rows), default=0)
         seen = most * model.module.config.cross_tokens
         # of the caches of layers that attend to images, if there are any
@@ -55,8 +64,7 @@ class Sight:
         rope = batch.get("rope_positions")
         offsets = np.zeros_like(lengths) if rope is None else rope.max((1, 2)) + 1 - lengths
         batch = {"input_ids": jnp.asarray(ids), "segment_ids": jnp.asarray(mask, jnp.int32), **batch}
-        model = self._model
-        x, how = _placed(model.graphdef, model.trainable, model.base, batch)
+        x, how = _placed(self._graphdef, self._leaves, batch, self._unread)
         shown = Shown(x, how.get("rope_positions"), how.get("blocks"), how.get("deep"), how.get("cross"))
         seen = np.zeros_like(lengths)
         if shown.cross is not None:

@@ -15,7 +15,7 @@ from jaxtune.rl.advantages import ZERO_STD, Advantages, compute_advantages
 from jaxtune.rl.config import GRPOConfig
 from jaxtune.rl.data import NO_PROMPT, Plan, Prompts, is_conversational
 from jaxtune.rl.experience import Experience, Sample
-from jaxtune.rl.images import Collators
+from jaxtune.rl.image_batches import Collators
 from jaxtune.rl.losses.grpo import sampling_metrics
 from jaxtune.rl.losses.options import GRPOLossOptions
 from jaxtune.rl.reference import without_adapter
@@ -83,6 +83,7 @@ class Collector:
         """Experience of one generation in the order of training, its samples, and TRL's metrics of it."""
         numbers = plan.prompts(generation)
         samples, metrics = self._samples(prompts, numbers, plan.group, self._seed(generation, 0))
+        prompts.begin(_own_part(plan.prompts(generation + 1))[0])  # while this one is scored and trained on
         found = self._advantages(samples, plan.group)
         metrics |= self._reward_metrics(found) | _length_metrics(samples)
         self.state().num_input_tokens_seen += sum(len(s.prompt_ids) + sum(s.own) for s in samples)
@@ -118,10 +119,8 @@ class Collector:
     ) -> tuple[list[Sample], Metrics]:
         """Rewarded completions of some prompts, `group` of each together; and what reward functions logged. On several
         hosts each makes those of its part of the prompts, and then all have all."""
-        index, count = cluster.part()
-        parts = np.array_split(np.asarray(numbers), count)
-        first = sum(map(len, parts[:index]))
-        made = cluster.gathered(lambda: self._own_samples(prompts, parts[index], group, seed, first))
+        own, first = _own_part(numbers)
+        made = cluster.gathered(lambda: self._own_samples(prompts, own, group, seed, first))
         metrics: dict[str, list[float]] = {}
         for _, logged in made:
             for name, value in logged.items():
@@ -140,19 +139,17 @@ class Collector:
             self.rollout.sync(step)
             self.synced = step
         each = [int(i) for i in numbers for _ in range(group)]
+        prompts.begin(dict.fromkeys(each))
         distinct = {i: prompts.rows[i] for i in dict.fromkeys(each)}
         rows = [dict(distinct[i]) for i in each]
         documents = None if prompts.documents is None else [prompts.documents[i] for i in each]
-        seen = prompts.looked(each)
         request = Request(
-            prompts=[row.get("prompt", NO_PROMPT) for row in rows]
-            if seen is None
-            else [one.prompt for one in seen],
+            prompts=[row.get("prompt", NO_PROMPT) for row in rows],
             prompt_ids=None if prompts.ids is None else [prompts.ids[i] for i in each],
             group=group,
             seed=seed,
             max_new_tokens=self.args.max_completion_length,
-            images=None if seen is None else [one.row for one in seen],
+            seen=prompts.seen(each),
             rows=rows,
             first=first,
         )
@@ -315,6 +312,13 @@ class Collector:
         return found
 
 
+def _own_part(numbers: Sequence[int] | np.ndarray) -> tuple[np.ndarray, int]:
+    """The part of these that this process sees to, and how many come before it."""
+    index, count = cluster.part()
+    parts = np.array_split(np.asarray(numbers), count)
+    return parts[index], sum(map(len, parts[:index]))
+
+
 def _score(
     experience: Experience,
     height: int,
@@ -362,10 +366,10 @@ def _length_metrics(samples: list[Sample]) -> Metrics:
 
 def _check(made: Completions, prompts: Prompts, request: Request) -> None:
     """Raises where a row has nothing to be predicted from, or a prompt's tokens are without its images' places."""
-    if prompts.images is not None and request.images is not None and request.prompt_ids is None:
-        for i, (ids, row) in enumerate(zip(made.prompt_ids, request.images, strict=True)):
+    if prompts.images is not None and request.seen is not None and request.prompt_ids is None:
+        for i, (ids, seen) in enumerate(zip(made.prompt_ids, request.seen, strict=True)):
             try:
-                check_row(prompts.images.family, np.asarray(ids), row)
+                check_row(prompts.images.family, np.asarray(ids), seen.row)
             except ValueError as error:
                 raise ValueError(f"prompt_ids of completion {i}: {error}") from error
     for i, ids in enumerate(made.prompt_ids):

@@ -37,7 +37,7 @@ SAMPLING_IGNORED = {
 _POSITIVE = """num_generations_eval max_completion_length generation_batch_size steps_per_generation num_iterations
     max_prompt_length num_completions_to_print max_tool_calling_iterations ref_model_sync_steps""".split()
 _NOT_NEGATIVE = """top_k epsilon epsilon_high delta beta entropy_target entropy_coef_delta max_resample_rounds
-    reward_timeout off_policy_mask_threshold""".split()
+    reward_timeout off_policy_mask_threshold dataloader_num_workers""".split()
 
 
 @tolerant
@@ -47,7 +47,7 @@ class GRPOConfig(VLLMConfig, TrainingConfig):
 
     FOREIGN: ClassVar[ForeignNames] = FOREIGN.extended(
         ignored="""activation_checkpointing activation_checkpointing_kwargs cache_implementation
-            cast_lm_head_to_fp32 dataloader_drop_last dataloader_num_workers dataset_num_proc
+            cast_lm_head_to_fp32 dataloader_drop_last dataset_num_proc
             ds3_gather_for_generation group_by_length log_multimodal train_sampling_strategy
             transformers_continuous_batching_config unsloth_grpo_mini_batch
             unsloth_logit_chunk_multiplier unsloth_num_chunks use_transformers_continuous_batching
@@ -60,10 +60,10 @@ class GRPOConfig(VLLMConfig, TrainingConfig):
     )
 
     FREE_SETTINGS: ClassVar[frozenset[str]] = TrainingConfig.FREE_SETTINGS | set(
-        """num_generations_eval max_prompt_length chat_template_kwargs reward_timeout log_completions
-        num_completions_to_print log_unique_prompts vllm_server_base_url vllm_server_host vllm_server_port
-        vllm_server_timeout vllm_gpu_memory_utilization vllm_request_timeout vllm_python vllm_server_args
-        vllm_adapter_dir vllm_logprob_warning vllm_logprob_limit vllm_tensor_parallel_size""".split()
+        """num_generations_eval max_prompt_length chat_template_kwargs dataloader_num_workers reward_timeout
+        log_completions num_completions_to_print log_unique_prompts vllm_server_base_url vllm_server_host
+        vllm_server_port vllm_server_timeout vllm_gpu_memory_utilization vllm_request_timeout vllm_python
+        vllm_server_args vllm_adapter_dir vllm_logprob_warning vllm_logprob_limit vllm_tensor_parallel_size""".split()
     )
 
     learning_rate: float = 1e-6
@@ -103,6 +103,8 @@ class GRPOConfig(VLLMConfig, TrainingConfig):
     stop_strings."""
     chat_template_kwargs: dict[str, Plain] | None = None
     """Variables for the chat template, such as {"enable_thinking": false}."""
+    dataloader_num_workers: int = 0
+    """Processes that open and process images ahead of their completions. 0 = one for each core but one, 8 at most."""
     max_tool_calling_iterations: int | None = None
     """Most rounds of tool calls in a completion. None = as many as fit."""
     rollout_weights: Literal["auto", "merged", "lora"] = "auto"

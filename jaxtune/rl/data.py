@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import datasets
@@ -14,7 +14,8 @@ from jaxtune.data import has_images, load_dataset
 from jaxtune.rl.config import GRPOConfig
 
 if TYPE_CHECKING:
-    from jaxtune.rl.images import ImageRows, Looked, PromptImages
+    from jaxtune.data.image_encoder import EncodedPrompt
+    from jaxtune.rl.images import ImageRows, PromptImages
 
 Prompt = str | list[dict[str, Any]]  # text, or messages
 NO_PROMPT: Prompt = [{"role": "user", "content": ""}]  # where an environment says what is asked
@@ -158,7 +159,12 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def looked(self, numbers: Sequence[int]) -> "list[Looked] | None":
+    def begin(self, numbers: Iterable[int]) -> None:
+        """Has the images of some rows opened, if there are any; `seen` and `rows` then wait less for them."""
+        if self.images is not None and self.documents is not None:
+            self.images.begin(self.documents[number] for number in numbers)
+
+    def seen(self, numbers: Iterable[int]) -> "list[EncodedPrompt] | None":
         """The prompts of some rows with their images; None where no row has any."""
         if self.images is None or self.documents is None:
             return None

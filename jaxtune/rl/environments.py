@@ -110,7 +110,7 @@ class EnvironmentRollout:
         Raises:
             ValueError: a row names no environment, or a prompt is too long or is text.
         """
-        if request.images is not None:
+        if request.seen is not None:
             raise ValueError(
                 "environment_factory: rows with images are not supported; leave one of the two out"
             )

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jaxtune.data.image_encoder import EncodedPrompt
 from jaxtune.generate import Engine, Sampling, plan
 from jaxtune.generate.weights import merged_bytes
-from jaxtune.images import Processed
 from jaxtune.model import Model
 from jaxtune.rl.config import GRPOConfig
 from jaxtune.rl.data import Prompt
@@ -24,8 +24,8 @@ class Request:
 
     prompts: each `group` times, the same ones together. prompt_ids: their tokens, None where a Rollout makes them.
     seed: decides every random number, with a prompt's place, which is counted from `first`: on several hosts each makes
-    a part of the prompts. max_new_tokens: of a completion. images: of each prompt, what the processor gave of them;
-    None where no prompt has any. rows: of the dataset, one for each prompt.
+    a part of the prompts. max_new_tokens: of a completion. seen: each prompt with its images; None where no prompt has
+    any. rows: of the dataset, one for each prompt.
     """
 
     prompts: list[Prompt]
@@ -33,7 +33,7 @@ class Request:
     group: int
     seed: int
     max_new_tokens: int
-    images: list[Processed] | None = None
+    seen: list[EncodedPrompt] | None = None
     rows: Sequence[Mapping[str, Any]] = ()
     first: int = 0
 
@@ -138,7 +138,7 @@ class EngineRollout:
     def generate(self, request: Request) -> Completions:
         assert request.prompt_ids is not None
         prompts = request.prompt_ids[:: request.group]
-        seen = None if request.images is None else request.images[:: request.group]
+        images = None if request.seen is None else [one.row for one in request.seen[:: request.group]]
         everything = np.arange(len(prompts))
 
         def answers(part: np.ndarray, engine: Engine) -> list[Any]:
@@ -150,7 +150,7 @@ class EngineRollout:
                 seed=request.seed + self._chosen.seed,
                 stop_strings=self._chosen.stop_strings,
                 streams=[(request.first + int(i), 0) for i in part],
-                images=None if seen is None else [seen[i] for i in part],
+                images=None if images is None else [images[i] for i in part],
             )
             return list(made)
 

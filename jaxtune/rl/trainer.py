@@ -34,7 +34,8 @@ from jaxtune.rl.data import GRPOBatches, Plan, Prompts, make_plan, prepare_promp
 from jaxtune.rl.environments import with_environments
 from jaxtune.rl.experience import Collator, Experience, blank_rows
 from jaxtune.rl.groups import GroupCollator
-from jaxtune.rl.images import PromptImages, largest_shapes, planned_shapes, with_images
+from jaxtune.rl.image_batches import largest_shapes, planned_shapes, with_images
+from jaxtune.rl.images import PromptImages
 from jaxtune.rl.losses.grpo import adapted_entropy_coef
 from jaxtune.rl.reference import load_reference, mixed, reference_leaves, save_reference
 from jaxtune.rl.reward_model import with_models
@@ -179,6 +180,9 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         rows = Collator(limit, pad)
         groups = GroupCollator(longest or limit, args.max_completion_length, pad, args.num_generations)
         ends = {*model.stop_ids(), tokenizer.pad_token_id} - {None}
+        devices, part, evaluations = model.layout.size, cluster.part(), self._eval_prompts.values()
+        # the loss of an evaluation is computed on one device: its rows need not divide among several
+        self._eval_collator = with_images(rows, self._images, lambda: largest_shapes(evaluations, args, 1))
         return Collector(
             args=args,
             tokenizer=tokenizer,
@@ -189,10 +193,12 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             collator=with_images(
                 groups if args.shared_prefix else rows,
                 self._images,
-                lambda: planned_shapes(self._prompts, self._plan, args),
+                lambda: planned_shapes(self._prompts, self._plan, args, devices),
+                devices,
+                part,
             ),
             eval_collator=with_images(
-                rows, self._images, lambda: largest_shapes(self._eval_prompts.values(), args)
+                rows, self._images, lambda: largest_shapes(evaluations, args, devices), devices, part
             ),
             policy=Policy(model, make_score(model, args.temperature, layout=model.layout), reference),
             loss=self._loss,
@@ -215,6 +221,8 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             return super().train(resume_from_checkpoint)
         finally:
             self.rollout.close()
+            if self._images is not None:
+                self._images.close()
 
     def _begin(self, resume: Path | None) -> Run:
         run = super()._begin(resume)
@@ -467,12 +475,13 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         for first in range(0, len(prompts), height // group):
             numbers = range(first, min(first + height // group, len(prompts)))
             experience, samples, metrics = self._collector.evaluation(prompts, numbers)
-            batch = self._collector.eval_collator([(experience, range(len(experience)))], len(experience))
+            prompts.begin(n + len(numbers) for n in numbers if n + len(numbers) < len(prompts))
+            batch = self._eval_collator([(experience, range(len(experience)))], len(experience))
             batch = jax.tree.map(lambda x: x[0], batch)
             batch["accumulation"] = np.float32(1)
             if self._has_entropy_bonus:
                 batch["entropy_coef"] = np.float32(self._entropy.coef)
-            one = self.model.on_one_device()  # its rows need not divide among devices
+            one = self.model.on_one_device()
             loss = jax.device_get(self._eval_step(one.trainable, one.base, batch))
             for name, value in {**metrics, **loss}.items():
                 gathered.setdefault(name, []).append(float(value))

@@ -1,6 +1,6 @@
 """vLLM in the place of the embedded engine: a server in an environment of its own, which gets the adapter at each sync.
 
-    adapter -> PEFT folder in shared memory -> load_lora_adapter -> /v1/completions -> the one before is unloaded
+    adapter -> PEFT folder in shared memory -> load_lora_adapter -> completions -> the one before is unloaded
 
 Each version has a new name and a new folder, since vLLM keeps what it has computed of a prompt under the name and the
 path of an adapter: a changed adapter under the old ones would go on with the old one's keys and values. The folder
@@ -18,16 +18,18 @@ import uuid
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 
+from jaxtune.data.image_encoder import EncodedPrompt
 from jaxtune.export.adapter import save_adapter
 from jaxtune.export.merged import save_merged
-from jaxtune.generate import Generation, Generations, Sampling
+from jaxtune.generate import Generations, Sampling
 from jaxtune.model import Model
 from jaxtune.rl.reference import without_adapter
 from jaxtune.rl.vllm_config import VLLMConfig
+from jaxtune.rl.vllm_requests import TRUST_TEMPLATE, generations, question, sampling_fields
 from jaxtune.rl.vllm_server import ServedModel, VLLMError, VLLMProcess, VLLMServer, free_port
 
 PYTHON_VARIABLE = "JAXTUNE_VLLM_PYTHON"
@@ -143,6 +145,8 @@ class VLLMEngine:
         if self._rank is not None:
             room = next(rank for rank in RANKS if rank >= self._rank)
             flags += ["--enable-lora", "--max-lora-rank", str(room)]
+        if self.model.processor is not None:
+            flags.append(TRUST_TEMPLATE)
         return [*flags, *args.vllm_server_args]
 
     # -- versions --------------------------------------------------------------------------------------------
@@ -189,49 +193,40 @@ class VLLMEngine:
         seed: int = 0,
         stop_strings: Sequence[str] = (),
         streams: Sequence[tuple[int, int]] | None = None,
+        seen: Sequence[EncodedPrompt] | None = None,
     ) -> Generations:
         """Answers of the last synced adapter; arguments and result as for `jaxtune.generate.Engine.generate`.
 
         Log-probabilities are what the server reports: see `logprobs_mode`.
+
+        Args:
+            seen: each prompt with its images.
 
         Raises:
             VLLMError: no server, no answer in time, a refusal, or an answer that is none.
         """
         if self._adapter is None:  # nothing is synced, or closed since
             self.sync()
-        fields = self._sampling_fields(sampling or Sampling(), stop_strings) | {"n": n}
-        payloads = []
+        fields = sampling_fields(sampling or Sampling(), stop_strings)
+        fields["model"] = self._served.name if self._adapter is None else self._adapter.name
+        fields["stop_token_ids"] = self.model.stop_ids()
+        asked = []
         for i, prompt in enumerate(prompts):
             number, first = (i, 0) if streams is None else streams[i]
             # vLLM seeds sample j of a request with seed + j: neighbours must not share these.
             own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0]) + first
-            room = self._room(len(prompt))
-            payloads.append(
-                fields
-                | {
-                    "prompt": [int(token) for token in prompt],
-                    "max_tokens": min(max_new_tokens, room),
-                    "seed": own,
-                }
-            )
-        answers = self._connected().complete(payloads, self._args.vllm_request_timeout)
-        return Generations([one for i, answer in enumerate(answers) for one in _generations(answer, i, n)])
-
-    def _sampling_fields(self, sampling: Sampling, stop_strings: Sequence[str]) -> dict[str, Any]:
-        """What is the same in every request of a call."""
-        return {
-            "model": self._served.name if self._adapter is None else self._adapter.name,
-            "temperature": sampling.temperature if sampling.do_sample else 0.0,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "repetition_penalty": sampling.repetition_penalty,
-            "stop": list(stop_strings),
-            "include_stop_str_in_output": True,
-            "stop_token_ids": self.model.stop_ids(),
-            "logprobs": 0,  # of the sampled token alone
-            "return_token_ids": True,
-        }
+            fields |= {"max_tokens": min(max_new_tokens, self._room(len(prompt))), "seed": own}
+            asked.append(question(i, prompt, None if seen is None else seen[i], n, fields))
+        try:
+            wanted = [(one.route, one.payload) for one in asked]
+            answers = self._connected().complete(wanted, self._args.vllm_request_timeout)
+        except VLLMError as error:
+            if any(one.has_images for one in asked) and not self._starts:
+                error.add_note(
+                    f"A server that takes images is started with {TRUST_TEMPLATE} among its arguments."
+                )
+            raise
+        return Generations([one for pair in zip(answers, asked, strict=True) for one in generations(*pair)])
 
     def _room(self, prompt: int) -> int:
         """Tokens that may come behind a prompt of so many."""
@@ -261,27 +256,6 @@ class VLLMEngine:
             self._folders = []
 
 
-def _generations(answer: Any, prompt: int, count: int) -> list[Generation]:
-    """The samples of one answer, in order."""
-    try:
-        found = []
-        for sample, choice in enumerate(sorted(answer["choices"], key=lambda choice: choice["index"])):
-            ids, log_probs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
-            if len(ids) != len(log_probs) or None in log_probs:
-                raise ValueError(f"{len(ids)} tokens with log-probabilities {log_probs}")
-            values = np.asarray(log_probs, np.float32)
-            reason = "stop" if choice["finish_reason"] == "stop" else "length"
-            found.append(Generation(prompt, sample, list(ids), values, values, reason))
-        if len(found) != count:
-            raise ValueError(f"{len(found)} samples instead of {count}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise VLLMError(
-            f"vLLM's answer is not what was asked for ({type(error).__name__}: {error}); expected {count} choices "
-            f"with token_ids and logprobs, as vLLM gives since 0.10.2; it began {str(answer)[:300]!r}"
-        ) from error
-    return found
-
-
 def adapter_rank(model: Model) -> int:
     """The rank of an adapter that vLLM can serve.
 
@@ -296,6 +270,12 @@ def adapter_rank(model: Model) -> int:
         raise ValueError(
             f"use_vllm=True: vLLM does not serve weights that are trained whole (modules_to_save="
             f"{', '.join(lora.modules_to_save)}); {EMBEDDED}"
+        )
+    inside, paths = f"{model.module.decoder_path}.", [path.rpartition(".")[0] for path in model.trainable]
+    if outside := [path for path in paths if not path.startswith((inside, "lm_head"))]:
+        raise ValueError(
+            "use_vllm=True: vLLM serves adapters of the language model's layers, and this one is on others "
+            f"({outside[0]}, …); leave the tower out (get_peft_model(finetune_vision_layers=False)), or {EMBEDDED}"
         )
     if lora.r > RANKS[-1]:
         raise ValueError(

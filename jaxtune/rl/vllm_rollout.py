@@ -55,6 +55,7 @@ class VLLMRollout:
             max_new_tokens=min(request.max_new_tokens, self._chosen.max_new_tokens),
             seed=request.seed + self._chosen.seed,
             stop_strings=self._chosen.stop_strings,
+            seen=None if request.seen is None else request.seen[:: request.group],
         )
         known = self._logprobs_known
         return Completions(

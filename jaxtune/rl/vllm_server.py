@@ -163,23 +163,21 @@ class VLLMServer:
         """Makes the server forget an adapter."""
         self._request("POST", "/v1/unload_lora_adapter", {"lora_name": name}, _ANSWER_SOON)
 
-    def complete(self, payloads: Sequence[dict[str, Any]], seconds: float) -> list[Any]:
-        """Answers of /v1/completions, all asked for at the same time.
+    def complete(self, questions: Sequence[tuple[str, dict[str, Any]]], seconds: float) -> list[Any]:
+        """Answers to (path, payload), all asked for at the same time.
 
         Raises:
             VLLMError: one of them failed, or took longer than so many seconds; the others are given up.
         """
         connections: list[http.client.HTTPConnection] = []
 
-        def ask(payload: dict[str, Any]) -> Any:
-            return self._json(
-                "POST", "/v1/completions", payload, deadline - time.monotonic(), connections.append
-            )
+        def ask(one: tuple[str, dict[str, Any]]) -> Any:
+            return self._json("POST", *one, deadline - time.monotonic(), connections.append)
 
         deadline = time.monotonic() + seconds
-        pool = ThreadPoolExecutor(min(len(payloads), MOST_REQUESTS), thread_name_prefix="vllm")
+        pool = ThreadPoolExecutor(min(len(questions), MOST_REQUESTS), thread_name_prefix="vllm")
         try:
-            return list(pool.map(ask, payloads))
+            return list(pool.map(ask, questions))
         finally:  # after an error the server is told to stop, by the end of the connections
             pool.shutdown(wait=False, cancel_futures=True)
             for connection in connections:

