@@ -48,8 +48,9 @@ def supported(x: jax.Array, weights: tuple, adapters: tuple[Adapter | None, ...]
 def gated_mlp(x: jax.Array, weights: tuple, adapters: tuple[Adapter | None, ...]) -> jax.Array:
     """x [..., D] -> [..., D]; weights and adapters of gate, up and down as in `linear.adapted_linear`."""
     flat = x.reshape(-1, x.shape[-1])
-    tiles = tiles_of(len(flat)) if is_made_again("gate_up") else 1
-    y = _mlp(flat, weights, adapters) if tiles == 1 else _tiled(tiles, flat, weights, adapters)
+    again = is_made_again("gate_up")
+    tiles = tiles_of(len(flat)) if again else 1
+    y = _mlp(again, flat, weights, adapters) if tiles == 1 else _tiled(tiles, flat, weights, adapters)
     return y.reshape(*x.shape[:-1], -1)
 
 
@@ -59,12 +60,13 @@ def tiles_of(tokens: int) -> int:
     return next((n for n in range(least, 2 * least) if tokens % (n * swiglu.TILE) == 0), 1)
 
 
-@jax.custom_vjp
-def _mlp(x, weights, adapters):
-    return _forward(x, weights, adapters)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mlp(again, x, weights, adapters):
+    """again: whether gate and up are made again for the backward pass, not kept."""
+    return _forward(again, x, weights, adapters)[0]
 
 
-def _forward(x, weights, adapters):
+def _forward(_, x, weights, adapters):
     matrices = beside(weights[:2], adapters[:2]), beside(weights[2:], adapters[2:])
     y, gate_up, *small = _products(x, adapters, matrices)
     return y, (x, gate_up, *small, weights, adapters)
@@ -83,22 +85,26 @@ def _act(gate_up):
     return jax.nn.silu(gate) * up
 
 
-def _backward(residuals, dy):
+def _backward(again, residuals, dy):
     x, gate_up, xa, act_a, weights, adapters = residuals
-    weights, (dy, gate_up) = apart(
-        weights, (dy, gate_up)
-    )  # no matrix is made before gate and up are there again
+    if again:  # then no matrix is made before they are there
+        weights, (dy, gate_up) = apart(weights, (dy, gate_up))
+    else:
+        weights, dy = apart(weights, dy)
     matrix = gradient_matrix(weights[:2], adapters[:2])
-    dx, *products = _gradients(gate_up, x, xa, act_a, dy, weights, adapters, matrix)
+    dx, *products = _gradients(again, gate_up, x, xa, act_a, dy, weights, adapters, matrix)
     return dx, None, _of_adapters(products, weights, adapters)
 
 
-def _gradients(gate_up, x, xa, act_a, dy, weights, adapters, matrix):
-    """(dx, float32 gradients of A and B of gate and up, and of those of down); matrix: of gate and up."""
+def _gradients(in_place, gate_up, x, xa, act_a, dy, weights, adapters, matrix):
+    """(dx, float32 gradients of A and B of gate and up, and of those of down); matrix: of gate and up.
+
+    in_place: whether their gradient may be written over gate_up.
+    """
     down = gradient_matrix(weights[2:], adapters[2:])
     d_act, d_act_a = input_gradient(dy, weights[2:], adapters[2:], down)
     with jax.named_scope("swiglu"):
-        d_gate_up, db, da_down = swiglu.swiglu_backward(d_act, gate_up, xa, d_act_a)
+        d_gate_up, db, da_down = swiglu.swiglu_backward(d_act, gate_up, xa, d_act_a, in_place=in_place)
     dx, d_xa = input_gradient(d_gate_up, weights[:2], adapters[:2], matrix)
     return dx, skinny(x, d_xa), db.T, da_down, skinny(act_a, dy)
 
@@ -143,7 +149,7 @@ def _tiled_backward(tiles, residuals, dy):
         gate_up = repeated_product(x_i, xa_i, forward)
         # the matrix of down is made for each tile, when gate and up are there, and gone before their gradients are
         inner, (gate_up, dy_i) = apart(weights[2:], (gate_up, dy_i))
-        return _gradients(gate_up, x_i, xa_i, act_a_i, dy_i, (*outer, *inner), adapters, back)
+        return _gradients(True, gate_up, x_i, xa_i, act_a_i, dy_i, (*outer, *inner), adapters, back)
 
     def tile(i, carry):  # dx takes the place of dy
         dy, sums = carry

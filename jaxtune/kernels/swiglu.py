@@ -69,11 +69,11 @@ def supported(rows: int, ffn: int, ranks: tuple[int, int], dtype) -> bool:
     )
 
 
-def swiglu_backward(d_act, gate_up, xa, d_xa, scales=None):
+def swiglu_backward(d_act, gate_up, xa, d_xa, scales=None, in_place=False):
     """`reference`, by the kernel where it is supported."""
     rows, ffn = d_act.shape
     if supported(rows, ffn, (xa.shape[1], d_xa.shape[1]), gate_up.dtype):
-        return kernel(d_act, gate_up, xa, d_xa, scales)
+        return kernel(d_act, gate_up, xa, d_xa, scales, in_place)
     return reference(d_act, gate_up, xa, d_xa, scales)
 
 
@@ -87,7 +87,7 @@ def _transforms(padded: int) -> tuple:
     return plgpu.TilingTransform((8, padded)), plgpu.SwizzleTransform(2 * padded)
 
 
-def _body(steps, blocks, scaled, *refs):
+def _body(steps, blocks, scaled, in_place, *refs):
     """One block: a column of TILE features, `steps` tiles of rows; see `kernel`.
 
     scaled: whether the rows' scales follow the other inputs. act, exact and written are shared memory: act, d(gate)
@@ -95,7 +95,7 @@ def _body(steps, blocks, scaled, *refs):
     """
     (d_act, gate_up, xa, d_xa), scales, refs = refs[:4], refs[4 : 4 + 2 * scaled], refs[4 + 2 * scaled :]
     db, da, *refs = refs
-    d_gate_up, *refs = refs if scaled else (gate_up, *refs)
+    d_gate_up, *refs = (gate_up, *refs) if in_place else refs
     act, exact, *written = refs
     written = written[0] if scaled else exact
     column, part = jax.lax.axis_index("column"), jax.lax.axis_index("part")
@@ -146,11 +146,11 @@ def _body(steps, blocks, scaled, *refs):
     da[part, pl.ds(column * TILE, TILE)] = act_d_xa
 
 
-def kernel(d_act, gate_up, xa, d_xa, scales=None, interpret: Any = None):
+def kernel(d_act, gate_up, xa, d_xa, scales=None, in_place: bool = False, interpret: Any = None):
     """`reference` in one pass: blocks of 64 features walk down the tokens and keep the skinny products in registers.
 
-    In bfloat16 d(gate_up) takes the place of gate_up, each element after it was read: no second array of that size.
-
+    in_place: d(gate_up) takes the place of gate_up, each element after it was read: no second array of that size. Not
+    for an array that is kept in a stack, which would be copied out of it; not with scales.
     interpret: plgpu.InterpretGPUParams to run on a CPU.
     """
     rows, ffn = d_act.shape
@@ -166,9 +166,10 @@ def kernel(d_act, gate_up, xa, d_xa, scales=None, interpret: Any = None):
         swizzled = plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(TILE)
         scratch.append(plgpu.SMEM(shapes[1], jnp.float8_e5m2, transforms=swizzled))
     shapes = [jax.ShapeDtypeStruct((parts, width, padded), jnp.float32) for width in (2 * ffn, ffn)]
-    if scales is not None:
-        shapes.append(jax.ShapeDtypeStruct(gate_up.shape, jnp.float8_e5m2))
-    body = partial(_body, steps, blocks, scales is not None)
+    if not in_place:
+        kind = gate_up.dtype if scales is None else jnp.float8_e5m2
+        shapes.append(jax.ShapeDtypeStruct(gate_up.shape, kind))
+    body = partial(_body, steps, blocks, scales is not None, in_place)
     call: Any = pl.kernel(
         lambda *refs: pl.run_scoped(partial(body, *refs), *scratch),
         out_type=shapes,
@@ -177,10 +178,10 @@ def kernel(d_act, gate_up, xa, d_xa, scales=None, interpret: Any = None):
         interpret=interpret,
         name="swiglu_backward",
     )
-    if scales is None:
-        d_gate_up = jax.new_ref(gate_up)
-        db, da = call(d_act, d_gate_up, xa, d_xa)
-        d_gate_up = jax.freeze(d_gate_up)
+    if in_place:
+        place = jax.new_ref(gate_up)
+        db, da = call(d_act, place, xa, d_xa)
+        d_gate_up = jax.freeze(place)
     else:
-        db, da, d_gate_up = call(d_act, gate_up, xa, d_xa, *scales)
+        db, da, d_gate_up = call(d_act, gate_up, xa, d_xa, *(scales or ()))
     return d_gate_up, db.sum(0)[:, : ranks[0]], da.sum(0)[:, : ranks[1]]

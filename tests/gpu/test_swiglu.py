@@ -1,5 +1,7 @@
 """On an NVIDIA GPU (`pytest -m gpu`): the SwiGLU kernels beside their references, on fresh random inputs."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,10 +28,11 @@ def arrays(rows, ffn, r, s):
 @pytest.mark.parametrize(
     "rows, ffn, r, s", [(256, 512, 32, 16), (192, 128, 8, 16), (128, 256, 64, 40), (4096, 1536, 16, 8)]
 )
-def test_the_backward_pass(rows, ffn, r, s):
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_backward_pass(rows, ffn, r, s, in_place):
     given = arrays(rows, ffn, r, s)
     want = jax.jit(swiglu.reference)(*(x.astype(jnp.float32) for x in given))
-    for ours, theirs in zip(jax.jit(swiglu.kernel)(*given), want, strict=True):
+    for ours, theirs in zip(jax.jit(partial(swiglu.kernel, in_place=in_place))(*given), want, strict=True):
         assert relative(ours, theirs) <= BF16
 
 

@@ -1,5 +1,7 @@
 """SwiGLU's backward pass with its adapters: the reference against autodiff, the kernel against the reference."""
 
+from functools import partial
+
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -44,12 +46,19 @@ def test_the_reference_is_autodiff():
 
 
 @pytest.mark.parametrize(
-    "n, f, r, s, races",
-    [(64, 64, 32, 16, False), (192, 128, 8, 16, False), (192, 128, 8, 16, True), (128, 64, 64, 40, False)],
+    "n, f, r, s, races, in_place",
+    [
+        (64, 64, 32, 16, False, False),
+        (192, 128, 8, 16, False, True),
+        (192, 128, 8, 16, True, False),
+        (192, 128, 8, 16, True, True),
+        (128, 64, 64, 40, False, False),
+    ],
 )
-def test_the_kernel_is_the_reference(n, f, r, s, races):
+def test_the_kernel_is_the_reference(n, f, r, s, races, in_place):
     args = arrays(n, f, r, s)
-    got = swiglu.kernel(*args, interpret=plgpu.InterpretGPUParams(detect_races=races))  # outputs start as NaN
+    interpret = plgpu.InterpretGPUParams(detect_races=races)
+    got = swiglu.kernel(*args, in_place=in_place, interpret=interpret)  # outputs start as NaN
     for ours, theirs in zip(got, swiglu.reference(*args), strict=True):
         assert relative(ours, theirs) <= BF16
 
@@ -89,16 +98,18 @@ def test_the_forward_kernel_lowers_for_a_gpu(ffn):
     jax.jit(swiglu8.kernel).trace(*shapes).lower(lowering_platforms=("cuda",))
 
 
-@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("scaled, in_place", [(False, False), (False, True), (True, False)])
 @pytest.mark.parametrize(
     "rows, ffn, r, s", [(8192, 14336, 32, 16), (2048, 1536, 16, 8), (4096, 14336, 64, 64)]
 )
-def test_the_kernel_lowers_for_a_gpu(rows, ffn, r, s, scaled):
+def test_the_kernel_lowers_for_a_gpu(rows, ffn, r, s, scaled, in_place):
     shapes = [
         jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in ((rows, ffn), (rows, 2 * ffn), (rows, r), (rows, s))
     ]
     scales = (jax.ShapeDtypeStruct((rows,), jnp.float32),) * 2 if scaled else None
-    jax.jit(swiglu.kernel).trace(*shapes, scales).lower(lowering_platforms=("cuda",))
+    jax.jit(partial(swiglu.kernel, in_place=in_place)).trace(*shapes, scales).lower(
+        lowering_platforms=("cuda",)
+    )
 
 
 def mlp(width, ffn, ranks):
