@@ -97,7 +97,7 @@ class Layout:
         if sharding is None or getattr(value, "sharding", None) == sharding:
             return value
         if isinstance(value, jax.Array) and isinstance(value.sharding, NamedSharding):
-            return jax.jit(lambda x: x, out_shardings=sharding)(value)
+            return jax.jit(_same, out_shardings=sharding)(value)  # compiled once for arrays of one shape
         return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
     def put_leaves(self, module: CausalLM, leaves: Leaves) -> Leaves:
@@ -137,6 +137,10 @@ class Layout:
 
 
 ONE_DEVICE = Layout()
+
+
+def _same(array: jax.Array) -> jax.Array:
+    return array
 
 
 def device_bytes(array: Any) -> int:
