@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache"
 LONG = ("test_devices.py", "test_trainer.py", "test_engine.py", "test_remat.py", "test_parity.py")
-# XLA's older way to compile a fusion for the CPU takes a quarter of the time. Also in the processes that tests start.
+# XLA's older way to compile a fusion for the CPU takes a third of the time. Also in the processes that tests start.
 XLA_FLAGS = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -167,3 +167,9 @@ def compile_once(tmp_path_factory):
 def quick_compilation(compile_once):
     """Compile without most optimisations, and the same step once for all tests of a module."""
     yield from _settings({"jax_disable_most_optimizations": True})
+
+
+@pytest.fixture
+def all_optimisations():
+    """Compile with them after all: for a test in a module of `quick_compilation` that computes for longer."""
+    yield from _settings({"jax_disable_most_optimizations": False})
