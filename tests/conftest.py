@@ -16,6 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache"
 LONG = ("test_devices.py", "test_trainer.py", "test_engine.py", "test_remat.py", "test_parity.py")
+# XLA's older way to compile a fusion for the CPU takes a third of the time. Also in the processes that tests start.
+XLA_FLAGS = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -27,6 +29,7 @@ def pytest_configure(config):
     torch.set_num_threads(1)
     if not _gpu_wanted(config):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        os.environ.setdefault("XLA_FLAGS", XLA_FLAGS)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -164,3 +167,9 @@ def compile_once(tmp_path_factory):
 def quick_compilation(compile_once):
     """Compile without most optimisations, and the same step once for all tests of a module."""
     yield from _settings({"jax_disable_most_optimizations": True})
+
+
+@pytest.fixture
+def all_optimisations():
+    """Compile with them after all: for a test in a module of `quick_compilation` that computes for longer."""
+    yield from _settings({"jax_disable_most_optimizations": False})

@@ -241,9 +241,9 @@ def program(folder: str, data: int, fsdp: int) -> str:
 
 def main() -> None:
     folder, vision_folder, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    jax.config.update("jax_disable_most_optimizations", True)
     for data, fsdp in ((4, 1), (1, 4)):
         (out / f"program {data}x{fsdp}.txt").write_text(program(folder, data, fsdp))
-    jax.config.update("jax_disable_most_optimizations", True)
     results = {}
 
     def keep(name: str, found: dict[str, np.ndarray]) -> None:

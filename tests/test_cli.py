@@ -16,6 +16,8 @@ from safetensors.numpy import load_file
 from jaxtune import command_line, train
 from jaxtune.command_line import SHIPPED_TASK, ConfigError, Job
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROOT = Path(__file__).resolve().parents[1]
 parse = functools.partial(command_line.parse, kind=Job)
 

@@ -40,7 +40,7 @@ def folder(tiny_model_dir) -> Path:
 
 def environment(devices: int, programs: Path) -> dict[str, str]:
     """Of a program whose CPU plays so many devices; `programs` keeps what it compiles for the next."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     return {
         **os.environ,
         "PYTHONPATH": str(ROOT),

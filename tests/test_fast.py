@@ -13,6 +13,8 @@ from jaxtune.kernels import linear, target
 from jaxtune.optim import make_optimizer
 from jaxtune.step import make_eval_step, make_train_step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.mark.parametrize(
     "compute_dtype, dtype, nf4, message",

@@ -13,6 +13,8 @@ from jaxtune import (
     train_on_responses_only,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def test_golden_path_of_the_notebooks(tiny_model_dir, tmp_path):
     """Unsloth's conversational notebook, cell by cell, after its import lines are changed."""

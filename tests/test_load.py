@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from jaxtune import hub, load, models
 from jaxtune.fast import FastLanguageModel
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def changed(tiny_model_dir, tmp_path, change):
     import shutil

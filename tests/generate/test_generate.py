@@ -9,9 +9,11 @@ from jaxtune.generate import TextStreamer
 from jaxtune.generate.weights import reads_codes, stored
 from jaxtune.kernels import nf4_matmul, target
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
-def model(tiny_model_dir):
+def model(tiny_model_dir, quick_compilation):
     return FastLanguageModel.from_pretrained(tiny_model_dir("llama"), dtype="float32", max_seq_length=None)[0]
 
 

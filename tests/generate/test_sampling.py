@@ -17,6 +17,8 @@ from transformers import (
 from jaxtune.generate import Sampling
 from jaxtune.generate.sampling import choose, filter_logits, penalise, row_keys
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FILTERS = {
     "temperature": ({"temperature": 0.7}, [TemperatureLogitsWarper(0.7)]),
     "top_k": ({"top_k": 7}, [TopKLogitsWarper(7)]),

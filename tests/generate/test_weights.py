@@ -9,6 +9,8 @@ from jaxtune.fast import FastLanguageModel
 from jaxtune.generate import Engine
 from jaxtune.generate.weights import merged, merged_bytes, stored
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KINDS = {
     "dora": (
         "qwen2",

@@ -14,6 +14,8 @@ from tolerances import BF16, GRADIENT
 from jaxtune.kernels import decode_attention as da
 from jaxtune.kernels import target
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def given(batch, kv, queries, h, columns, first, end, dtype=jnp.bfloat16):
     """(q, k, v, first, end), random."""

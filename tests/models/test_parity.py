@@ -11,6 +11,8 @@ from jaxtune import models
 from jaxtune.fast import FastLanguageModel
 from jaxtune.models.names import join
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FAMILIES = list(tiny_models.FAMILIES)
 ROPES = list(tiny_models.ROPES)
 
@@ -146,6 +148,7 @@ def test_native_scaling_is_kept_when_longer(tiny_model_dir, recwarn):
     check_logits(model, judge, 300)
 
 
+@pytest.mark.usefixtures("all_optimisations")
 def test_smollm2(smollm2_dir):
     """The real weights."""
     model, judge = load_both(smollm2_dir)

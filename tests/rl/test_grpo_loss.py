@@ -21,6 +21,8 @@ from jaxtune.rl.losses.grpo import (
 )
 from jaxtune.rl.losses.options import GRPOLossOptions
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CASES = grpo_cases.cases()
 NUM_ITEMS = 31.0  # of a generation batch, as the judge has it
 
