@@ -1,19 +1,23 @@
 """Step time with images decoded and processed while it trains, against the same batches from memory.
 
     python scripts/bench/image_loader.py [--model FOLDER] [--rows 4] [--size 672] [--steps 20] [--workers 1 2 4]
+    python scripts/bench/image_loader.py --wide      # the shape of Qwen2.5-VL-7B, random weights
 
-Images are JPEG files of size × size pixels. Without --model the step is that of the reading task's small model, which
-is quick on any device; what matters is whether the two agree for a model of the size that you train. Time: a minute or
-two; memory: the model's.
+Images are JPEG files of size × size pixels. Without --model or --wide the step is that of the reading task's small
+model, which is quick on any device; what matters is whether the two agree for a model of the size that you train.
+Time: a minute or two; memory: the model's.
 """
 
 import argparse
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
+import vision_step
 from PIL import Image
 
 from jaxtune import FastVisionModel
@@ -29,6 +33,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="Hugging Face folder or hub id of a vision-language model")
+    parser.add_argument(
+        "--wide", action="store_true", help="the shape of Qwen2.5-VL-7B in NF4, random weights"
+    )
+    parser.add_argument("--layers", type=int, help="of each part of it, fewer than the model has")
     parser.add_argument("--rows", type=int, default=4, help="rows of a step, one image each")
     parser.add_argument("--size", type=int, default=672, help="pixels of an image's sides")
     parser.add_argument("--steps", type=int, default=20)
@@ -41,13 +49,13 @@ def main() -> None:
 def measure(given: argparse.Namespace, folder: Path) -> None:
     name = given.model or str(reading.make_model(folder / "model"))
     model, processor = FastVisionModel.from_pretrained(name, load_in_4bit=given.model is not None)
-    model = FastVisionModel.get_peft_model(model)
+    model = wide_model(model.config, given.layers) if given.wide else FastVisionModel.get_peft_model(model)
     processor.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": given.size**2}
     rows = write_rows(folder, given.rows * given.steps, given.size)
     collator = VisionDataCollator(model, processor, resize="max")
     began = time.perf_counter()
     prepared = collator.prepare(rows, workers=max(given.workers), progress=False)
-    print(f"{jax.devices()[0].device_kind}: {model!r}")
+    print(f"{jax.devices()[0].device_kind}: {'the shape of Qwen2.5-VL-7B' if given.wide else repr(model)}")
     print(f"{len(rows)} images of {given.size} pixels checked in {time.perf_counter() - began:.1f} s")
     run = Runner(model)
 
@@ -71,6 +79,17 @@ def measure(given: argparse.Namespace, folder: Path) -> None:
             f"{1e3 * alone:.1f} ms, {given.rows / alone:.0f} images/s"
         )
         again.close()
+
+
+def wide_model(small: Any, layers: int | None) -> Any:
+    """What a step and a collator need of a Qwen2.5-VL-7B with the special tokens of another config."""
+    hf = vision_step.config(layers)
+    for name in vision_step.IDS:
+        setattr(hf, name, getattr(small, name))
+    bench = vision_step.VisionBench(hf)
+    bench.fill()
+    leaves = {"trainable": bench.trainable, "base": bench.base}
+    return SimpleNamespace(config=hf, max_seq_length=4096, **vars(bench.model), **leaves)
 
 
 def timed(loader: VisionBatches, steps: int) -> float:

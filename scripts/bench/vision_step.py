@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import roofline
 import step
 
 SIDE, PATCH, MERGE = 672, 14, 2
@@ -105,7 +106,7 @@ def jaxtune(args: argparse.Namespace) -> None:
     from jaxtune.models.remat import Remat
     from jaxtune.step import make_train_step
 
-    bench = VisionBench(args)
+    bench = VisionBench(config(args.layers))
     batch, key = vision_batch(args, bench.config), jax.random.key(0)
 
     def make(remat: Remat) -> Any:
@@ -145,12 +146,23 @@ def jaxtune(args: argparse.Namespace) -> None:
         times = timed(one, args.steps)
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
         report(f"jaxtune, {name}", times, batch["input_ids"].size, peak)
+        if args.profile:
+            ceilings = step.ceilings_here()
+            took, kernels = step.profile(one, compiled.as_text(), ceilings)
+            floor = roofline.by_kind(roofline.kernels(compiled.as_text(), ceilings, unknown_trips=4))
+            print("  took ", took)
+            print("  floor", {kind: round(seconds * 1e3, 2) for kind, seconds in floor.items()})
+            for row in sorted(kernels, key=lambda k: k["floor"] - k["ms"])[:40]:
+                print(
+                    f"  {row['ms']:8.2f} ms, floor {row['floor']:8.2f}, {row['launches']:5d} x  {row['kind']:13s} "
+                    f"{row['kernel'][:40]:40s} {row['op'][-80:]}"
+                )
 
 
 class VisionBench(step.Bench):
     """step.py's bench with a vision-language model in it."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, hf: Any):
         import jax
         import jax.numpy as jnp
         from flax import nnx
@@ -161,7 +173,7 @@ class VisionBench(step.Bench):
         from jaxtune.models.names import leaf_shapes, trainable_paths
         from jaxtune.optim import make_optimizer
 
-        self.layout, self.config = ONE_DEVICE, config(args.layers)
+        self.layout, self.config = ONE_DEVICE, hf
         self.module = models.build(self.config, jnp.bfloat16, nf4=True)
         parts = dict.fromkeys(("vision", "language", "attention", "mlp"), True)
         targets = lora.chosen_targets(self.module, None, sees=True, **parts)
@@ -278,6 +290,7 @@ def main() -> None:
     parser.add_argument("--remat", nargs="+", default=["auto", "all"], help="jaxtune's memory policies")
     parser.add_argument("--checkpointing", nargs="+", choices=("on", "off"), default=["off", "on"])
     parser.add_argument("--folder", help="of the peer's checkpoint; made where it is not")
+    parser.add_argument("--profile", action="store_true", help="where jaxtune's time goes, by kind of kernel")
     parser.add_argument("--compile_for_h200", action="store_true")
     args = parser.parse_args()
     (jaxtune if args.library == "jaxtune" else peer)(args)
