@@ -293,6 +293,8 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="where jaxtune's time goes, by kind of kernel")
     parser.add_argument("--compile_for_h200", action="store_true")
     args = parser.parse_args()
+    if args.profile:  # CUDA graphs hide the names of kernels
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
     (jaxtune if args.library == "jaxtune" else peer)(args)
 
 
