@@ -76,9 +76,11 @@ def peak_bytes(compiled) -> int:
 
 
 def free_on_host() -> int:
-    """Bytes of this host's memory that a step may take for each device: half of what is free."""
+    """Bytes of this host's memory that a step may take for each device: half of what is free, and what XLA's pool of
+    page-locked memory may hold."""
     pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return pages // 2 // jax.local_device_count()
+    pool = int(os.environ.get("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", 64)) << 30
+    return min(pages // 2, pool) // jax.local_device_count()
 
 
 def free_bytes(arguments: Any) -> int:

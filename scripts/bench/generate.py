@@ -270,6 +270,7 @@ def without_a_gpu(args: argparse.Namespace) -> None:
     """What the compiler says of the decode steps that an H200 would run."""
     os.environ |= {
         "CUDA_VISIBLE_DEVICES": "-1",
+        "JAX_PLATFORMS": "cpu",  # on a machine with GPUs too
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "JAXTUNE_COMPILE_CACHE": "0",
     }

@@ -351,6 +351,7 @@ def without_a_gpu(args: argparse.Namespace) -> list[Result]:
     """The programs that an H200 would run, compiled for it on a machine without one."""
     os.environ |= {
         "CUDA_VISIBLE_DEVICES": "-1",
+        "JAX_PLATFORMS": "cpu",  # on a machine with GPUs too
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "JAXTUNE_COMPILE_CACHE": "0",
     }
