@@ -1,10 +1,12 @@
 """A model that has never seen an image learns to read: SmolLM2 behind a random tower (make_smolvlm.py).
 
     python scripts/bench/reading_curve.py SMOLLM2_FOLDER --out reading --ocr FOLDER --workers 9
+    python scripts/bench/reading_curve.py SMOLLM2_FOLDER --out digits --digits digits.npz --steps 600 --every 50
     python scripts/bench/reading_curve.py SMOLLM2_FOLDER --steps 4 --batch 4 --rows 40 --limit 4 --side 64     # a CPU
 
 All weights are trained on lines that Pillow renders (words, sums, invoices, letters at random). Read are the images of
---ocr, with metadata.jsonl (image, text); none of their texts is trained on. Writes curve.json and curve.png: the
+--ocr, with metadata.jsonl (image, text); none of their texts is trained on. With --digits it trains on written digits
+(scikit-learn's: images uint8 [N, 8, 8] and labels) and reads of the last 400. Writes curve.json and curve.png: the
 character error rate and the share of exact readings along the way. One H200: six minutes.
 """
 
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from make_smolvlm import make
 from PIL import Image, ImageDraw, ImageFont
 
@@ -28,6 +31,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 QUESTION = "Write out the text."
+HELD_OUT_DIGITS = 400
 DARK = [(0, 0, 0), (30, 40, 90), (110, 20, 20), (20, 80, 40), (60, 60, 60)]
 LIGHT = [(255, 255, 255), (255, 248, 225), (232, 240, 255), (238, 238, 238)]
 
@@ -89,6 +93,16 @@ def rendered_rows(tokenizer: Any, count: int, kept_out: set[str], workers: int) 
 def folder_rows(folder: Path) -> list[dict[str, Any]]:
     rows = map(json.loads, (folder / "metadata.jsonl").read_text("utf-8").splitlines())
     return [conversation(str(folder / row["image"]), row["text"]) for row in rows]
+
+
+def digit_rows(file: Path) -> list[dict[str, Any]]:
+    """Dark on light, 32 pixels wide."""
+    rows = []
+    with np.load(file) as arrays:
+        for pixels, label in zip(arrays["images"], arrays["labels"], strict=True):
+            picture = Image.fromarray(255 - 15 * pixels).resize((32, 32)).convert("RGB")
+            rows.append(conversation(picture, str(label)))
+    return rows
 
 
 class Curve:
@@ -168,12 +182,29 @@ def draw(points: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def digits(given: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """Rows to train on and to read."""
+    rows = digit_rows(given.digits)
+    return rows[:-HELD_OUT_DIGITS], rows[-HELD_OUT_DIGITS:][: given.limit]
+
+
+def lines(given: argparse.Namespace, tokenizer: Any) -> tuple[list[dict], list[dict]]:
+    """Rows to train on and to read."""
+    held_out = folder_rows(given.ocr) if given.ocr else []
+    kept_out = {row["messages"][1]["content"][0]["text"] for row in held_out}
+    count = given.rows + (0 if held_out else given.limit)
+    rows = rendered_rows(tokenizer, count, kept_out, given.workers)
+    held_out, rows = (held_out, rows) if held_out else (rows[given.rows :], rows[: given.rows])
+    return rows, held_out[: given.limit]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("smollm2", type=Path)
     parser.add_argument("--ocr", type=Path, help="what is read; without it more rendered lines")
+    parser.add_argument("--digits", type=Path, help="digits.npz, to train on and to read")
     parser.add_argument("--out", type=Path, default=Path("reading"))
     parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--batch", type=int, default=64)
@@ -189,12 +220,8 @@ def main() -> None:
     model, processor = FastVisionModel.from_pretrained(
         str(folder), max_seq_length=512, load_in_4bit=False, full_finetuning=True
     )
-    held_out = folder_rows(given.ocr) if given.ocr else []
-    kept_out = {row["messages"][1]["content"][0]["text"] for row in held_out}
-    count = given.rows + (0 if held_out else given.limit)
-    rows = rendered_rows(processor.tokenizer, count, kept_out, given.workers)
-    held_out, rows = (held_out, rows) if held_out else (rows[given.rows :], rows[: given.rows])
-    curve = Curve(model, processor, held_out[: given.limit], given.every, 24)
+    rows, held_out = digits(given) if given.digits else lines(given, processor.tokenizer)
+    curve = Curve(model, processor, held_out, given.every, 24)
     train(model, processor, rows, curve, given)
     (given.out / "curve.json").write_text(json.dumps(curve.points, indent=1))
     draw(curve.points, given.out / "curve.png")
