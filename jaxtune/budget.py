@@ -4,11 +4,11 @@ A compiled step says what it needs. One compilation is usually enough: the bytes
 known from shapes, so its need follows from the first's. The answer is kept in the user's cache folder.
 """
 
-import functools
 import hashlib
 import json
 import os
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,20 +75,23 @@ def peak_bytes(compiled) -> int:
     return needs.argument_size_in_bytes + needs.temp_size_in_bytes + fresh
 
 
+def _host_memory() -> int:
+    """Free bytes of this host's memory."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def free_on_host() -> int:
     """Bytes of this host's memory that a step may take for each device: half of what is free, and what XLA's pool of
     page-locked memory may hold."""
-    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     pool = int(os.environ.get("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", 64)) << 30
-    return min(pages // 2, pool) // jax.local_device_count()
+    return min(_host_memory() // 2, pool) // jax.local_device_count()
 
 
 def free_bytes(arguments: Any) -> int:
     """Memory of this process's first device that a step may fill, its arguments (which are there already) included."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" not in stats:
-        pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return int(HEADROOM * (pages + _size(arguments)))
+        return int(HEADROOM * (_host_memory() + _size(arguments)))
     others = max(stats["bytes_in_use"] - _size(arguments), 0)
     return int(HEADROOM * (stats["bytes_limit"] - others))
 
@@ -194,13 +197,10 @@ def choose(
       MemoryError: none fits; says what the smallest needs.
     """
     _, rows, length = arguments[3]["input_ids"].shape
-    keeps = {
-        remat: kept_bytes(remat, config, rows // devices * length, itemsize)
-        for remat in (*CHOICES, OFFLOAD_LONG, OFFLOAD)
-    }
+    kept = partial(kept_bytes, config=config, tokens=rows // devices * length, itemsize=itemsize)
     offloads = (OFFLOAD_LONG, OFFLOAD) if length >= LONG_ROW else (OFFLOAD,)
-    choices = [*CHOICES, *(remat for remat in offloads if keeps[remat] <= host)]
-    keeps |= {remat: 0 for remat in offloads}
+    choices = [*CHOICES, *(remat for remat in offloads if kept(remat) <= host)]
+    keeps = {remat: 0 if remat.offload else kept(remat) for remat in choices}
     place, base = _place(arguments, fp8), _size(arguments)
     memory = _remembered(place)
     measured = {remat: memory[str(remat)] for remat in choices if str(remat) in memory}
@@ -216,8 +216,11 @@ def choose(
             needs = {str(r): _forecast(r, measured, keeps, base) for r in choices}
             return Choice(remat, compiled, needs, budget)
     least = min(_forecast(remat, measured, keeps, base) for remat in choices)
+    less = ""
+    if 0 < host < kept(OFFLOAD):
+        less = f" (less with {kept(OFFLOAD) / 1e9:.2f} GB in host memory, of which {host / 1e9:.2f} GB are to be had)"
     raise MemoryError(
-        f"the training step needs at least {least / 1e9:.2f} GB and {budget / 1e9:.2f} GB are free. Make "
+        f"the training step needs at least {least / 1e9:.2f} GB{less} and {budget / 1e9:.2f} GB are free. Make "
         "per_device_train_batch_size or max_length (GRPO: max_completion_length) smaller (gradient_accumulation_steps "
         "makes up for the first), use optim='adamw_8bit', or load the model in 4 bits"
     )
@@ -238,7 +241,7 @@ def _size(tree: Any) -> int:
     return sum(map(device_bytes, leaves))
 
 
-@functools.cache
+@cache
 def _sources() -> str:
     """A digest of jaxtune's own code: what a step needs changes with it."""
     digest = hashlib.sha256()

@@ -93,7 +93,7 @@ def test_the_answer_is_forgotten_when_the_code_changes(tried, monkeypatch):
 def test_layer_inputs_go_to_the_host_when_nothing_else_fits(tried):
     inputs = kept_bytes(OFFLOAD, CONFIG, 4 * 512, 2)
     assert str(plan(tried, need("all") - 1, host=inputs).remat) == "all+offload"
-    with pytest.raises(MemoryError):
+    with pytest.raises(MemoryError, match=r"less with \d\.\d\d GB in host memory, of which"):
         plan(tried, need("all") - 1, host=inputs - 1)
 
 

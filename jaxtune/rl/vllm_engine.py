@@ -215,8 +215,8 @@ class VLLMEngine:
             number, first = (i, 0) if streams is None else streams[i]
             # vLLM seeds sample j of a request with seed + j: neighbours must not share these.
             own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0]) + first
-            fields |= {"max_tokens": min(max_new_tokens, self._room(len(prompt))), "seed": own}
-            asked.append(question(i, prompt, None if seen is None else seen[i], n, fields))
+            its = fields | {"max_tokens": min(max_new_tokens, self._room(len(prompt))), "seed": own}
+            asked.append(question(i, prompt, None if seen is None else seen[i], n, its))
         try:
             wanted = [(one.route, one.payload) for one in asked]
             answers = self._connected().complete(wanted, self._args.vllm_request_timeout)

@@ -436,17 +436,22 @@ def attempt(bench: Bench, name: str, remat: str) -> Result | None:
     return result
 
 
+def show_profile(took: dict[str, float], floor: dict[str, float], kernels: list[dict[str, Any]]) -> None:
+    """What `profile` found, and the kernels furthest above their floor."""
+    print("          took  ", took, "\n          floor ", floor, flush=True)
+    for row in sorted(kernels, key=lambda k: k["floor"] - k["ms"])[:25]:
+        print(
+            f"          {row['ms']:8.2f} ms, floor {row['floor']:8.2f}  {row['launches']:5d} x  {row['kind']:13s} "
+            f"{row['kernel'][:40]:40s} {row['op'][-60:]}"
+        )
+
+
 def report(result: Result) -> None:
     print(result.line(), flush=True)
     if result.traffic_mb:
         print("          collectives, MB ", result.traffic_mb, flush=True)
     if result.took_ms:
-        print("          took  ", result.took_ms, "\n          floor ", result.floor_ms, flush=True)
-        for row in sorted(result.kernels or [], key=lambda k: k["floor"] - k["ms"])[:25]:
-            print(
-                f"          {row['ms']:8.2f} ms, floor {row['floor']:8.2f}  {row['kind']:13s} "
-                f"{row['kernel'][:40]:40s} {row['op'][-60:]}"
-            )
+        show_profile(result.took_ms, result.floor_ms, result.kernels or [])
 
 
 def main() -> None:

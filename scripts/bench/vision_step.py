@@ -151,13 +151,7 @@ def jaxtune(args: argparse.Namespace) -> None:
             ceilings = step.ceilings_here()
             took, kernels = step.profile(one, compiled.as_text(), ceilings)
             floor = roofline.by_kind(roofline.kernels(compiled.as_text(), ceilings, unknown_trips=4))
-            print("  took ", took)
-            print("  floor", {kind: round(seconds * 1e3, 2) for kind, seconds in floor.items()})
-            for row in sorted(kernels, key=lambda k: k["floor"] - k["ms"])[:40]:
-                print(
-                    f"  {row['ms']:8.2f} ms, floor {row['floor']:8.2f}, {row['launches']:5d} x  {row['kind']:13s} "
-                    f"{row['kernel'][:40]:40s} {row['op'][-80:]}"
-                )
+            step.show_profile(took, {kind: round(s * 1e3, 2) for kind, s in floor.items()}, kernels)
 
 
 class VisionBench(step.Bench):
