@@ -20,19 +20,29 @@ from jaxtune import cluster
 from jaxtune.compile_cache import cache_folder
 from jaxtune.devices import ONE_DEVICE, Layout, device_bytes
 from jaxtune.models.decoder import DecoderConfig
-from jaxtune.models.remat import Remat
+from jaxtune.models.remat import NEVER_OFFLOADED, Remat
 
-# Fastest first. Each recomputes more than the one before it and keeps less.
+# Fastest first, for copies that the products hide (`hides_copies`).
 CHOICES = tuple(
     map(
         Remat.parse,
-        ("none", "attention+qkv+gate_up", "attention+gate_up", "attention+qkv", "attention", "all"),
+        (
+            "none",
+            "none+offload",
+            "attention+qkv+gate_up",
+            "attention+gate_up",
+            "attention+qkv+residual+offload",
+            "attention+qkv",
+            "attention",
+            "attention+offload",
+            "all",
+            "all+offload",
+        ),
     )
 )
-# Smallest, where the host's memory is another one. Attention's outputs are sent there too where rows are long: fetching
-# them takes less time than another forward pass.
-OFFLOAD, OFFLOAD_LONG = Remat.parse("all+offload"), Remat.parse("attention+offload")
-LONG_ROW = 4096
+LEAST = CHOICES[-1]
+# What a Hopper GPU computes in 16 bits while a byte goes to the host: 690 TFLOP/s of products beside 55 GB/s.
+OPERATIONS_PER_BYTE = 12_000
 HEADROOM = 0.96  # of free memory: cuDNN's workspaces and fragmentation are in no forecast
 
 
@@ -55,8 +65,9 @@ class Choice(NamedTuple):
         return line + (f" (others: {', '.join(others)})" if others else "")
 
 
-def kept_bytes(remat: Remat, config: DecoderConfig, tokens: int, itemsize: int) -> int:
-    """Bytes that a choice keeps for the backward pass, layer inputs included: on the device, or on the host."""
+def kept_bytes(remat: Remat, config: DecoderConfig, tokens: int, itemsize: int) -> tuple[int, int]:
+    """Bytes that a choice keeps for the backward pass, layer inputs included: (on the device, on the host). What waits
+    on the host is on the device for two layers at a time."""
     heads, kv, h = config.num_heads, config.num_kv_heads, config.head_dim
     elements = {
         "attention": heads * h + heads * 4 // itemsize,  # its softmax statistics are float32
@@ -64,8 +75,21 @@ def kept_bytes(remat: Remat, config: DecoderConfig, tokens: int, itemsize: int) 
         "residual": config.hidden_size,
         "gate_up": 2 * config.intermediate_size,
     }
-    total = sum(elements[name] for name in remat.keep) + config.hidden_size
-    return tokens * len(config.windows) * itemsize * total
+    size, layers = tokens * itemsize, len(config.windows)
+    away = config.hidden_size + sum(elements[name] for name in remat.keep - NEVER_OFFLOADED)
+    stays = sum(elements[name] for name in remat.keep & NEVER_OFFLOADED)
+    if not remat.offload:
+        return size * layers * (stays + away), 0
+    return size * (layers * stays + 2 * away), size * layers * away
+
+
+def hides_copies(remat: Remat, config: DecoderConfig, length: int, itemsize: int, fp8: bool) -> bool:
+    """Whether a layer's forward pass over rows of `length` tokens takes as long as sending away what it keeps."""
+    heads, h, d = config.num_heads, config.head_dim, config.hidden_size
+    weights = 2 * d * (heads + config.num_kv_heads) * h + 3 * d * config.intermediate_size
+    operations = 2 * weights + 2 * length * heads * h
+    _, away = kept_bytes(remat, config, 1, itemsize)
+    return operations / (2 if fp8 else 1) >= OPERATIONS_PER_BYTE * away / len(config.windows)
 
 
 def peak_bytes(compiled) -> int:
@@ -198,9 +222,11 @@ def choose(
     """
     _, rows, length = arguments[3]["input_ids"].shape
     kept = partial(kept_bytes, config=config, tokens=rows // devices * length, itemsize=itemsize)
-    offloads = (OFFLOAD_LONG, OFFLOAD) if length >= LONG_ROW else (OFFLOAD,)
-    choices = [*CHOICES, *(remat for remat in offloads if kept(remat) <= host)]
-    keeps = {remat: 0 if remat.offload else kept(remat) for remat in choices}
+    hidden = partial(hides_copies, config=config, length=length, itemsize=itemsize, fp8=fp8)
+    if "images" in arguments[3]:  # the layers of their tower are too narrow to hide copies
+        hidden = lambda _: False  # noqa: E731
+    choices = _candidates(kept, hidden, host)
+    keeps = {remat: kept(remat)[0] for remat in choices}
     place, base = _place(arguments, fp8), _size(arguments)
     memory = _remembered(place)
     measured = {remat: memory[str(remat)] for remat in choices if str(remat) in memory}
@@ -217,13 +243,27 @@ def choose(
             return Choice(remat, compiled, needs, budget)
     least = min(_forecast(remat, measured, keeps, base) for remat in choices)
     less = ""
-    if 0 < host < kept(OFFLOAD):
-        less = f" (less with {kept(OFFLOAD) / 1e9:.2f} GB in host memory, of which {host / 1e9:.2f} GB are to be had)"
+    if 0 < host < (away := kept(LEAST)[1]):
+        less = f" (less with {away / 1e9:.2f} GB in host memory, of which {host / 1e9:.2f} GB are to be had)"
     raise MemoryError(
         f"the training step needs at least {least / 1e9:.2f} GB{less} and {budget / 1e9:.2f} GB are free. Make "
         "per_device_train_batch_size or max_length (GRPO: max_completion_length) smaller (gradient_accumulation_steps "
         "makes up for the first), use optim='adamw_8bit', or load the model in 4 bits"
     )
+
+
+def _candidates(
+    kept: Callable[[Remat], tuple[int, int]], hidden: Callable[[Remat], bool], host: int
+) -> list[Remat]:
+    """CHOICES for which the host has room, without those that a faster one makes needless. Copies that nothing hides
+    are for when nothing else is left."""
+    choices = []
+    for remat in CHOICES:
+        away = kept(remat)[1]
+        allowed = not away or (away <= host and (remat == LEAST or hidden(remat)))
+        if allowed and (not choices or kept(remat) < kept(choices[-1])):
+            choices.append(remat)
+    return choices
 
 
 def _forecast(remat: Remat, measured: dict[Remat, int], keeps: dict[Remat, int], base: int) -> int:

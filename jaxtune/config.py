@@ -111,8 +111,8 @@ class TrainingConfig:
     False: never."""
     remat: str = "auto"
     """What the backward pass keeps: auto (the fastest that fits), all (recompute everything), none (keep everything),
-    or names to keep joined by +: attention, qkv, residual, gate_up; +offload puts those and layer inputs into host
-    memory."""
+    or names to keep joined by +: attention, qkv, residual, gate_up; +offload puts layer inputs and those, but for
+    gate_up, into host memory."""
     memory_budget_gb: float | None = None
     """Device memory that remat=auto stays under. None = what is free."""
     seed: int = 42

@@ -30,7 +30,7 @@ Metrics = dict[str, jax.Array]
 TrainStep = Callable[[Leaves, Any, Leaves, Batch, jax.Array], tuple[Leaves, Any, Metrics]]
 
 RECOMPUTE_ALL = Remat()
-GATHERS = Path(__file__).with_name("gathers.pbtxt")
+TRANSFERS = Path(__file__).with_name("transfers.pbtxt")
 
 
 class Trainable(Protocol):
@@ -133,26 +133,34 @@ def compiler_options(
     # The stacks of what is kept are written whole: no need to fill them with zeros first.
     options: dict[str, bool | str | int] = {"xla_gpu_enable_dus_accumulator_zero_init_elimination": True}
     if (
-        remat.offload
-    ):  # copies to and from the host run beside the products, which each of these is needed for
+        remat.offload or layout.fsdp > 1
+    ):  # transfers run beside the products, which each of these is needed for
         options |= {
             "xla_gpu_enable_latency_hiding_scheduler": True,
+            # A transfer starts as early as it can, and is waited for where its result is used.
+            "xla_gpu_pgle_profile_file_or_directory_path": str(TRANSFERS),
+            "xla_gpu_pgle_accuracy_checker": "PGLE_STRICTNESS_LEVEL_OFF",  # the file knows transfers alone
+        }
+    if remat.offload:
+        options |= {
             # A layer's input is fetched while the layer above is worked on.
             "xla_gpu_enable_pipelined_host_offloading": True,
-            # Copies of single numbers would queue behind the large ones, on the same few streams.
-            "xla_disable_hlo_passes": "dynamic-slice-copy-fusion-async-wrapper",
+            "xla_disable_hlo_passes": ",".join(
+                (
+                    # Copies of single numbers would queue behind the large ones, on the same few streams.
+                    "dynamic-slice-copy-fusion-async-wrapper",
+                    # What a layer keeps would leave within the next layer, which would wait for it.
+                    "collective-pipeliner-forward",
+                )
+            ),
             # A CUDA graph runs its copies and kernels one after another.
             "xla_gpu_enable_command_buffer": "",
         }
     if layout.fsdp > 1:
         options |= {
-            "xla_gpu_enable_latency_hiding_scheduler": True,
             # A layer's codes are gathered in one piece, while the layer before is worked on.
             "xla_gpu_pipeline_all_gather": "2",  # on; compiler options take the number
             "xla_gpu_all_gather_combine_threshold_bytes": turn_bytes,
-            # A gather starts as early as it can, and is waited for where it is used.
-            "xla_gpu_pgle_profile_file_or_directory_path": str(GATHERS),
-            "xla_gpu_pgle_accuracy_checker": "PGLE_STRICTNESS_LEVEL_OFF",  # the file knows gathers alone
             # The head's is under way during the whole forward pass, beside those of the layers.
             "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
         }

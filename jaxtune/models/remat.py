@@ -12,6 +12,7 @@ from jaxtune.config import KEEPABLE, remat_parts
 
 _BLOCK_INPUT = "block_input"
 _ALWAYS = ["adapter"]
+NEVER_OFFLOADED = frozenset({"gate_up"})
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Remat:
 
     keep, per token and layer, elements: attention (its output, D, and softmax statistics), qkv (D + 2·K·h), residual
     (x + attention, D), gate_up (2·F). The few elements of x A are kept always where products are joined, on the
-    device. offload: the rest waits in pinned host memory.
+    device. offload: the rest waits in pinned host memory, but for gate_up: to send and fetch them would take longer
+    than to compute them again.
     """
 
     keep: frozenset[str] = frozenset()
@@ -44,8 +46,8 @@ class Remat:
         if not self.offload:
             return jax.checkpoint_policies.save_only_these_names(*_ALWAYS, *sorted(self.keep))
         return jax.checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=_ALWAYS,
-            names_which_can_be_offloaded=[_BLOCK_INPUT, *sorted(self.keep)],
+            names_which_can_be_saved=[*_ALWAYS, *sorted(self.keep & NEVER_OFFLOADED)],
+            names_which_can_be_offloaded=[_BLOCK_INPUT, *sorted(self.keep - NEVER_OFFLOADED)],
             offload_src="device",
             offload_dst="pinned_host",
         )

@@ -53,7 +53,7 @@ def _trained(text: str) -> dict[str, np.ndarray]:
     return jax.device_get(trainable)
 
 
-@pytest.mark.parametrize("text", ["all+offload", "attention+offload", "none"])
+@pytest.mark.parametrize("text", ["all+offload", "attention+offload", "none+offload", "none"])
 def test_training_is_that_of_recomputing(text):
     want, got = _trained("all"), _trained(text)
     for path, leaf in want.items():

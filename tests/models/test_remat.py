@@ -138,16 +138,16 @@ def test_kept_bytes_are_what_the_backward_pass_gets(name, request):
         )
 
     def forecast(text):
-        return kept_bytes(Remat.parse(text), model.config, 2 * TOKENS, 4)
+        return kept_bytes(Remat.parse(text), model.config, 2 * TOKENS, 4)[0]
 
     least = residual_bytes("all") - forecast("all")
     for text in ("gate_up", "qkv", "residual", "gate_up+qkv"):
         assert residual_bytes(text) - forecast(text) == least, text
 
 
-@pytest.mark.parametrize("text", ["all+offload", "attention+offload"])
+@pytest.mark.parametrize("text", ["all+offload", "attention+gate_up+offload"])
 def test_what_is_kept_leaves_the_device(model, text):
-    """Lowered for a GPU: layer inputs and what is named, nothing else, are put into pinned host memory."""
+    """Lowered for a GPU: layer inputs and what is named but gate_up, nothing else, are put into pinned host memory."""
     step = make_train_step(model, optax.sgd(1.0), remat=Remat.parse(text))
     batch = {name: column[None] for name, column in model.batch.items()}
     arguments = (model.trainable, optax.sgd(1.0).init(model.trainable), model.base, batch, jax.random.key(0))
