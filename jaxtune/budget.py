@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from tqdm.auto import tqdm
 
-from jaxtune import cluster
+from jaxtune import cluster, host_memory
 from jaxtune.compile_cache import cache_folder
 from jaxtune.devices import ONE_DEVICE, Layout, device_bytes
 from jaxtune.models.decoder import DecoderConfig
@@ -99,23 +99,18 @@ def peak_bytes(compiled) -> int:
     return needs.argument_size_in_bytes + needs.temp_size_in_bytes + fresh
 
 
-def _host_memory() -> int:
-    """Free bytes of this host's memory."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def free_on_host() -> int:
     """Bytes of this host's memory that a step may take for each device: half of what is free, and what XLA's pool of
     page-locked memory may hold."""
     pool = int(os.environ.get("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", 64)) << 30
-    return min(_host_memory() // 2, pool) // jax.local_device_count()
+    return min(host_memory.available() // 2, pool) // jax.local_device_count()
 
 
 def free_bytes(arguments: Any) -> int:
     """Memory of this process's first device that a step may fill, its arguments (which are there already) included."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" not in stats:
-        return int(HEADROOM * (_host_memory() + _size(arguments)))
+        return int(HEADROOM * (host_memory.available() + _size(arguments)))
     others = max(stats["bytes_in_use"] - _size(arguments), 0)
     return int(HEADROOM * (stats["bytes_limit"] - others))
 
