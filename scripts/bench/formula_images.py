@@ -52,11 +52,14 @@ def terms(texts: list[str]) -> list[str]:
 def invent(chance: random.Random, known: list[str], parts: list[str], longest: int) -> str:
     """A normal label of at most `longest` characters.
 
-    Of `known` labels one with other symbols, of `parts` some behind each other, or altogether random."""
+    Of `known` labels one with other symbols, of `parts` some behind each other, or altogether random.
+    """
     end = chance.choice(["", "", ".", ","])
     kind = chance.random()
     if kind < 0.35 and known:
-        return normal(exchanged(chance.choice(known), chance))
+        text = normal(exchanged(chance.choice(known), chance))
+        if len(text) <= longest:
+            return text
     length, text = min(longest, int(chance.triangular(15, 150, 80))) - len(end), ""
     while True:
         known_part = parts and chance.random() < (0.85 if kind < 0.75 else 0.15)

@@ -10,7 +10,7 @@ All weights are trained on lines that Pillow renders (words, sums, invoices, let
 (scikit-learn's: images uint8 [N, 8, 8] and labels) and reads of the last 400. With --formulas it trains on formulas
 made at random (see formula_images.py) and on the folder's own, ten times each, and reads what the folder holds out;
 labels and readings are compared in the normal form of formulas.py. Writes curve.json and curve.png: the character error
-rate and the share of exact readings along the way. One H200: six minutes.
+rate and the share of exact readings along the way. Lines on one H200: six minutes.
 """
 
 import argparse
@@ -247,19 +247,16 @@ def lines(given: argparse.Namespace, tokenizer: Any) -> Task:
 def formulas(given: argparse.Namespace) -> Task:
     began = time.perf_counter()
     real, held_out, left_out = labelled(given.formulas, LONGEST)
-    known, kept_out, size = (
-        [text for _, text in real],
-        {text for _, text in held_out},
-        (given.tiles * given.side, given.side),
-    )
-    parts = terms(known)
+    known, kept_out = [text for _, text in real], {text for _, text in held_out}
+    parts, size = terms(known), (given.tiles * given.side, given.side)
     jobs = ((number, known, parts, kept_out, size) for number in range(given.rows))
     rows = at_once(formula_row, jobs, given.workers)
     repeated = [(*pair, size, random.Random(number)) for number, pair in enumerate(real * TIMES)]
     rows += at_once(laid_row, repeated, given.workers)
     print(
         f"{given.rows} formulas at random, {len(real)} real ones {TIMES} times: {time.perf_counter() - began:.0f} s; "
-        f"{len(held_out)} held out; left out: {dict(left_out)}"
+        f"{len(held_out)} held out; left out: {dict(left_out)}",
+        flush=True,
     )
     asked = [laid_row((*pair, size, None)) for pair in held_out[: given.limit]]
     return Task(rows, asked, max_length=256, max_new_tokens=112, form=normal)
@@ -281,9 +278,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=5e-4)
     parser.add_argument("--every", type=int, default=250, help="steps between points")
     parser.add_argument("--side", type=int, default=256)
-    parser.add_argument(
-        "--tiles", type=int, default=1, help="squares that an image is cut into, with --formulas"
-    )
+    parser.add_argument("--tiles", type=int, default=1, help="squares that a long image is cut into")
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare images")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
