@@ -2,12 +2,15 @@
 
     python scripts/bench/reading_curve.py SMOLLM2_FOLDER --out reading --ocr FOLDER --workers 9
     python scripts/bench/reading_curve.py SMOLLM2_FOLDER --out digits --digits digits.npz --steps 600 --every 50
+    python scripts/bench/reading_curve.py SMOLLM2_FOLDER --out formulas --formulas FOLDER --side 128 --tiles 4
     python scripts/bench/reading_curve.py SMOLLM2_FOLDER --steps 4 --batch 4 --rows 40 --limit 4 --side 64     # a CPU
 
 All weights are trained on lines that Pillow renders (words, sums, invoices, letters at random). Read are the images of
 --ocr, with metadata.jsonl (image, text); none of their texts is trained on. With --digits it trains on written digits
-(scikit-learn's: images uint8 [N, 8, 8] and labels) and reads of the last 400. Writes curve.json and curve.png: the
-character error rate and the share of exact readings along the way. One H200: six minutes.
+(scikit-learn's: images uint8 [N, 8, 8] and labels) and reads of the last 400. With --formulas it trains on formulas
+made at random (see formula_images.py) and on the folder's own, ten times each, and reads what the folder holds out;
+labels and readings are compared in the normal form of formulas.py. Writes curve.json and curve.png: the character error
+rate and the share of exact readings along the way. Lines on one H200: six minutes.
 """
 
 import argparse
@@ -16,11 +19,15 @@ import json
 import multiprocessing
 import random
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from formula_images import draw as draw_formula
+from formula_images import invent, lay, terms
+from formulas import labelled, normal
 from make_smolvlm import make
 from PIL import Image, ImageDraw, ImageFont
 
@@ -32,8 +39,20 @@ import matplotlib.pyplot as plt
 
 QUESTION = "Write out the text."
 HELD_OUT_DIGITS = 400
+TIMES = 10  # that every real formula is trained on, each time laid a little otherwise
+LONGEST = 150  # characters of a formula
 DARK = [(0, 0, 0), (30, 40, 90), (110, 20, 20), (20, 80, 40), (60, 60, 60)]
 LIGHT = [(255, 255, 255), (255, 248, 225), (232, 240, 255), (238, 238, 238)]
+
+
+class Task(NamedTuple):
+    """Rows to train on and to read; tokens of a row, and of an answer, at most; the form to compare readings in."""
+
+    rows: list[dict]
+    held_out: list[dict]
+    max_length: int = 160
+    max_new_tokens: int = 24
+    form: Callable[[str], str] = str
 
 
 def render(text: str, chance: random.Random) -> Image.Image:
@@ -67,16 +86,26 @@ def conversation(image: Any, text: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
 
 
+def png(picture: Image.Image) -> dict[str, bytes]:
+    """As `datasets` stores an image."""
+    file = io.BytesIO()
+    picture.save(file, "PNG", compress_level=1)
+    return {"bytes": file.getvalue()}
+
+
+def at_once(make_row: Callable[[Any], dict], jobs: Iterable[Any], workers: int) -> list[dict[str, Any]]:
+    with multiprocessing.get_context("spawn").Pool(max(workers, 1)) as pool:
+        return list(pool.imap(make_row, jobs, chunksize=500))
+
+
 def rendered_row(job: tuple[int, list[str], set[str]]) -> dict[str, Any]:
-    """The row of a number: an image in PNG's bytes, as `datasets` stores them."""
+    """The row of a number."""
     number, words, kept_out = job
     chance = random.Random(number)
     text = line(words, chance)
     while text in kept_out:
         text = line(words, chance)
-    file = io.BytesIO()
-    render(text, chance).save(file, "PNG", compress_level=1)
-    return conversation({"bytes": file.getvalue()}, text)
+    return conversation(png(render(text, chance)), text)
 
 
 def rendered_rows(tokenizer: Any, count: int, kept_out: set[str], workers: int) -> list[dict[str, Any]]:
@@ -85,9 +114,28 @@ def rendered_rows(tokenizer: Any, count: int, kept_out: set[str], workers: int) 
         {word for word in vocabulary if word.isascii() and word.isalpha() and 3 <= len(word) <= 10}
     )
     words = [word for word in words if word.lower() not in kept_out]
-    jobs = ((number, words, kept_out) for number in range(count))
-    with multiprocessing.get_context("spawn").Pool(max(workers, 1)) as pool:
-        return list(pool.imap(rendered_row, jobs, chunksize=500))
+    return at_once(rendered_row, ((number, words, kept_out) for number in range(count)), workers)
+
+
+def formula_row(job: tuple[int, list[str], list[str], set[str], tuple[int, int]]) -> dict[str, Any]:
+    """The row of a number: a formula like those known, and of their parts."""
+    number, known, parts, kept_out, size = job
+    chance = random.Random(number)
+    while True:
+        text = invent(chance, known, parts, LONGEST)
+        try:
+            picture = draw_formula(text, chance)
+        except ValueError:  # a label has commands that mathtext does not know
+            continue
+        if text not in kept_out:
+            return conversation(png(lay(picture, size, chance)), text)
+
+
+def laid_row(job: tuple[Path, str, tuple[int, int], random.Random | None]) -> dict[str, Any]:
+    """The row of a real formula's picture."""
+    path, text, size, chance = job
+    with Image.open(path) as picture:
+        return conversation(png(lay(picture, size, chance)), text)
 
 
 def folder_rows(folder: Path) -> list[dict[str, Any]]:
@@ -108,9 +156,9 @@ def digit_rows(file: Path) -> list[dict[str, Any]]:
 class Curve:
     """Reads the images every so many steps, as a callback of the trainer."""
 
-    def __init__(self, model: Any, processor: Any, rows: list[dict], every: int, max_new_tokens: int):
-        self.model, self.processor, self.asked = model, processor, examples(rows)
-        self.every, self.max_new_tokens = every, max_new_tokens
+    def __init__(self, model: Any, processor: Any, task: Task, every: int):
+        self.model, self.processor, self.asked = model, processor, examples(task.held_out)
+        self.every, self.max_new_tokens, self.form = every, task.max_new_tokens, task.form
         self.points: list[dict[str, float]] = []
         self.said: list[str] = []
         self.began = time.perf_counter()
@@ -124,7 +172,7 @@ class Curve:
     def read(self, step: int, loss: float | None) -> None:
         FastVisionModel.for_inference(self.model)
         options = {"max_new_tokens": self.max_new_tokens, "batch_size": 100, "progress": False}
-        self.said = read_images(self.model, self.processor, self.asked, **options)
+        self.said = [*map(self.form, read_images(self.model, self.processor, self.asked, **options))]
         rates = error_rates([one.reference for one in self.asked], self.said)
         seconds = time.perf_counter() - self.began
         point = {"step": step, "seconds": seconds, "loss": loss, "cer": rates.cer, "exact": rates.exact}
@@ -140,13 +188,13 @@ class Curve:
             print(f"  {one.reference!r}\n  read as {said!r}")
 
 
-def train(model: Any, processor: Any, rows: list[dict], curve: Curve, given: argparse.Namespace) -> None:
+def train(model: Any, processor: Any, task: Task, curve: Curve, given: argparse.Namespace) -> None:
     collator = VisionDataCollator(
         model, processor, resize="max", train_on_responses_only=True, num_proc=given.workers
     )
     args = SFTConfig(
         output_dir=str(given.out / "run"),
-        max_length=160,
+        max_length=task.max_length,
         per_device_train_batch_size=given.batch,
         max_steps=given.steps,
         learning_rate=given.learning_rate,
@@ -162,7 +210,7 @@ def train(model: Any, processor: Any, rows: list[dict], curve: Curve, given: arg
         model=model,
         tokenizer=processor,
         data_collator=collator,
-        train_dataset=rows,
+        train_dataset=task.rows,
         args=args,
         callbacks=[curve],
     )
@@ -182,20 +230,36 @@ def draw(points: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def digits(given: argparse.Namespace) -> tuple[list[dict], list[dict]]:
-    """Rows to train on and to read."""
+def digits(given: argparse.Namespace) -> Task:
     rows = digit_rows(given.digits)
-    return rows[:-HELD_OUT_DIGITS], rows[-HELD_OUT_DIGITS:][: given.limit]
+    return Task(rows[:-HELD_OUT_DIGITS], rows[-HELD_OUT_DIGITS:][: given.limit])
 
 
-def lines(given: argparse.Namespace, tokenizer: Any) -> tuple[list[dict], list[dict]]:
-    """Rows to train on and to read."""
+def lines(given: argparse.Namespace, tokenizer: Any) -> Task:
     held_out = folder_rows(given.ocr) if given.ocr else []
     kept_out = {row["messages"][1]["content"][0]["text"] for row in held_out}
     count = given.rows + (0 if held_out else given.limit)
     rows = rendered_rows(tokenizer, count, kept_out, given.workers)
     held_out, rows = (held_out, rows) if held_out else (rows[given.rows :], rows[: given.rows])
-    return rows, held_out[: given.limit]
+    return Task(rows, held_out[: given.limit])
+
+
+def formulas(given: argparse.Namespace) -> Task:
+    began = time.perf_counter()
+    real, held_out, left_out = labelled(given.formulas, LONGEST)
+    known, kept_out = [text for _, text in real], {text for _, text in held_out}
+    parts, size = terms(known), (given.tiles * given.side, given.side)
+    jobs = ((number, known, parts, kept_out, size) for number in range(given.rows))
+    rows = at_once(formula_row, jobs, given.workers)
+    repeated = [(*pair, size, random.Random(number)) for number, pair in enumerate(real * TIMES)]
+    rows += at_once(laid_row, repeated, given.workers)
+    print(
+        f"{given.rows} formulas at random, {len(real)} real ones {TIMES} times: {time.perf_counter() - began:.0f} s; "
+        f"{len(held_out)} held out; left out: {dict(left_out)}",
+        flush=True,
+    )
+    asked = [laid_row((*pair, size, None)) for pair in held_out[: given.limit]]
+    return Task(rows, asked, max_length=256, max_new_tokens=112, form=normal)
 
 
 def main() -> None:
@@ -205,24 +269,30 @@ def main() -> None:
     parser.add_argument("smollm2", type=Path)
     parser.add_argument("--ocr", type=Path, help="what is read; without it more rendered lines")
     parser.add_argument("--digits", type=Path, help="digits.npz, to train on and to read")
+    parser.add_argument("--formulas", type=Path, help="metadata.jsonl (image, text, split) and its images")
     parser.add_argument("--out", type=Path, default=Path("reading"))
     parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rows", type=int, default=120000, help="rendered lines to train on")
+    parser.add_argument("--rows", type=int, default=120000, help="rendered lines or formulas to train on")
     parser.add_argument("--limit", type=int, default=200, help="images that are read for a point")
     parser.add_argument("--learning_rate", type=float, default=5e-4)
     parser.add_argument("--every", type=int, default=250, help="steps between points")
     parser.add_argument("--side", type=int, default=256)
+    parser.add_argument("--tiles", type=int, default=1, help="squares that a long image is cut into")
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare images")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    folder = make(given.smollm2, given.out / "random", side=given.side, seed=given.seed)
+    longest = given.tiles * given.side
+    folder = make(given.smollm2, given.out / "random", side=given.side, longest_edge=longest, seed=given.seed)
     model, processor = FastVisionModel.from_pretrained(
         str(folder), max_seq_length=512, load_in_4bit=False, full_finetuning=True
     )
-    rows, held_out = digits(given) if given.digits else lines(given, processor.tokenizer)
-    curve = Curve(model, processor, held_out, given.every, 24)
-    train(model, processor, rows, curve, given)
+    if given.formulas:
+        task = formulas(given)
+    else:
+        task = digits(given) if given.digits else lines(given, processor.tokenizer)
+    curve = Curve(model, processor, task, given.every)
+    train(model, processor, task, curve, given)
     (given.out / "curve.json").write_text(json.dumps(curve.points, indent=1))
     draw(curve.points, given.out / "curve.png")
 
