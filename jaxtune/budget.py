@@ -7,7 +7,7 @@ known from shapes, so its need follows from the first's. The answer is kept in t
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,12 +47,14 @@ HEADROOM = 0.96  # of free memory: cuDNN's workspaces and fragmentation are in n
 
 
 class Choice(NamedTuple):
-    """What was chosen, its step compiled (None: the need was remembered), and the bytes that each choice needs."""
+    """What was chosen, its step compiled (None: the need was remembered), the bytes that each choice needs, and those
+    that it puts on the host."""
 
     remat: Remat
     compiled: Any
     needs: dict[str, int]
     budget: int
+    away: int
 
     def __str__(self) -> str:
         """One line: what was taken and what its neighbours would cost."""
@@ -99,11 +101,17 @@ def peak_bytes(compiled) -> int:
     return needs.argument_size_in_bytes + needs.temp_size_in_bytes + fresh
 
 
-def free_on_host() -> int:
+def free_on_host(before: Sequence[int] = ()) -> int:
     """Bytes of this host's memory that a step may take for each device: half of what is free, and what XLA's pool of
-    page-locked memory may hold."""
+    page-locked memory may still hold.
+
+    before: bytes that earlier programs of this process put there for each device, each more than the one before it. The
+    pool has room again for the largest; for more it adds a region, of up to twice the bytes, and never gives one back.
+    """
+    devices = jax.local_device_count()
     pool = int(os.environ.get("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", 64)) << 30
-    return min(host_memory.available() // 2, pool) // jax.local_device_count()
+    left = min(host_memory.available() // 2, pool - 2 * devices * sum(before))
+    return max(left // devices, *before, 0)
 
 
 def free_bytes(arguments: Any) -> int:
@@ -145,6 +153,7 @@ class PlannedStep:
         self._budget_gb, self._announce = budget_gb, announce
         self._compiled: dict[tuple, Any] = {}
         self._layout = layout
+        self._on_host: list[int] = []  # see free_on_host
 
     def __call__(self, trainable, opt_state, base, batch, key):
         arguments = (trainable, opt_state, base, batch, key)
@@ -175,10 +184,12 @@ class PlannedStep:
             budget=cluster.smallest(free_bytes(arguments))
             if self._budget_gb is None
             else int(self._budget_gb * 1e9),
-            host=cluster.smallest(free_on_host()) if jax.default_backend() == "gpu" else 0,
+            host=cluster.smallest(free_on_host(self._on_host)) if jax.default_backend() == "gpu" else 0,
             fp8=self._fp8,
             devices=self._layout.size,
         )
+        if choice.away > max(self._on_host, default=0):
+            self._on_host.append(choice.away)
         _, rows, length = arguments[3]["input_ids"].shape
         on_each = f" on each of {self._layout.size} devices" if self._layout.size > 1 else ""
         if cluster.is_first():
@@ -235,7 +246,7 @@ def choose(
             _remember(place, {str(r): n for r, n in measured.items()})
         if measured[remat] <= budget:
             needs = {str(r): _forecast(r, measured, keeps, base) for r in choices}
-            return Choice(remat, compiled, needs, budget)
+            return Choice(remat, compiled, needs, budget, kept(remat)[1])
     least = min(_forecast(remat, measured, keeps, base) for remat in choices)
     less = ""
     if 0 < host < (away := kept(LEAST)[1]):

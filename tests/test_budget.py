@@ -20,9 +20,9 @@ ARGUMENTS = ({}, {}, {"w": jax.ShapeDtypeStruct((1000, 1000), jnp.uint8)}, BATCH
 WORK = 50_000_000  # what every choice needs beside what it keeps
 
 
-def compiled(remat):
+def compiled(remat, tokens=4 * 512):
     """A program of the size that the forecast would have, but for some work space."""
-    temp = WORK + kept_bytes(remat, CONFIG, 4 * 512, 2)[0]
+    temp = WORK + kept_bytes(remat, CONFIG, tokens, 2)[0]
     needs = SimpleNamespace(
         argument_size_in_bytes=1_008_192,
         temp_size_in_bytes=temp,
@@ -125,6 +125,44 @@ def test_the_host_has_to_have_room(tried, hidden):
     choice = plan(tried, need("attention+gate_up"), host=away)
     assert str(choice.remat) == "attention+gate_up"
     assert list(choice.needs)[-3:] == ["attention", "attention+offload", "all+offload"]
+
+
+def test_room_on_the_host(monkeypatch):
+    """Half of what is free, and of XLA's pool, which is for all devices, what earlier programs left."""
+    monkeypatch.setattr(budget.jax, "local_device_count", lambda: 2)
+    monkeypatch.setattr(budget.host_memory, "available", lambda: 100 << 30)
+    assert budget.free_on_host() == 25 << 30
+    monkeypatch.setattr(budget.host_memory, "available", lambda: 1000 << 30)
+    assert budget.free_on_host() == 32 << 30
+    assert budget.free_on_host([4 << 30, 6 << 30]) == (64 - 2 * 20) // 2 << 30
+    assert budget.free_on_host([10 << 30, 15 << 30]) == 15 << 30  # where the larger one was
+    monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "120")
+    assert budget.free_on_host() == 60 << 30
+
+
+def test_later_shapes_have_what_earlier_ones_left(monkeypatch, hidden):
+    """A batch of another shape goes where the first was, or to the rest of the pool; never past its end."""
+    monkeypatch.setattr(budget.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(budget.host_memory, "available", lambda: 10**15)
+    monkeypatch.setattr(budget, "_place", lambda *_: None)
+    monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "1")
+    none, offload = Remat.parse("none"), Remat.parse("none+offload")
+    length = int(0.35 * 2**30 / kept_bytes(offload, CONFIG, 4, 2)[1])  # a third of the pool
+
+    def make_step(remat):
+        program = lambda batch: compiled(remat, batch["input_ids"].size)  # noqa: E731
+        return SimpleNamespace(lower=lambda *given: SimpleNamespace(compile=lambda: program(given[3])))
+
+    model = SimpleNamespace(module=SimpleNamespace(config=CONFIG, fp8=False), dtype=jnp.bfloat16)
+    memory = 0.9e-9 * kept_bytes(none, CONFIG, 4 * length, 2)[0]
+    step = PlannedStep(make_step, model, "auto", budget_gb=memory, announce=lambda _: None)
+    for rows, tokens, want in (
+        (4, length, "none+offload"),
+        (4, int(1.2 * length), "attention+gate_up"),
+        (2, 2 * length, "none+offload"),
+    ):
+        batch = {"input_ids": jax.ShapeDtypeStruct((1, rows, tokens), jnp.int32)}
+        assert str(step.compile(({}, {}, {}, batch, None)).remat) == want
 
 
 def test_images_stay_on_the_device(tried, hidden, monkeypatch):
