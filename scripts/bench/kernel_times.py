@@ -3,8 +3,9 @@
     python scripts/bench/kernel_times.py [--rows 4096 8192] [--only linear attention]
 
 The limit of a line is the larger of its bytes over the copy bandwidth and its operations over the rate of a bf16
-product, both measured first on the same machine. Shapes are Llama-3.1-8B's. `decode` is the few rows of generation,
-whatever --rows says: products chained in one program over weights that rotate, so that none is left in the cache.
+product, both measured first on the same machine. Shapes are Llama-3.1-8B's. `decode` is the few rows of generation
+(--decode_rows; a minute and more for each): products chained in one program over weights that rotate, so that none is
+left in the cache.
 """
 
 import argparse
@@ -165,7 +166,6 @@ def decode_cases(rows: int) -> Iterator[Case]:
 
 
 CASES = {"linear": linear_cases, "attention": attention_cases, "loss": loss_cases, "decode": decode_cases}
-DECODE_ROWS = [1, 8, 16, 32, 64]
 DECODE_BYTES = 180e6  # of weights that rotate: three times the cache
 DECODE_ROUNDS = 20
 
@@ -189,6 +189,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", nargs="+", type=int, default=[8192], help="tokens")
+    parser.add_argument("--decode_rows", nargs="+", type=int, default=[1, 8, 16, 32, 64])
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--out", default=".", help="folder for kernel_times.json")
     args = parser.parse_args()
@@ -196,7 +197,7 @@ def main() -> None:
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {ceilings}")
     results = []
     for kind in args.only:
-        for rows in DECODE_ROWS if kind == "decode" else args.rows:
+        for rows in args.decode_rows if kind == "decode" else args.rows:
             for case in CASES[kind](rows):
                 median, low, high = timed(case)
                 limit = max(case.moved / ceilings.bandwidth, case.flops / ceilings.bf16) * 1e6
