@@ -1,9 +1,10 @@
-"""What collectives run beside: in the schedule of a compiled GPU program, and in a profile of its run.
+"""What transfers run beside: in the schedule of a compiled GPU program, and collectives in a profile of its run.
 
     python scripts/bench/overlap.py program.hlo.txt
 
-prints, for each collective that runs beside others, MB that it leaves on a GPU, what it takes at NVLink's rate and what
-the kernels between its start and its end take at best. One that is given less than it takes is waited for.
+prints, for each collective and each copy from or to the host that runs beside others, MB that it moves, what it takes
+at NVLink's or PCIe's rate and what the kernels between its start and its end take at best. One that is given less than
+it takes is waited for.
 """
 
 import re
@@ -19,18 +20,23 @@ COLLECTIVE = re.compile(
 )
 
 
+HOST = "S(5)"  # XLA's name for the host's memory
+
+
 class Window(NamedTuple):
-    """One collective: its start in a computation, how often it runs, bytes, and seconds of kernels at best until it is
-    waited for: those that XLA puts on the stream of the products, so without its asynchronous copies."""
+    """One transfer: its start in a computation, how often it runs, bytes, seconds that it takes at best, and seconds of
+    kernels at best until it is waited for: those that XLA puts on the stream of the products, so without its
+    asynchronous copies."""
 
     name: str
     times: int
     bytes: float
+    takes: float
     seconds: float
 
 
 def windows(text: str, ceilings: roofline.Ceilings = roofline.H200, unknown_trips: int = 8) -> list[Window]:
-    """The asynchronous collectives of an optimised, scheduled HLO module."""
+    """The asynchronous collectives and copies from and to the host of an optimised, scheduled HLO module."""
     computations, entry = roofline.parse(text)
     rows = {row.name: row for row in roofline.kernels(text, ceilings, unknown_trips)}
     found: list[Window] = []
@@ -38,22 +44,34 @@ def windows(text: str, ceilings: roofline.Ceilings = roofline.H200, unknown_trip
     def visit(computation: str, times: int) -> float:
         """Seconds of one run; notes the collectives in it."""
         total, began = 0.0, {}
+        types = {i.name: i.type for i in computations[computation]}
         for i in computations[computation]:
             if i.op == "while":
                 trips = re.search(r'known_trip_count":\{"n":"(\d+)"', i.text)
                 count = int(trips[1]) if trips else unknown_trips
                 total += count * visit(roofline.called(i, "body"), times * count)
             elif roofline.is_collective(i) and i.op.endswith("-start"):
-                began[i.name] = (total, sum(roofline.received(i).values()))
+                moved = sum(roofline.received(i).values())
+                began[i.name] = (total, moved, moved / ceilings.link)
+            elif i.op in ("async-start", "fusion-start") and HOST in i.type:
+                moved = sliced(i, types)
+                began[i.name] = (total, moved, moved / ceilings.host)
             elif i.op.endswith("-done") and i.operands and i.operands[0] in began:
-                since, moved = began[i.operands[0]]
-                found.append(Window(i.operands[0], times, moved, total - since))
+                since, moved, takes = began[i.operands[0]]
+                found.append(Window(i.operands[0], times, moved, takes, total - since))
             elif i.op != "fusion-start" and i.name in rows and not roofline.is_collective(i):
                 total += rows[i.name].seconds / rows[i.name].times
         return total
 
     visit(entry, 1)
     return found
+
+
+def sliced(i: roofline.Instruction, types: dict[str, str]) -> float:
+    """Bytes of the slice of a stack on the host that a copy fetches or replaces; types: of the computation's others."""
+    if "update" in i.name:
+        return roofline.size(types[i.operands[1]])
+    return roofline.size(i.type.rsplit("), ", 1)[1].rsplit(", ", 1)[0])
 
 
 def device_events(trace: Any) -> Iterator[tuple[str, str, float, float]]:
@@ -91,10 +109,9 @@ def main() -> None:
     with open(sys.argv[1]) as file:
         found = windows(file.read())
     for window in found:
-        link = window.bytes / roofline.H200.link
         print(
-            f"{window.times:4d} x {window.name:24s} {window.bytes / 1e6:9.1f} MB, {link * 1e3:7.2f} ms at best, beside "
-            f"{window.seconds * 1e3:8.2f} ms of kernels"
+            f"{window.times:4d} x {window.name:32s} {window.bytes / 1e6:9.1f} MB, {window.takes * 1e3:7.2f} ms at "
+            f"best, beside {window.seconds * 1e3:8.2f} ms of kernels"
         )
 
 

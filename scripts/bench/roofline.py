@@ -34,13 +34,14 @@ SKINNY = 64  # a product with a side this short is an adapter's
 
 class Ceilings(NamedTuple):
     """bytes/s of a copy (read + written), operations/s of bf16 products, of fp8 products, of attention, and bytes/s
-    that a GPU gets from others of its host."""
+    that a GPU gets from others of its host, and from or to the host's memory."""
 
     bandwidth: float = 4.3e12
     bf16: float = 800e12
     fp8: float = 1450e12
     attention: float = 580e12
     link: float = 450e9  # NVLink 4, one direction
+    host: float = 55e9  # PCIe 5
 
 
 H200 = Ceilings()  # as measured on one, see docs/benchmarks.md

@@ -1,4 +1,4 @@
-"""What the benchmarks say of collectives beside compute, on a small program and on a profile's events."""
+"""What the benchmarks say of transfers beside compute, on small programs and on a profile's events."""
 
 import importlib
 import sys
@@ -53,10 +53,55 @@ backend_config={"known_trip_count":{"n":"3"}}
 
 def test_a_window_is_what_runs_until_the_collective_is_waited_for(overlap):
     copy = 2 * 2 * 1024 / 1e9  # seconds, read and written
-    found = {w.name: w for w in overlap.windows(PROGRAM, overlap.roofline.Ceilings(bandwidth=1e9))}
+    found = {w.name: w for w in overlap.windows(PROGRAM, overlap.roofline.Ceilings(bandwidth=1e9, link=1e6))}
     head, layer = found["all-gather-start"], found["all-gather-start.1"]
-    assert (head.times, head.bytes) == (1, 2 * 4096) and head.seconds == pytest.approx(3 * 2 * copy)
+    assert (head.times, head.bytes, head.takes) == (1, 2 * 4096, pytest.approx(2 * 4096 / 1e6))
+    assert head.seconds == pytest.approx(3 * 2 * copy)
     assert (layer.times, layer.bytes) == (3, 2 * 1024) and layer.seconds == pytest.approx(copy)
+
+
+OFFLOAD = """HloModule step, is_scheduled=true
+
+%fetch (a: bf16[8,512], b: s32[], c: s32[]) -> bf16[1,512] {
+  %a = bf16[8,512]{1,0:S(5)} parameter(0)
+  %b = s32[] parameter(1)
+  %c = s32[] parameter(2)
+  ROOT %slice = bf16[1,512]{1,0} dynamic-slice(%a, %b, %c), dynamic_slice_sizes={1,512}
+}
+
+%send (a: bf16[8,512], x: bf16[1,512], b: s32[], c: s32[]) -> bf16[8,512] {
+  %a = bf16[8,512]{1,0:S(5)} parameter(0)
+  %x = bf16[1,512]{1,0} parameter(1)
+  %b = s32[] parameter(2)
+  %c = s32[] parameter(3)
+  ROOT %update = bf16[8,512]{1,0:S(5)} dynamic-update-slice(%a, %x, %b, %c)
+}
+
+ENTRY %main (stack: bf16[8,512], x: bf16[1,512], i: s32[]) -> (bf16[8,512], bf16[1,512]) {
+  %stack = bf16[8,512]{1,0:S(5)} parameter(0)
+  %x = bf16[1,512]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %dynamic-slice-start.1 = ((bf16[8,512]{1,0:S(5)}, s32[], s32[]), bf16[1,512]{1,0}, u32[]) \
+fusion-start(%stack, %i, %i), kind=kLoop, calls=%fetch
+  %y = bf16[1,512]{1,0} copy(%x)
+  %dynamic-update-slice-start = ((bf16[8,512]{1,0:S(5)}, bf16[1,512]{1,0}, s32[], s32[]), bf16[8,512]{1,0:S(5)}, \
+u32[]) fusion-start(%stack, %y, %i, %i), kind=kLoop, calls=%send
+  %z = bf16[1,512]{1,0} copy(%y)
+  %dynamic-slice-done.1 = bf16[1,512]{1,0} fusion-done(%dynamic-slice-start.1)
+  %dynamic-update-slice-done = bf16[8,512]{1,0:S(5)} fusion-done(%dynamic-update-slice-start)
+  ROOT %out = (bf16[8,512]{1,0:S(5)}, bf16[1,512]{1,0}) tuple(%dynamic-update-slice-done, %dynamic-slice-done.1)
+}
+"""
+
+
+def test_copies_to_the_host_are_transfers_too(overlap):
+    """Of a slice of a stack there, which the type does not say alone."""
+    copy, ceilings = 2 * 2 * 512 / 1e9, overlap.roofline.Ceilings(bandwidth=1e9, host=1e6)
+    found = {w.name: w for w in overlap.windows(OFFLOAD, ceilings)}
+    fetched, sent = found["dynamic-slice-start.1"], found["dynamic-update-slice-start"]
+    assert fetched.bytes == sent.bytes == 1024
+    assert fetched.takes == sent.takes == pytest.approx(1024 / 1e6)
+    assert (fetched.seconds, sent.seconds) == pytest.approx((2 * copy, copy))
 
 
 def test_copies_on_a_stream_of_their_own_hide_no_collective(overlap):
