@@ -132,9 +132,8 @@ def compiler_options(
         return None
     # The stacks of what is kept are written whole: no need to fill them with zeros first.
     options: dict[str, bool | str | int] = {"xla_gpu_enable_dus_accumulator_zero_init_elimination": True}
-    if (
-        remat.offload or layout.fsdp > 1
-    ):  # transfers run beside the products, which each of these is needed for
+    # Transfers run beside the products, which each of these is needed for.
+    if remat.offload or layout.fsdp > 1:
         options |= {
             "xla_gpu_enable_latency_hiding_scheduler": True,
             # A transfer starts as early as it can, and is waited for where its result is used.
@@ -145,14 +144,9 @@ def compiler_options(
         options |= {
             # A layer's input is fetched while the layer above is worked on.
             "xla_gpu_enable_pipelined_host_offloading": True,
-            "xla_disable_hlo_passes": ",".join(
-                (
-                    # Copies of single numbers would queue behind the large ones, on the same few streams.
-                    "dynamic-slice-copy-fusion-async-wrapper",
-                    # What a layer keeps would leave within the next layer, which would wait for it.
-                    "collective-pipeliner-forward",
-                )
-            ),
+            # By the first, copies of single numbers would queue behind the large ones, on the same few streams; by the
+            # second, what a layer keeps would leave within the next layer, which would wait for it.
+            "xla_disable_hlo_passes": "dynamic-slice-copy-fusion-async-wrapper,collective-pipeliner-forward",
             # A CUDA graph runs its copies and kernels one after another.
             "xla_gpu_enable_command_buffer": "",
         }
