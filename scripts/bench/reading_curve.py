@@ -154,10 +154,10 @@ def digit_rows(file: Path) -> list[dict[str, Any]]:
 
 
 class Curve:
-    """Reads the images every so many steps, as a callback of the trainer."""
+    """Reads the images every so many steps, as a callback of the trainer, and writes the curve so far."""
 
-    def __init__(self, model: Any, processor: Any, task: Task, every: int):
-        self.model, self.processor, self.asked = model, processor, examples(task.held_out)
+    def __init__(self, model: Any, processor: Any, task: Task, every: int, out: Path):
+        self.model, self.processor, self.asked, self.out = model, processor, examples(task.held_out), out
         self.every, self.max_new_tokens, self.form = every, task.max_new_tokens, task.form
         self.points: list[dict[str, float]] = []
         self.said: list[str] = []
@@ -181,6 +181,8 @@ class Curve:
             f"step {step:5d}, {seconds:4.0f} s: loss {loss}, CER {rates.cer:.1%}, exact {rates.exact:.1%}",
             flush=True,
         )
+        (self.out / "curve.json").write_text(json.dumps(self.points, indent=1))
+        draw(self.points, self.out / "curve.png")
         FastVisionModel.for_training(self.model)
 
     def show(self, count: int = 5) -> None:
@@ -291,10 +293,7 @@ def main() -> None:
         task = formulas(given)
     else:
         task = digits(given) if given.digits else lines(given, processor.tokenizer)
-    curve = Curve(model, processor, task, given.every)
-    train(model, processor, task, curve, given)
-    (given.out / "curve.json").write_text(json.dumps(curve.points, indent=1))
-    draw(curve.points, given.out / "curve.png")
+    train(model, processor, task, Curve(model, processor, task, given.every, given.out), given)
 
 
 if __name__ == "__main__":
