@@ -54,13 +54,15 @@ class Projection(NamedTuple):
     """scale · (x W_iᵀ + (x A_i) B_i) + bias of layers that share x, side by side.
 
     weights: NF4 or arrays [out_i, in]. adapters: an Adapter or None for each. scale (DoRA's) and bias: [sum of out_i]
-    or None.
+    or None. folded: the adapters again as `nf4_matmul` takes them, where that reads the weights; of stacked layers one
+    for each: what cuBLAS or Triton multiplies would be copied out of a stack for each token.
     """
 
     weights: tuple[NF4 | jax.Array, ...]
     adapters: tuple[Adapter | None, ...]
     scale: jax.Array | None
     bias: jax.Array | None
+    folded: nf4_matmul.Lora | tuple[nf4_matmul.Lora, ...] | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, in] -> [B, sum of out_i]."""
@@ -68,9 +70,14 @@ class Projection(NamedTuple):
         if len(x) > nf4_matmul.MAX_ROWS and any(isinstance(weight, NF4) for weight in weights):
             # else XLA dequantises many layers before it needs them
             weights, x = apart(weights, x)
-        y = adapted_linear(x, weights, self.adapters)
+        y = adapted_linear(x, weights, self.adapters, self.folded)
         y = y if self.scale is None else y * self.scale
         return y if self.bias is None else y + self.bias
+
+    def at(self, repeat: int) -> "Projection":
+        """One layer of stacked ones."""
+        one = jax.tree.map(lambda leaf: leaf[repeat], self._replace(folded=None))
+        return one if self.folded is None else one._replace(folded=self.folded[repeat])
 
 
 class Layer(NamedTuple):
@@ -98,6 +105,11 @@ class Layer(NamedTuple):
         found = {name: part for name, part in self._asdict().items() if isinstance(part, Projection)}
         return self._replace(**{name: change(part) for name, part in found.items()})
 
+    def at(self, repeat: int) -> "Layer":
+        """One layer of stacked ones."""
+        one = lambda part: part.at(repeat) if isinstance(part, Projection) else part[repeat]  # noqa: E731
+        return Layer(*(None if part is None else one(part) for part in self))
+
 
 class Weights(NamedTuple):
     """embed, head: [V, D]. norm: [D]. segments: of each the layers of a period, stacked over its repeats."""
@@ -120,12 +132,12 @@ class Weights(NamedTuple):
         for segment in self.segments:
             for repeat in range(len(segment[0].input_norm)):
                 for layer in segment:
-                    yield jax.tree.map(lambda leaf, at=repeat: leaf[at], layer)
+                    yield layer.at(repeat)
 
 
 def stored(model: Any, *, read_codes: bool) -> Weights:
-    """A model's own leaves ("lora"). Only the adapters are new arrays, and with `read_codes` the scales in float32, as
-    `nf4_matmul` reads them: 0.37 bits a weight."""
+    """A model's own leaves ("lora"). Only the adapters are new arrays, and with `read_codes` what `nf4_matmul` reads:
+    scales in float32, 0.37 bits a weight, and the adapters folded."""
     return _weights(model, lambda layers: _cast(layers, model.dtype, read_codes), lambda layers, _: (layers,))
 
 
@@ -241,6 +253,14 @@ def _decoded_scales(weight: NF4) -> jax.Array:
     return jax.lax.map(dequantize_absmax, weight)
 
 
+@jax.jit
+def _folded(
+    weights: tuple[NF4, ...], adapters: tuple[Adapter | None, ...]
+) -> tuple[nf4_matmul.Lora, ...] | None:
+    stacked = jax.vmap(nf4_matmul.fold)(weights, adapters)
+    return None if stacked is None else tuple(map(nf4_matmul.Lora, *stacked))
+
+
 def _cast(layers: tuple[Layer, ...], dtype, read_codes: bool) -> tuple[Layer, ...]:
     """Stacked layers as stored -> in the dtype that a step computes in."""
 
@@ -251,7 +271,9 @@ def _cast(layers: tuple[Layer, ...], dtype, read_codes: bool) -> tuple[Layer, ..
 
     def projection(p: Projection) -> Projection:
         cast = partial(jax.tree.map, lambda leaf: leaf.astype(dtype))
-        return Projection(tuple(map(weight, p.weights)), cast(p.adapters), cast(p.scale), p.bias)
+        adapters = cast(p.adapters)
+        folded = _folded(p.weights, adapters) if read_codes else None
+        return Projection(tuple(map(weight, p.weights)), adapters, cast(p.scale), p.bias, folded)
 
     return tuple(layer.each(projection) for layer in layers)
 
@@ -277,5 +299,6 @@ def _merge_layer(layer: Layer, at: jax.Array, *, dtype) -> Layer:
 
 def step_bytes(weights: Weights) -> int:
     """Bytes of weights that a decode step reads; the embedding's few rows are not counted."""
-    leaves = jax.tree.leaves((weights.norm, weights.head, weights.segments))
-    return sum(leaf.nbytes for leaf in leaves)
+    once = lambda p: p if p.folded is None else p._replace(adapters=())  # noqa: E731
+    segments = [[layer.each(once) for layer in segment] for segment in weights.segments]
+    return sum(leaf.nbytes for leaf in jax.tree.leaves((weights.norm, weights.head, segments)))

@@ -77,19 +77,23 @@ def reference(x: jax.Array, weights: tuple, adapters: tuple) -> jax.Array:
     return jnp.concatenate(parts, axis=-1)
 
 
-def adapted_linear(x: jax.Array, weights: tuple, adapters: tuple) -> jax.Array:
+def adapted_linear(
+    x: jax.Array, weights: tuple, adapters: tuple, folded: nf4_matmul.Lora | None = None
+) -> jax.Array:
     """x W_iᵀ + (x A_i) B_i of layers that share x, side by side.
 
     Args:
       x: [..., in].
       weights: frozen, NF4 or arrays [out_i, in]; they get no gradient.
       adapters: an Adapter in x's dtype for each weight, or None.
+      folded: `nf4_matmul.fold` of both, which a caller of many products makes once.
 
     Returns:
       [..., sum of out_i] in x's dtype.
     """
     if _reads_codes(x, weights, adapters):
-        return _from_codes(x.reshape(-1, x.shape[-1]), weights, adapters).reshape(*x.shape[:-1], -1)
+        folded = nf4_matmul.fold(weights, adapters) if folded is None else folded
+        return _from_codes(x.reshape(-1, x.shape[-1]), weights, adapters, folded).reshape(*x.shape[:-1], -1)
     if is_few(x) or target.capability() is None or all(adapter is None for adapter in adapters):
         return reference(x, weights, adapters)
     return _joined(x.reshape(-1, x.shape[-1]), weights, adapters).reshape(*x.shape[:-1], -1)
@@ -115,19 +119,19 @@ def _reads_codes(x: jax.Array, weights: tuple, adapters: tuple) -> bool:
 
 
 @jax.custom_vjp
-def _from_codes(x: jax.Array, weights: tuple, adapters: tuple) -> jax.Array:
-    """[N, in] -> [N, sum(out)]."""
-    return nf4_matmul.nf4_matmul(x, weights, adapters).astype(x.dtype)
+def _from_codes(x: jax.Array, weights: tuple, adapters: tuple, folded: nf4_matmul.Lora | None) -> jax.Array:
+    """[N, in] -> [N, sum(out)]; the gradient is that of the adapters, not of `folded`."""
+    return nf4_matmul.nf4_matmul(x, weights, folded).astype(x.dtype)
 
 
-def _from_codes_forward(x, weights, adapters):
-    return _from_codes(x, weights, adapters), (x, weights, adapters)
+def _from_codes_forward(x, weights, adapters, folded):
+    return _from_codes(x, weights, adapters, folded), (x, weights, adapters)
 
 
 def _from_codes_backward(residuals, dy):
     x, weights, adapters = residuals  # training on so few rows is no case to be fast in
     dx, grads = jax.vjp(lambda x, adapters: reference(x, weights, adapters), x, adapters)[1](dy)
-    return dx, None, grads
+    return dx, None, grads, None
 
 
 _from_codes.defvjp(_from_codes_forward, _from_codes_backward)

@@ -49,6 +49,35 @@ class Config(NamedTuple):
     stages: int
 
 
+class Lora(NamedTuple):
+    """The adapters of layers that share x as the kernel takes them, made by `fold`; R is their largest rank.
+
+    a: [layers · R, in], columns in kernel order. b: [R, sum(out)], the layers side by side.
+    """
+
+    a: jax.Array
+    b: jax.Array
+
+
+def fold(weights: tuple[NF4, ...], adapters: tuple) -> Lora | None:
+    """Adapters (A [in, R_i], B [R_i, out_i]) or None of each weight as `Lora`; None if none has an adapter.
+
+    Not to be done for each token: it is two launches a product, a tenth of what a layer has.
+    """
+    given = [adapter for adapter in adapters if adapter is not None]
+    if not given:
+        return None
+    (width, _), dtype, rank = given[0][0].shape, given[0][0].dtype, max(a.shape[1] for a, _ in given)
+    every_a, every_b = [], []
+    for weight, adapter in zip(weights, adapters, strict=True):
+        none = jnp.zeros((width, 0), dtype), jnp.zeros((0, len(weight.codes)), dtype)
+        a, b = none if adapter is None else adapter
+        missing = rank - a.shape[1]
+        every_a.append(jnp.pad(a, ((0, 0), (0, missing))))
+        every_b.append(jnp.pad(b, ((0, missing), (0, 0))))
+    return Lora(_in_kernel_order(jnp.concatenate(every_a, 1).T), jnp.concatenate(every_b, 1))
+
+
 def reference(x: jax.Array, weights: tuple[NF4, ...], adapters: tuple) -> jax.Array:
     """x W_iᵀ + (x A_i) B_i side by side, float32 [M, sum(out_i)]; arguments as of `nf4_matmul`."""
     x = x.astype(jnp.float32)
@@ -392,30 +421,10 @@ def _call(x, weights, lora, config: Config, interpret) -> jax.Array:
     return kernel(x, weights, jnp.asarray(_pairs()), lora)
 
 
-def _lora(x: jax.Array, weights: tuple[NF4, ...], adapters: tuple):
-    """The adapters as `_call` takes them: x A of each, float32 [weights, R, N], and B side by side, [R, sum(out)].
-
-    x [N, in] is in kernel order and A follows it: the other way both orders of x would be written.
-    """
-    ranks = [0 if adapter is None else adapter[0].shape[1] for adapter in adapters]
-    if not any(ranks):
-        return None
-    width, rank, a, b = x.shape[1], max(ranks), [], []
-    for weight, adapter in zip(weights, adapters, strict=True):
-        if adapter is None:
-            adapter = jnp.zeros((width, 0), x.dtype), jnp.zeros((0, weight.codes.shape[0]), x.dtype)
-        missing = rank - adapter[0].shape[1]
-        a.append(jnp.pad(adapter[0], ((0, 0), (0, missing))))
-        b.append(jnp.pad(adapter[1], ((0, missing), (0, 0))))
-    a_transposed = _in_kernel_order(jnp.concatenate(a, 1).T)  # [weights · R, in]
-    xa = jnp.dot(a_transposed, x.T, preferred_element_type=jnp.float32)
-    return xa.reshape(len(weights), rank, len(x)), jnp.concatenate(b, 1)
-
-
 def nf4_matmul(
     x: jax.Array,
     weights: tuple[NF4, ...],
-    adapters: tuple,
+    lora: Lora | None,
     config: Config | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> jax.Array:
@@ -424,7 +433,7 @@ def nf4_matmul(
     Args:
       x: bfloat16 [M, in].
       weights: [out_i, in]; a float32 absmax is read as it is, a double-quantised one decoded before.
-      adapters: bfloat16 (A [in, R_i], B [R_i, out_i]) for each weight, or None.
+      lora: `fold` of their adapters, bfloat16.
       config: by default `config_for`'s.
       interpret: to run on a CPU, with a twin for what the interpreter lacks.
 
@@ -433,16 +442,17 @@ def nf4_matmul(
     """
     m = len(x)
     x = jnp.pad(_in_kernel_order(x), ((0, _padded(m) - m), (0, 0)))
-    lora = _lora(x, weights, adapters)
-    given = []
+    rank = 0 if lora is None else len(lora.b)
+    given, small = [], None
     for weight in weights:
         out, half = weight.codes.shape
         words = lax.bitcast_convert_type(weight.codes.reshape(out, half // 4, 4), jnp.int32)
         given.append((words, dequantize_absmax(weight)))
+    if lora is not None:
+        xa = jnp.dot(lora.a, x.T, preferred_element_type=jnp.float32)
+        small = xa.reshape(len(weights), rank, len(x)), lora.b
     if config is None:
-        config = config_for(
-            m, [weight.codes.shape[0] for weight in weights], 0 if lora is None else lora[1].shape[0]
-        )
+        config = config_for(m, [weight.codes.shape[0] for weight in weights], rank)
         assert config is not None, "not supported"
-    parts = _call(x, tuple(given), lora, config, interpret)
+    parts = _call(x, tuple(given), small, config, interpret)
     return parts.sum(0).T[:m]

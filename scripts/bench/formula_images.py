@@ -14,7 +14,8 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.mathtext import MathTextParser
 from PIL import Image
 
-CANVAS = 448, 56  # pixels that a formula is laid on, before that is stretched to what the model sees
+CANVAS = 448, 56  # pixels that a formula is laid on, at most, before that is stretched to what the model sees
+NARROWEST = 112  # of them in width, for a short one
 MARGIN = 4
 DPI = 100  # of a label in 12 points
 FINER = 3  # times; what is drawn smaller sticks to whole pixels
@@ -169,8 +170,8 @@ def draw(text: str, chance: random.Random) -> Image.Image:
 def lay(picture: Image.Image, size: tuple[int, int], chance: random.Random | None = None) -> Image.Image:
     """A picture of a formula on white, stretched to `size` pixels, mode L.
 
-    Its ink is cut out and laid on `CANVAS`, in the middle of its left; what is larger is scaled down. With `chance`
-    place and scale vary a little.
+    Its ink is cut out and laid on `CANVAS`, in the middle of its left; what is larger is scaled down, and what is
+    shorter gets a shorter canvas, so that little of it is empty. With `chance` place and scale vary a little.
     """
     grey = picture.convert("L")
     grey = grey.crop(grey.point(lambda level: 255 * (level < INK)).getbbox())
@@ -180,6 +181,6 @@ def lay(picture: Image.Image, size: tuple[int, int], chance: random.Random | Non
     left, top = MARGIN, (CANVAS[1] - grey.height) // 2
     if chance:
         left, top = left + chance.randint(-3, 3), top + chance.randint(-3, 3)
-    canvas = Image.new("L", CANVAS, 255)
+    canvas = Image.new("L", (max(NARROWEST, grey.width + 2 * MARGIN), CANVAS[1]), 255)
     canvas.paste(grey, (left, top))
     return canvas.resize(size, Image.Resampling.LANCZOS)

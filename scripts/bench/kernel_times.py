@@ -5,12 +5,17 @@
 The limit of a line is the larger of its bytes over the copy bandwidth and its operations over the rate of a bf16
 product, both measured first on the same machine. Shapes are Llama-3.1-8B's. `decode` is the few rows of generation
 (--decode_rows; a minute and more for each): products chained in one program over weights that rotate, so that none is
-left in the cache.
+left in the cache. --profile adds the kernels that a line consists of and the gaps between them, without CUDA graphs,
+which hide the names: a line then takes longer.
 """
 
 import argparse
+import collections
 import json
+import os
+import re
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,11 +24,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import overlap
 from step import ceilings_here
 
 from jaxtune.kernels.attention import cudnn_attention
 from jaxtune.kernels.cross_entropy import Options, fused_cross_entropy, token_log_probs
 from jaxtune.kernels.linear import Adapter, adapted_linear, dense, reference
+from jaxtune.kernels.nf4_matmul import fold
 from jaxtune.quant import NF4, dequantize_absmax
 
 D, F, HEADS, KV, H, VOCAB, RANK = 4096, 14336, 32, 8, 128, 128256, 16
@@ -157,8 +164,10 @@ def decode_cases(rows: int) -> Iterator[Case]:
                 for c in range(copies)]  # fmt: skip
         stored = sum(weight.codes.nbytes + weight.absmax.nbytes for weight in sets[0][0])
         flops, small = 2.0 * rows * total * width, 2 * (x.size + rows * total)
-        for label, product in (("from the codes", adapted_linear), ("dequantise, product", reference)):
-            yield chained(product, sets, x, flops, small + stored, f"decode {name}: {label}")
+        yield chained(reference, sets, x, flops, small + stored, f"decode {name}: dequantise, product")
+        folded = fold(*sets[0])  # once, as in generation
+        folded_sets = [(*given, folded) for given in sets]
+        yield chained(adapted_linear, folded_sets, x, flops, small + stored, f"decode {name}: from the codes")
         copies = 1 + int(DECODE_BYTES / (total * width * 2))
         sets = [(random(c, total, width),) for c in range(copies)]
         dense_bytes = small + 2.0 * total * width
@@ -168,6 +177,29 @@ def decode_cases(rows: int) -> Iterator[Case]:
 CASES = {"linear": linear_cases, "attention": attention_cases, "loss": loss_cases, "decode": decode_cases}
 DECODE_BYTES = 180e6  # of weights that rotate: three times the cache
 DECODE_ROUNDS = 20
+
+
+def parts(case: Case) -> list[tuple[str, float, float]]:
+    """Kernels of one call by what they took: name, launches and microseconds, divided by the repeats; then the gaps.
+
+    Instructions that differ in their number only count as one.
+    """
+    call = jax.jit(case.call)
+    jax.block_until_ready(call(*case.arguments))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(call(*case.arguments))
+        trace = jax.profiler.ProfileData.from_file(str(next(Path(folder).rglob("*.xplane.pb"))))
+    events = sorted((start, end, name) for _, name, start, end in overlap.device_events(trace))
+    took: collections.Counter[str] = collections.Counter()
+    launches: collections.Counter[str] = collections.Counter()
+    for start, end, name in events:
+        kind = re.sub(r"[._]\d+$", "", name)
+        took[kind] += (end - start) / 1e3 / case.repeats
+        launches[kind] += 1
+    found = [(kind, launches[kind] / case.repeats, us) for kind, us in took.most_common()]
+    whole = (max(end for _, end, _ in events) - events[0][0]) / 1e3 / case.repeats
+    return [*found, ("gaps", 0, whole - sum(took.values()))]
 
 
 def timed(case: Case) -> tuple[float, float, float]:
@@ -191,8 +223,11 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[8192], help="tokens")
     parser.add_argument("--decode_rows", nargs="+", type=int, default=[1, 8, 16, 32, 64])
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", default=".", help="folder for kernel_times.json")
     args = parser.parse_args()
+    if args.profile:
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
     ceilings = ceilings_here()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {ceilings}")
     results = []
@@ -208,6 +243,10 @@ def main() -> None:
                     f"{rows:6d} {case.name:56s} {median:10.1f} us ({low:.1f} to {high:.1f})  limit {limit:9.1f}",
                     flush=True,
                 )
+                if args.profile:
+                    *kernels, gaps = parts(case)
+                    for name, launches, us in [*kernels[:8], gaps]:
+                        print(f"{'':8s} {us:8.2f} us, {launches:6.2f} launches  {name}", flush=True)
     Path(args.out, "kernel_times.json").write_text(json.dumps(results, indent=1))
 
 

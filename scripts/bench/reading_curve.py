@@ -2,13 +2,13 @@
 
     python scripts/bench/reading_curve.py SMOLLM2_FOLDER --out reading --ocr FOLDER --workers 9
     python scripts/bench/reading_curve.py SMOLLM2_FOLDER --out digits --digits digits.npz --steps 600 --every 50
-    python scripts/bench/reading_curve.py SMOLLM2_FOLDER --out formulas --formulas FOLDER --side 128 --tiles 4
+    python scripts/bench/reading_curve.py SMOLLM2_FOLDER --out formulas --formulas FOLDER --side 384
     python scripts/bench/reading_curve.py SMOLLM2_FOLDER --steps 4 --batch 4 --rows 40 --limit 4 --side 64     # a CPU
 
 All weights are trained on lines that Pillow renders (words, sums, invoices, letters at random). Read are the images of
 --ocr, with metadata.jsonl (image, text); none of their texts is trained on. With --digits it trains on written digits
 (scikit-learn's: images uint8 [N, 8, 8] and labels) and reads of the last 400. With --formulas it trains on formulas
-made at random (see formula_images.py) and on the folder's own, ten times each, and reads what the folder holds out;
+made at random (see formula_images.py), short ones first, and on the folder's own, and reads what the folder holds out;
 labels and readings are compared in the normal form of formulas.py. Writes curve.json and curve.png: the character error
 rate and the share of exact readings along the way. Lines on one H200: six minutes.
 """
@@ -40,16 +40,19 @@ import matplotlib.pyplot as plt
 QUESTION = "Write out the text."
 HELD_OUT_DIGITS = 400
 TIMES = 10  # that every real formula is trained on, each time laid a little otherwise
-LONGEST = 150  # characters of a formula
+SHORTEST, LONGEST = 6, 150  # characters of the formulas made first and last, at most
+GROWING = 0.6  # of the steps, in which the formulas grow
 DARK = [(0, 0, 0), (30, 40, 90), (110, 20, 20), (20, 80, 40), (60, 60, 60)]
 LIGHT = [(255, 255, 255), (255, 248, 225), (232, 240, 255), (238, 238, 238)]
 
 
 class Task(NamedTuple):
-    """Rows to train on and to read; tokens of a row, and of an answer, at most; the form to compare readings in."""
+    """Rows to train on, perhaps in this order, and to read; tokens of a row, and of an answer, at most; the form to
+    compare readings in."""
 
     rows: list[dict]
     held_out: list[dict]
+    in_order: bool = False
     max_length: int = 160
     max_new_tokens: int = 24
     form: Callable[[str], str] = str
@@ -117,12 +120,12 @@ def rendered_rows(tokenizer: Any, count: int, kept_out: set[str], workers: int) 
     return at_once(rendered_row, ((number, words, kept_out) for number in range(count)), workers)
 
 
-def formula_row(job: tuple[int, list[str], list[str], set[str], tuple[int, int]]) -> dict[str, Any]:
-    """The row of a number: a formula like those known, and of their parts."""
-    number, known, parts, kept_out, size = job
+def formula_row(job: tuple[int, int, list[str], list[str], set[str], tuple[int, int]]) -> dict[str, Any]:
+    """The row of a number: a formula of limited length like those known, and of their parts."""
+    number, longest, known, parts, kept_out, size = job
     chance = random.Random(number)
     while True:
-        text = invent(chance, known, parts, LONGEST)
+        text = invent(chance, known, parts, longest)
         try:
             picture = draw_formula(text, chance)
         except ValueError:  # a label has commands that mathtext does not know
@@ -207,6 +210,7 @@ def train(model: Any, processor: Any, task: Task, curve: Curve, given: argparse.
         save_strategy="no",
         report_to="none",
         seed=given.seed,
+        train_sampling_strategy="sequential" if task.in_order else "random",
     )
     trainer = SFTTrainer(
         model=model,
@@ -251,7 +255,8 @@ def formulas(given: argparse.Namespace) -> Task:
     real, held_out, left_out = labelled(given.formulas, LONGEST)
     known, kept_out = [text for _, text in real], {text for _, text in held_out}
     parts, size = terms(known), (given.tiles * given.side, given.side)
-    jobs = ((number, known, parts, kept_out, size) for number in range(given.rows))
+    limits = (SHORTEST + np.linspace(0, 1, given.rows) ** 2 * (LONGEST - SHORTEST)).astype(int)
+    jobs = ((number, int(limit), known, parts, kept_out, size) for number, limit in enumerate(limits))
     rows = at_once(formula_row, jobs, given.workers)
     repeated = [(*pair, size, random.Random(number)) for number, pair in enumerate(real * TIMES)]
     rows += at_once(laid_row, repeated, given.workers)
@@ -261,7 +266,15 @@ def formulas(given: argparse.Namespace) -> Task:
         flush=True,
     )
     asked = [laid_row((*pair, size, None)) for pair in held_out[: given.limit]]
-    return Task(rows, asked, max_length=256, max_new_tokens=112, form=normal)
+    rows = growing(rows, given.steps * given.batch, random.Random(given.seed))
+    return Task(rows, asked, in_order=True, max_length=256, max_new_tokens=112, form=normal)
+
+
+def growing(rows: list[dict], count: int, chance: random.Random) -> list[dict]:
+    """So many of the rows, the first from their beginning only, the last from all: a formula of two symbols teaches
+    to look at the image, a long one at first only which symbol follows which."""
+    reach = np.clip(np.linspace(0, 1 / GROWING, count), 0.05, 1) * len(rows)
+    return [rows[chance.randrange(max(1, int(stop)))] for stop in reach]
 
 
 def main() -> None:

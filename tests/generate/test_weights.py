@@ -7,7 +7,8 @@ from tolerances import SAMPLED_LOGPROBS
 
 from jaxtune.fast import FastLanguageModel
 from jaxtune.generate import Engine
-from jaxtune.generate.weights import merged, merged_bytes, stored
+from jaxtune.generate.weights import merged, merged_bytes, step_bytes, stored
+from jaxtune.kernels.nf4_matmul import fold
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -60,3 +61,27 @@ def test_what_they_take(model):
     weights = [w for segment in stored(model, read_codes=False).segments for layer in segment
                for p in layer if hasattr(p, "weights") for w in jax.tree.leaves(p.weights)]  # fmt: skip
     assert weights and all(id(leaf) in own for leaf in weights)
+
+
+def test_adapters_are_folded_where_the_codes_are_read(tiny_model_dir):
+    """Of each layer what `fold` makes of its slice; a step reads that instead of A and B."""
+    model, _ = FastLanguageModel.from_pretrained(
+        tiny_model_dir("qwen2"), dtype="float32", max_seq_length=None
+    )
+    model = FastLanguageModel.get_peft_model(
+        model, r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj"]
+    )
+    weights = stored(model, read_codes=True)
+    layers = list(weights.layers())
+    assert len(layers) > 1
+    for layer in layers:
+        want = fold(layer.qkv.weights, layer.qkv.adapters)
+        for ours, theirs in zip(layer.qkv.folded, want, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        assert layer.down.folded is None
+    adapters = [layer.qkv.adapters for segment in weights.segments for layer in segment]
+    bytes_of = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
+    assert step_bytes(weights) == bytes_of((weights.norm, weights.head, weights.segments)) - bytes_of(
+        adapters
+    )
+    assert all(layer.qkv.folded is None for layer in stored(model, read_codes=False).layers())

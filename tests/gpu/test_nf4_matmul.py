@@ -57,7 +57,7 @@ def test_layers_that_share_x(m):
 )
 def test_large_layers(m, width, out):
     arguments = given(m, width, (out,), (None,))
-    check(jax.jit(nf4_matmul)(*arguments), arguments)
+    check(jax.jit(nf4_matmul)(*arguments[:2], None), arguments)
 
 
 def test_it_repeats_to_the_bit():

@@ -43,7 +43,9 @@ def check(m, width, outs, ranks, config=None, **interpret):
     """Memory starts as NaN in the interpreter: what is finite has been written."""
     arguments = given(m, width, outs, ranks)
     interpreted = plgpu.InterpretGPUParams(**interpret)
-    got = np.asarray(jax.jit(lambda *a: nf4_matmul(*a, config, interpreted))(*arguments))
+    x, weights, adapters = arguments
+    product = jax.jit(lambda x, weights, lora: nf4_matmul(x, weights, lora, config, interpreted))
+    got = np.asarray(product(x, weights, kernel.fold(weights, adapters)))
     want = np.asarray(kernel.reference(*arguments))
     assert got.shape == want.shape and np.isfinite(got).all()
     assert np.linalg.norm(got - want) <= BF16 * np.linalg.norm(want)
@@ -75,7 +77,7 @@ def test_a_block_of_zeros():
     weight[3] = 0
     stored = (quantize_nf4(weight, double_quant=False),)
     x = jnp.ones((2, 256), jnp.bfloat16)
-    got = nf4_matmul(x, stored, (None,), interpret=plgpu.InterpretGPUParams())
+    got = nf4_matmul(x, stored, None, interpret=plgpu.InterpretGPUParams())
     want = kernel.reference(x, stored, (None,))
     assert (got[:, 3] == 0).all()
     assert np.linalg.norm(got - want) <= BF16 * np.linalg.norm(want)
@@ -131,10 +133,27 @@ def test_gradients_are_those_of_two_products(monkeypatch):
 
     want = probe()
     monkeypatch.setattr(kernel, "supported", lambda *_: True)
-    monkeypatch.setattr(kernel, "nf4_matmul", reference)
+    monkeypatch.setattr(kernel, "fold", lambda weights, adapters: None)
+    monkeypatch.setattr(kernel, "nf4_matmul", lambda x, weights, lora: reference(x, weights, adapters))
     for ours, theirs in zip(probe(), want, strict=True):
         difference = np.abs((ours - theirs).astype(np.float32)).max()
         assert difference <= GRADIENT * np.abs(theirs.astype(np.float32)).max()
+
+
+def test_adapters_are_folded_once_by_who_says_so(monkeypatch):
+    """A decode step is given them folded; what it would do for each token is 6 launches a layer."""
+    x, weights, adapters = given(4, 256, (64, 64), (8, None))
+    folded = kernel.fold(weights, adapters)
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, folded)
+    monkeypatch.setattr(kernel, "supported", lambda *_: True)
+    seen = []
+    monkeypatch.setattr(
+        kernel, "nf4_matmul", lambda x, weights, lora: seen.append(lora) or reference(x, weights, adapters)
+    )
+    adapted_linear(x, weights, adapters, doubled)
+    adapted_linear(x, weights, adapters)
+    for ours, theirs in zip(jax.tree.leaves(seen), jax.tree.leaves((doubled, folded)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_the_values_have_no_common_error():

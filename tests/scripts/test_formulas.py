@@ -122,12 +122,26 @@ def test_labelled(bench, folder):
 def test_held_out_formulas_are_not_trained_on(bench, folder, monkeypatch):
     curve = bench["reading_curve"]
     monkeypatch.setattr(curve, "at_once", lambda make_row, jobs, workers: [*map(make_row, jobs)])
-    given = argparse.Namespace(formulas=folder, rows=150, tiles=2, side=32, workers=0, limit=5)
+    given = argparse.Namespace(
+        formulas=folder, rows=150, tiles=2, side=32, workers=0, limit=5, steps=100, batch=16, seed=0
+    )
     task = curve.formulas(given)
     texts = [
         [row["messages"][1]["content"][0]["text"] for row in rows] for rows in (task.rows, task.held_out)
     ]
-    assert len(texts[0]) == 150 + 2 * curve.TIMES and texts[1] == [*"01234"]
+    assert len(texts[0]) == 1600 and texts[1] == [*"01234"]
     assert not {*"01234589"} & set(texts[0])
     assert "6" in texts[0]  # made of the known 7, as the held-out digits would be
     assert task.form is bench["formulas"].normal
+
+
+def test_formulas_grow(bench, folder, monkeypatch):
+    curve = bench["reading_curve"]
+    taken = curve.growing(list(range(100)), 1000, random.Random(0))
+    assert max(taken[:30]) < 6 and 40 < max(taken[:300]) < 55 and set(taken[600:]) == set(range(100))
+    monkeypatch.setattr(curve, "at_once", lambda make_row, jobs, workers: [*map(make_row, jobs)])
+    given = argparse.Namespace(
+        formulas=folder, rows=60, tiles=1, side=32, workers=0, limit=5, steps=60, batch=10, seed=0
+    )
+    lengths = [len(row["messages"][1]["content"][0]["text"]) for row in curve.formulas(given).rows]
+    assert max(lengths[:60]) < 15 < 60 < max(lengths[500:])
