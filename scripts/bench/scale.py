@@ -17,11 +17,17 @@ SHAPES = {
     "70B": (8192, 28672, 80, 64, 8, 128, 128256),
     "405B": (16384, 53248, 126, 128, 8, 128, 128256),
 }
-RATES = {"8B": 523e12, "70B": 551e12, "405B": 637e12}  # operations/s of one H200's step; 405B's: 70B, all recomputed
+RATES = {
+    "8B": 523e12,
+    "70B": 551e12,
+    "405B": 637e12,
+}  # operations/s of one H200's step; 405B's: 70B, all recomputed
 CODE_BYTES = 1 / 2 + 1 / 64  # of a weight in NF4: its code and its block's 8-bit scale
 HOST = 8  # GPUs of a host
 SPLIT = 0.027  # seconds that a split base costs a step whatever its size: copies of codes, stacks filled with zeros
-NOT_HIDDEN = 0.5  # of a gather inside a host, of its time at NVLink's rate: what it takes from kernels beside it
+NOT_HIDDEN = (
+    0.5  # of a gather inside a host, of its time at NVLink's rate: what it takes from kernels beside it
+)
 
 
 class Machine(NamedTuple):
@@ -142,10 +148,7 @@ def main() -> None:
         )
         print("|---|---|---|---|---|---|---|---|---|")
         for gpus in (1, 2, 4, 8, 32, 128, 512):
-            print(
-                "\n".join(lines(name, gpus, machine))
-                or f"| {name} | {gpus} | does not fit |"
-            )
+            print("\n".join(lines(name, gpus, machine)) or f"| {name} | {gpus} | does not fit |")
 
 
 if __name__ == "__main__":
