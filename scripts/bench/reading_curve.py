@@ -7,10 +7,10 @@
 
 All weights are trained on lines that Pillow renders (words, sums, invoices, letters at random). Read are the images of
 --ocr, with metadata.jsonl (image, text); none of their texts is trained on. With --digits it trains on written digits
-(scikit-learn's: images uint8 [N, 8, 8] and labels) and reads of the last 400. With --formulas it trains on formulas
-made at random (see formula_images.py), short ones first, and on the folder's own, and reads what the folder holds out;
-labels and readings are compared in the normal form of formulas.py. Writes curve.json and curve.png: the character error
-rate and the share of exact readings along the way. Lines on one H200: six minutes.
+(scikit-learn's: images uint8 [N, 8, 8] and labels) and reads of the last 400. With --formulas it trains on digits,
+then letters, then formulas made at random (see formula_images.py), short ones first, and the folder's own, and reads
+what the folder holds out; labels and readings are compared in the normal form of formulas.py. Writes curve.json and
+curve.png: the character error rate and the share of exact readings along the way. Lines on one H200: six minutes.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import io
 import json
 import multiprocessing
 import random
+import string
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -37,10 +38,13 @@ from jaxtune.evaluate.reading import error_rates, examples, read_images
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+DIGITS, LETTERS = string.digits, string.ascii_letters
 QUESTION = "Write out the text."
 HELD_OUT_DIGITS = 400
 TIMES = 10  # that every real formula is trained on, each time laid a little otherwise
-SHORTEST, LONGEST = 6, 150  # characters of the formulas made first and last, at most
+BEGINNING = [DIGITS, DIGITS + LETTERS]  # what the first rows are made of, one to four of them a row
+BEGINNERS = 0.1  # of the rows, for each
+SHORTEST, LONGEST = 6, 150  # characters of the formulas made after them first and last, at most
 GROWING = 0.6  # of the steps, in which the formulas grow
 DARK = [(0, 0, 0), (30, 40, 90), (110, 20, 20), (20, 80, 40), (60, 60, 60)]
 LIGHT = [(255, 255, 255), (255, 248, 225), (232, 240, 255), (238, 238, 238)]
@@ -79,8 +83,7 @@ def line(words: list[str], chance: random.Random) -> str:
     if kind < 0.75:
         cents = chance.randrange(100000)
         return f"Invoice {chance.randrange(1000, 10000)}\nTotal: ${cents // 100}.{cents % 100:02d}"
-    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:$=+-?()"
-    return "".join(chance.choices(letters, k=chance.randint(1, 10)))
+    return "".join(chance.choices(LETTERS + DIGITS + ".,:$=+-?()", k=chance.randint(1, 10)))
 
 
 def conversation(image: Any, text: str) -> dict[str, Any]:
@@ -120,12 +123,17 @@ def rendered_rows(tokenizer: Any, count: int, kept_out: set[str], workers: int) 
     return at_once(rendered_row, ((number, words, kept_out) for number in range(count)), workers)
 
 
-def formula_row(job: tuple[int, int, list[str], list[str], set[str], tuple[int, int]]) -> dict[str, Any]:
-    """The row of a number: a formula of limited length like those known, and of their parts."""
-    number, longest, known, parts, kept_out, size = job
-    chance = random.Random(number)
+def formula_row(job: tuple[int, float, list[str], list[str], set[str], tuple[int, int]]) -> dict[str, Any]:
+    """The row of a number, of which a share of all come before it: one of `BEGINNING`, then a formula like those known,
+    and of their parts, that may be the longer, the later it comes."""
+    number, share, known, parts, kept_out, size = job
+    chance, stage = random.Random(number), int(share / BEGINNERS)
+    grown = (share - BEGINNERS * len(BEGINNING)) / (1 - BEGINNERS * len(BEGINNING))
     while True:
-        text = invent(chance, known, parts, longest)
+        if stage < len(BEGINNING):
+            text = "".join(chance.choices(BEGINNING[stage], k=chance.randint(1, 4)))
+        else:
+            text = invent(chance, known, parts, int(SHORTEST + grown**2 * (LONGEST - SHORTEST)))
         try:
             picture = draw_formula(text, chance)
         except ValueError:  # a label has commands that mathtext does not know
@@ -255,8 +263,7 @@ def formulas(given: argparse.Namespace) -> Task:
     real, held_out, left_out = labelled(given.formulas, LONGEST)
     known, kept_out = [text for _, text in real], {text for _, text in held_out}
     parts, size = terms(known), (given.tiles * given.side, given.side)
-    limits = (SHORTEST + np.linspace(0, 1, given.rows) ** 2 * (LONGEST - SHORTEST)).astype(int)
-    jobs = ((number, int(limit), known, parts, kept_out, size) for number, limit in enumerate(limits))
+    jobs = ((number, number / given.rows, known, parts, kept_out, size) for number in range(given.rows))
     rows = at_once(formula_row, jobs, given.workers)
     repeated = [(*pair, size, random.Random(number)) for number, pair in enumerate(real * TIMES)]
     rows += at_once(laid_row, repeated, given.workers)
@@ -271,8 +278,8 @@ def formulas(given: argparse.Namespace) -> Task:
 
 
 def growing(rows: list[dict], count: int, chance: random.Random) -> list[dict]:
-    """So many of the rows, the first from their beginning only, the last from all: a formula of two symbols teaches
-    to look at the image, a long one at first only which symbol follows which."""
+    """So many of the rows, the first from their beginning only, the last from all: digits teach to look at the image, a
+    long formula at first only which symbol follows which."""
     reach = np.clip(np.linspace(0, 1 / GROWING, count), 0.05, 1) * len(rows)
     return [rows[chance.randrange(max(1, int(stop)))] for stop in reach]
 

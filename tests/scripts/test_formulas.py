@@ -143,5 +143,6 @@ def test_formulas_grow(bench, folder, monkeypatch):
     given = argparse.Namespace(
         formulas=folder, rows=60, tiles=1, side=32, workers=0, limit=5, steps=60, batch=10, seed=0
     )
-    lengths = [len(row["messages"][1]["content"][0]["text"]) for row in curve.formulas(given).rows]
-    assert max(lengths[:60]) < 15 < 60 < max(lengths[500:])
+    texts = [row["messages"][1]["content"][0]["text"] for row in curve.formulas(given).rows]
+    assert all(text.isdigit() for text in texts[:30]) and any(text.isalpha() for text in texts[30:90])
+    assert max(map(len, texts[:120])) < 15 < 60 < max(map(len, texts[500:]))
