@@ -15,7 +15,7 @@ from matplotlib.mathtext import MathTextParser
 from PIL import Image
 
 CANVAS = 448, 56  # pixels that a formula is laid on, at most, before that is stretched to what the model sees
-NARROWEST = 112  # of them in width, for a short one
+NARROWEST = 28  # of them in width, for a short one
 MARGIN = 4
 DPI = 100  # of a label in 12 points
 FINER = 3  # times; what is drawn smaller sticks to whole pixels

@@ -42,8 +42,12 @@ DIGITS, LETTERS = string.digits, string.ascii_letters
 QUESTION = "Write out the text."
 HELD_OUT_DIGITS = 400
 TIMES = 10  # that every real formula is trained on, each time laid a little otherwise
-BEGINNING = [DIGITS, DIGITS + LETTERS]  # what the first rows are made of, one to four of them a row
-BEGINNERS = 0.1  # of the rows, for each
+BEGINNING = [
+    (DIGITS, 1),
+    (DIGITS, 4),
+    (DIGITS + LETTERS, 4),
+]  # what the first rows are made of, and how many at most
+BEGINNERS = 0.07  # of the rows, for each
 SHORTEST, LONGEST = 6, 150  # characters of the formulas made after them first and last, at most
 GROWING = 0.6  # of the steps, in which the formulas grow
 DARK = [(0, 0, 0), (30, 40, 90), (110, 20, 20), (20, 80, 40), (60, 60, 60)]
@@ -131,7 +135,8 @@ def formula_row(job: tuple[int, float, list[str], list[str], set[str], tuple[int
     grown = (share - BEGINNERS * len(BEGINNING)) / (1 - BEGINNERS * len(BEGINNING))
     while True:
         if stage < len(BEGINNING):
-            text = "".join(chance.choices(BEGINNING[stage], k=chance.randint(1, 4)))
+            symbols, most = BEGINNING[stage]
+            text = "".join(chance.choices(symbols, k=chance.randint(1, most)))
         else:
             text = invent(chance, known, parts, int(SHORTEST + grown**2 * (LONGEST - SHORTEST)))
         try:
