@@ -128,7 +128,7 @@ class Weights(NamedTuple):
         return any(not isinstance(w, NF4) and len(w) > 1 for p in projections for w in p.weights)
 
     def layers(self) -> Iterator[Layer]:
-        """One layer after the other; to be traced, where a slice costs nothing."""
+        """One layer after the other; to be traced, where a kernel reads its slice of a stack in place."""
         for segment in self.segments:
             for repeat in range(len(segment[0].input_norm)):
                 for layer in segment:

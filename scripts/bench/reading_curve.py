@@ -42,11 +42,8 @@ DIGITS, LETTERS = string.digits, string.ascii_letters
 QUESTION = "Write out the text."
 HELD_OUT_DIGITS = 400
 TIMES = 10  # that every real formula is trained on, each time laid a little otherwise
-BEGINNING = [
-    (DIGITS, 1),
-    (DIGITS, 4),
-    (DIGITS + LETTERS, 4),
-]  # what the first rows are made of, and how many at most
+# What the first rows are made of, and how many at most.
+BEGINNING = [(DIGITS, 1), (DIGITS, 4), (DIGITS + LETTERS, 4)]
 BEGINNERS = 0.07  # of the rows, for each
 SHORTEST, LONGEST = 6, 150  # characters of the formulas made after them first and last, at most
 GROWING = 0.6  # of the steps, in which the formulas grow
