@@ -24,6 +24,7 @@ from jaxtune.data.templates import has_marks, marked_variant
 from jaxtune.images import Processed, VisionFamily, check_row
 
 PIXELS = "pixels"  # of a family's arrays, the one that is cast to the model's dtype
+UNSCALED = {"do_rescale": False, "do_normalize": False}  # a third of the time, where only shapes are wanted
 Span = tuple[int, int]
 
 
@@ -90,7 +91,7 @@ class ImageEncoder:
         """
         with _Naming(document):
             pictures = self._pictures(document)
-            ids, completion, assistant, row = self._processed(document, pictures)
+            ids, completion, assistant, row = self._processed(document, pictures, **UNSCALED)
             check_row(self.family, ids, row)
             sizes = {} if row is None else self.family.sizes([row])
         digest = hashlib.blake2b(digest_size=8)
@@ -159,9 +160,9 @@ class ImageEncoder:
         return pictures
 
     def _processed(
-        self, document: Document, pictures: Sequence[Image.Image]
+        self, document: Document, pictures: Sequence[Image.Image], **options: bool
     ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None, dict[str, np.ndarray] | None]:
-        """(ids, completion mask, assistant mask, what belongs to the images or None)."""
+        """(ids, completion mask, assistant mask, what belongs to the images or None); options: the image processor's."""
         prompt, completion = self._texts(document)
         wanted = ("return_offsets_mapping", "return_text_replacement_offsets") if self.assistant_only else ()
         # The text in front takes its images; what follows is tokenised by itself, so the seam is known (as in TRL).
@@ -171,6 +172,7 @@ class ImageEncoder:
             add_special_tokens=False,
             return_tensors="np",
             **dict.fromkeys(wanted, True),
+            **(options if pictures else {}),
         )
         ids = np.asarray(out["input_ids"][0], np.int32)
         mask = learned = None

@@ -275,7 +275,8 @@ def prefill(
                     new.append(kv)
                 return x, new
 
-            inputs = segment, None if deep is None else deep.features
+            layers = tuple(layer.each(lambda p: p._replace(folded=None)) for layer in segment)
+            inputs = layers, None if deep is None else deep.features
             x, stacked = jax.lax.scan(period, x, inputs, unroll=repeats == 1)
             made += [jax.tree.map(lambda leaf, r=r: leaf[r], kv) for r in range(repeats) for kv in stacked]
     written = [_written(old, new, (at, 0, 0, 0)) for old, new in zip(store, made, strict=True)]

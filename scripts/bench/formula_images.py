@@ -14,9 +14,10 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.mathtext import MathTextParser
 from PIL import Image
 
-CANVAS = 448, 56  # pixels that a formula is laid on, at most, before that is stretched to what the model sees
-NARROWEST = 28  # of them in width, for a short one
-MARGIN = 4
+MARGIN = 4  # pixels of white around a formula
+SMALLEST = (
+    24  # pixels of a formula and its margins, either way, before it is stretched to what the model sees
+)
 DPI = 100  # of a label in 12 points
 FINER = 3  # times; what is drawn smaller sticks to whole pixels
 INK = 200  # grey levels below are ink
@@ -170,17 +171,14 @@ def draw(text: str, chance: random.Random) -> Image.Image:
 def lay(picture: Image.Image, size: tuple[int, int], chance: random.Random | None = None) -> Image.Image:
     """A picture of a formula on white, stretched to `size` pixels, mode L.
 
-    Its ink is cut out and laid on `CANVAS`, in the middle of its left; what is larger is scaled down, and what is
-    shorter gets a shorter canvas, so that little of it is empty. With `chance` place and scale vary a little.
+    Its ink is cut out, with a margin, so that little of the picture is empty. With `chance` margins vary.
     """
     grey = picture.convert("L")
     grey = grey.crop(grey.point(lambda level: 255 * (level < INK)).getbbox())
-    room = CANVAS[0] - 2 * MARGIN, CANVAS[1] - 2 * MARGIN
-    scale = min(1, room[0] / grey.width, room[1] / grey.height) * (chance.uniform(0.9, 1) if chance else 1)
-    grey = grey.resize([max(1, int(side * scale)) for side in grey.size], Image.Resampling.LANCZOS)
-    left, top = MARGIN, (CANVAS[1] - grey.height) // 2
-    if chance:
-        left, top = left + chance.randint(-3, 3), top + chance.randint(-3, 3)
-    canvas = Image.new("L", (max(NARROWEST, grey.width + 2 * MARGIN), CANVAS[1]), 255)
-    canvas.paste(grey, (left, top))
+    left, top, right, bottom = (chance.randint(1, 2 * MARGIN) if chance else MARGIN for _ in range(4))
+    wide, high = max(SMALLEST, left + grey.width + right), max(SMALLEST, top + grey.height + bottom)
+    canvas = Image.new("L", (wide, high), 255)
+    canvas.paste(
+        grey, (left + (wide - left - grey.width - right) // 2, top + (high - top - grey.height - bottom) // 2)
+    )
     return canvas.resize(size, Image.Resampling.LANCZOS)

@@ -132,7 +132,7 @@ def time_steps(
 
     from jaxtune.generate.wave import Wave
 
-    weights, job, waves = engine._seated(engine._job(**request), args.group)
+    weights, job, waves = engine._seated(engine._job(**request), args.group, None)
     for _ in range(2):  # the first compiles
         wave = Wave(weights, job, waves[0], set())
         began = time.perf_counter()
@@ -171,7 +171,8 @@ def measure(
     sampling = Sampling(do_sample=True, top_k=args.top_k, top_p=args.top_p)
     with Engine(model, weights=kind, progress=False) as engine:
         request = {"prompts": prompts, "n": args.group, "sampling": sampling, "seed": 0}
-        asked = request | {"limit": args.new, "stop": [], "strings": (), "on_tokens": None, "streams": None}
+        unused = {"on_tokens": None, "streams": None, "images": None}
+        asked = request | {"limit": args.new, "stop": [], "strings": ()} | unused
         wave, prefill, took = time_steps(engine, asked, args)
         profiled = profile(wave, args, ceilings) if args.profile else (None, None)
         places, size = wave._seats.rows.shape

@@ -2,7 +2,8 @@
 
     python scripts/bench/reading_curve.py SMOLLM2_FOLDER --out reading --ocr FOLDER --workers 9
     python scripts/bench/reading_curve.py SMOLLM2_FOLDER --out digits --digits digits.npz --steps 600 --every 50
-    python scripts/bench/reading_curve.py SMOLLM2_FOLDER --out formulas --formulas FOLDER --side 384
+    python scripts/bench/reading_curve.py SMOLLM2_FOLDER --out formulas --formulas FOLDER --side 384 \
+        --learning_rate 2.5e-4
     python scripts/bench/reading_curve.py SMOLLM2_FOLDER --steps 4 --batch 4 --rows 40 --limit 4 --side 64     # a CPU
 
 All weights are trained on lines that Pillow renders (words, sums, invoices, letters at random). Read are the images of
@@ -10,7 +11,8 @@ All weights are trained on lines that Pillow renders (words, sums, invoices, let
 (scikit-learn's: images uint8 [N, 8, 8] and labels) and reads of the last 400. With --formulas it trains on digits,
 then letters, then formulas made at random (see formula_images.py), short ones first, and the folder's own, and reads
 what the folder holds out; labels and readings are compared in the normal form of formulas.py. Writes curve.json and
-curve.png: the character error rate and the share of exact readings along the way. Lines on one H200: six minutes.
+curve.png: the character error rate and the share of exact readings along the way; and readings.json, the last ones.
+Lines on one H200: six minutes.
 """
 
 import argparse
@@ -44,7 +46,7 @@ HELD_OUT_DIGITS = 400
 TIMES = 10  # that every real formula is trained on, each time laid a little otherwise
 # What the first rows are made of, and how many at most.
 BEGINNING = [(DIGITS, 1), (DIGITS, 4), (DIGITS + LETTERS, 4)]
-BEGINNERS = 0.07  # of the rows, for each
+BEGINNERS = 0.04  # of the rows, for each
 SHORTEST, LONGEST = 6, 150  # characters of the formulas made after them first and last, at most
 GROWING = 0.6  # of the steps, in which the formulas grow
 DARK = [(0, 0, 0), (30, 40, 90), (110, 20, 20), (20, 80, 40), (60, 60, 60)]
@@ -195,6 +197,8 @@ class Curve:
             flush=True,
         )
         (self.out / "curve.json").write_text(json.dumps(self.points, indent=1))
+        pairs = [[one.reference, said] for one, said in zip(self.asked, self.said, strict=True)]
+        (self.out / "readings.json").write_text(json.dumps(pairs, indent=1))
         draw(self.points, self.out / "curve.png")
         FastVisionModel.for_training(self.model)
 
@@ -282,7 +286,7 @@ def formulas(given: argparse.Namespace) -> Task:
 def growing(rows: list[dict], count: int, chance: random.Random) -> list[dict]:
     """So many of the rows, the first from their beginning only, the last from all: digits teach to look at the image, a
     long formula at first only which symbol follows which."""
-    reach = np.clip(np.linspace(0, 1 / GROWING, count), 0.05, 1) * len(rows)
+    reach = np.clip(np.linspace(0, 1 / GROWING, count), BEGINNERS, 1) * len(rows)
     return [rows[chance.randrange(max(1, int(stop)))] for stop in reach]
 
 

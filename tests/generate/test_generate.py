@@ -55,9 +55,15 @@ def test_for_inference_keeps_the_copy_and_for_training_frees_it(model):
     assert not model._engine._loaded
 
 
-def test_codes_with_decoded_scales_give_the_same_tokens(model, monkeypatch):
+@pytest.mark.parametrize("adapted", [False, True])
+def test_codes_with_decoded_scales_give_the_same_tokens(model, tiny_model_dir, adapted, monkeypatch):
     """What a small batch reads on a Hopper GPU; here without the kernel."""
     ids = np.array([[5, 6, 7, 8]])
+    if adapted:
+        model, _ = FastLanguageModel.from_pretrained(
+            tiny_model_dir("llama"), dtype="float32", max_seq_length=None
+        )
+        model = FastLanguageModel.get_peft_model(model, r=4, init_lora_weights=False)
     want = model.generate(ids, max_new_tokens=12, eos_token_id=[])
     monkeypatch.setattr("jaxtune.generate.engine.reads_codes", lambda model, rows: rows == 1)
     weights = stored(model, read_codes=True).segments[0][0].qkv.weights

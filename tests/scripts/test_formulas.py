@@ -80,14 +80,16 @@ def test_made_formulas(bench):
 
 
 def test_size_of_letters(bench):
-    """A letter is as large as in the real pictures, 7 pixels without ascenders; large formulas are scaled down."""
+    """A letter is as large as in the real pictures, 7 pixels without ascenders; what is laid fills the picture."""
     images = bench["formula_images"]
     drawn = images.draw("x", random.Random(0))
     box = drawn.point(lambda level: 255 * (level < images.INK)).getbbox()
     assert box[3] - box[1] in (7, 8)
-    assert images.draw("x" * 70, random.Random(0)).width > images.CANVAS[0]
-    laid = np.asarray(images.lay(images.draw("x" * 70, random.Random(0)), images.CANVAS))
-    assert laid[:, -images.MARGIN :].min() > 200 > laid[:, -3 * images.MARGIN :].min()
+    for text, empty in (("x", images.SMALLEST), ("x" * 70, images.MARGIN)):
+        dark = np.asarray(images.lay(images.draw(text, random.Random(0)), (512, 128))).min(0) < images.INK
+        left, right = dark.argmax(), dark[::-1].argmax()
+        assert abs(left - right) < 20 and dark[left : len(dark) - right].mean() > 0.5
+        assert left < 512 * empty / (2 * images.SMALLEST)
     with pytest.raises(ValueError, match="nosuch"):
         images.draw(r"\nosuch", random.Random(0))
 
@@ -141,8 +143,8 @@ def test_formulas_grow(bench, folder, monkeypatch):
     assert max(taken[:30]) < 6 and 40 < max(taken[:300]) < 55 and set(taken[600:]) == set(range(100))
     monkeypatch.setattr(curve, "at_once", lambda make_row, jobs, workers: [*map(make_row, jobs)])
     given = argparse.Namespace(
-        formulas=folder, rows=60, tiles=1, side=32, workers=0, limit=5, steps=60, batch=10, seed=0
+        formulas=folder, rows=100, tiles=1, side=32, workers=0, limit=5, steps=60, batch=10, seed=0
     )
     texts = [row["messages"][1]["content"][0]["text"] for row in curve.formulas(given).rows]
-    assert all(text.isdigit() for text in texts[:40]) and any(text.isalpha() for text in texts[40:80])
+    assert all(text.isdigit() for text in texts[:25]) and any(text.isalpha() for text in texts[30:60])
     assert max(map(len, texts[:100])) < 15 < 60 < max(map(len, texts[500:]))
