@@ -162,7 +162,7 @@ class ImageEncoder:
     def _processed(
         self, document: Document, pictures: Sequence[Image.Image], **options: bool
     ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None, dict[str, np.ndarray] | None]:
-        """(ids, completion mask, assistant mask, what belongs to the images or None); options: the image processor's."""
+        """(ids, completion mask, assistant mask, what belongs to the images or None); options: of the processor."""
         prompt, completion = self._texts(document)
         wanted = ("return_offsets_mapping", "return_text_replacement_offsets") if self.assistant_only else ()
         # The text in front takes its images; what follows is tokenised by itself, so the seam is known (as in TRL).
