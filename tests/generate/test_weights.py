@@ -1,14 +1,22 @@
 """Both forms of the weights for every kind of layer: DoRA, partly adapted layers, biases, trained heads and weights."""
 
+import re
+from types import SimpleNamespace
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
 from tolerances import SAMPLED_LOGPROBS
 
+from jaxtune import lora, models
 from jaxtune.fast import FastLanguageModel
-from jaxtune.generate import Engine
-from jaxtune.generate.weights import merged, merged_bytes, step_bytes, stored
+from jaxtune.generate import Engine, Sampling, steps
+from jaxtune.generate.weights import merged, merged_bytes, reads_codes, step_bytes, stored
+from jaxtune.kernels import target
 from jaxtune.kernels.nf4_matmul import fold
+from jaxtune.models.names import leaf_shapes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -85,3 +93,45 @@ def test_adapters_are_folded_where_the_codes_are_read(tiny_model_dir):
         adapters
     )
     assert all(layer.qkv.folded is None for layer in stored(model, read_codes=False).layers())
+
+
+def test_programs_of_a_gpu_lower():
+    """Prefill and decode from the codes, for an H200 on any machine: a step multiplies from the codes and makes no
+    16-bit weight; its caches are read by the kernel."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    module = models.build(tiny_models.make_config("llama", head_dim=64, **sizes), jnp.bfloat16, nf4=True)
+    lora.attach(module, lora.LoraConfig(r=4))
+    shapes, c, rows, prompts = leaf_shapes(module), module.config, 8, 2
+
+    def stored_of(leaves):
+        model = SimpleNamespace(module=module, base=leaves, trainable={}, dtype=jnp.bfloat16)
+        assert reads_codes(model, rows)
+        return stored(model, read_codes=True)
+
+    def ints(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    def caches(count):
+        one = jax.ShapeDtypeStruct((count, c.num_kv_heads, 256, c.head_dim), jnp.bfloat16)
+        return ((one, one),) * len(c.windows)
+
+    spec = steps.Spec(c, jnp.bfloat16, Sampling(do_sample=True))
+    with target.tracing_for((9, 0)):
+        weights = jax.eval_shape(stored_of, shapes)
+        prefill = steps.prefill.of(weights).trace(
+            weights, caches(prompts), ints(prompts, 96), ints(prompts), ints(), spec=spec
+        )
+        decode = steps.decode.of(weights).trace(
+            weights,
+            steps.Prompts(caches(prompts), ints(prompts), ints(prompts), ints(prompts)),
+            steps.State(caches(rows), ints(rows), ints(), None),
+            ints(prompts, rows // prompts, 2),
+            jax.ShapeDtypeStruct((), jnp.uint32),
+            spec=spec,
+            steps=4,
+        )
+        assert "cudnn" in prefill.lower(lowering_platforms=("cuda",)).as_text()
+        program = decode.lower(lowering_platforms=("cuda",)).as_text()
+    # of a layer, which is lowered once: four products, and attention to the prompt's cache and the rows' own
+    assert program.count("mosaic_gpu") >= 6
+    assert not re.search(r"tensor<(512|256|128)x(256|512)xbf16>", program)
