@@ -15,9 +15,7 @@ from matplotlib.mathtext import MathTextParser
 from PIL import Image
 
 MARGIN = 4  # pixels of white around a formula
-SMALLEST = (
-    24  # pixels of a formula and its margins, either way, before it is stretched to what the model sees
-)
+SMALLEST = 24  # pixels of a formula with its margins, either way, before it is stretched
 DPI = 100  # of a label in 12 points
 FINER = 3  # times; what is drawn smaller sticks to whole pixels
 INK = 200  # grey levels below are ink
@@ -176,9 +174,7 @@ def lay(picture: Image.Image, size: tuple[int, int], chance: random.Random | Non
     grey = picture.convert("L")
     grey = grey.crop(grey.point(lambda level: 255 * (level < INK)).getbbox())
     left, top, right, bottom = (chance.randint(1, 2 * MARGIN) if chance else MARGIN for _ in range(4))
-    wide, high = max(SMALLEST, left + grey.width + right), max(SMALLEST, top + grey.height + bottom)
-    canvas = Image.new("L", (wide, high), 255)
-    canvas.paste(
-        grey, (left + (wide - left - grey.width - right) // 2, top + (high - top - grey.height - bottom) // 2)
-    )
+    wide, high = left + grey.width + right, top + grey.height + bottom
+    canvas = Image.new("L", (max(SMALLEST, wide), max(SMALLEST, high)), 255)
+    canvas.paste(grey, (left + (canvas.width - wide) // 2, top + (canvas.height - high) // 2))
     return canvas.resize(size, Image.Resampling.LANCZOS)
