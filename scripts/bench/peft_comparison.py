@@ -72,7 +72,7 @@ def prepare(args) -> None:
             )
             for key in chosen[0]:
                 arrays[f"{name}/{key}"] = np.stack(
-                    [b[key].reshape(-1, shape["length"])[-shape["rows"] :] for b in chosen]
+                    [b[key].reshape(-1, b[key].shape[-1])[-shape["rows"] :] for b in chosen]
                 )
         np.savez(args.out / f"{task}.npz", **arrays)
 
