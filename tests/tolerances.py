@@ -26,6 +26,10 @@ ADVANTAGE = 2e-4  # advantages against TRL: near-equal rewards are divided by a 
 SAMPLER_GAP = (
     1e-4  # float32 log-probabilities of the engine, which merges the adapter, against those of the trainer
 )
+# What bfloat16 adds: to log-probs of an answer's tokens, root mean square, and to the loss of an untrained model. The
+# logits of tiny models with large random weights are large.
+BF16_LOGPROBS = 0.1
+BF16_LOSS = 0.05
 VLLM_LOGPROBS = (
     1e-4  # float32 log-probabilities of vLLM's tokens against the trainer's: torch's kernels, other sums
 )

@@ -24,7 +24,7 @@ from jaxtune.data.templates import has_marks, marked_variant
 from jaxtune.images import Processed, VisionFamily, check_row
 
 PIXELS = "pixels"  # of a family's arrays, the one that is cast to the model's dtype
-UNSCALED = {"do_rescale": False, "do_normalize": False}  # a third of the time, where only shapes are wanted
+UNSCALED = {"do_rescale": False, "do_normalize": False}  # where only shapes are wanted: a third less time
 Span = tuple[int, int]
 
 
@@ -172,7 +172,7 @@ class ImageEncoder:
             add_special_tokens=False,
             return_tensors="np",
             **dict.fromkeys(wanted, True),
-            **(options if pictures else {}),
+            **options,
         )
         ids = np.asarray(out["input_ids"][0], np.int32)
         mask = learned = None

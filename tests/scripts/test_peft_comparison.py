@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import tiny_models
+from tolerances import BF16_LOSS
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench" / "peft_comparison.py"
 
@@ -29,4 +30,4 @@ def test_a_tiny_model(tmp_path):
         ours, peft = (
             json.loads((tmp_path / "out" / f"{name}-{task}.json").read_text()) for name in ("jaxtune", "peft")
         )
-        assert len(ours["loss"]) == 6 and abs(ours["eval_before"] - peft["eval_before"]) < 0.05
+        assert len(ours["loss"]) == 6 and abs(ours["eval_before"] - peft["eval_before"]) < BF16_LOSS
