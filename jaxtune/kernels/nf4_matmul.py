@@ -449,7 +449,7 @@ def nf4_matmul(
         words = lax.bitcast_convert_type(weight.codes.reshape(out, half // 4, 4), jnp.int32)
         given.append((words, dequantize_absmax(weight)))
     if lora is not None:
-        xa = jnp.dot(lora.a, x.T, preferred_element_type=jnp.float32)
+        xa = jnp.sum(lora.a[:, None].astype(jnp.float32) * x[None].astype(jnp.float32), -1)
         small = xa.reshape(len(weights), rank, len(x)), lora.b
     if config is None:
         config = config_for(m, [weight.codes.shape[0] for weight in weights], rank)
