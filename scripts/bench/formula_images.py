@@ -1,7 +1,7 @@
 """Formulas made at random, and their pictures, to learn reading from.
 
 `invent` makes a normal label (see `formulas`), of its own or of pieces of known ones with other symbols; `draw` renders
-it with matplotlib's mathtext in Computer Modern; `lay` puts any picture of a formula where the model sees it.
+it with matplotlib's mathtext in Computer Modern; `cut` leaves of any picture of a formula what is one.
 """
 
 import functools
@@ -12,10 +12,11 @@ import numpy as np
 from formulas import ACCENTS, FUNCTIONS, TOKEN, Atom, normal, written
 from matplotlib.font_manager import FontProperties
 from matplotlib.mathtext import MathTextParser
-from PIL import Image
+from PIL import Image, ImageFilter
 
 MARGIN = 4  # pixels of white around a formula
-SMALLEST = 24  # pixels of a formula with its margins, either way, before it is stretched
+# Of formulas to train on: size, blur in pixels, and the power of the grey levels.
+SCALE, BLUR, POWER = (0.9, 1.1), 0.8, (0.6, 1.6)
 DPI = 100  # of a label in 12 points
 FINER = 3  # times; what is drawn smaller sticks to whole pixels
 INK = 200  # grey levels below are ink
@@ -166,15 +167,21 @@ def draw(text: str, chance: random.Random) -> Image.Image:
     return Image.fromarray(255 - np.asarray(drawn.image)).reduce(FINER)
 
 
-def lay(picture: Image.Image, size: tuple[int, int], chance: random.Random | None = None) -> Image.Image:
-    """A picture of a formula on white, stretched to `size` pixels, mode L.
+def cut(picture: Image.Image, cell: int, chance: random.Random | None = None) -> Image.Image:
+    """The ink of a picture of a formula with a margin, on white of whole squares of `cell` pixels, mode L.
 
-    Its ink is cut out, with a margin, so that little of the picture is empty. With `chance` margins vary.
+    With `chance` margins, size, sharpness and the weight of the strokes vary, more than drawn and real ones differ.
     """
     grey = picture.convert("L")
     grey = grey.crop(grey.point(lambda level: 255 * (level < INK)).getbbox())
-    left, top, right, bottom = (chance.randint(1, 2 * MARGIN) if chance else MARGIN for _ in range(4))
-    wide, high = left + grey.width + right, top + grey.height + bottom
-    canvas = Image.new("L", (max(SMALLEST, wide), max(SMALLEST, high)), 255)
-    canvas.paste(grey, (left + (canvas.width - wide) // 2, top + (canvas.height - high) // 2))
-    return canvas.resize(size, Image.Resampling.LANCZOS)
+    left, top, right, bottom = [MARGIN] * 4
+    if chance:
+        left, top, right, bottom = (chance.randint(1, 2 * MARGIN) for _ in range(4))
+        scale, power = chance.uniform(*SCALE), chance.uniform(*POWER)
+        size = max(1, round(grey.width * scale)), max(1, round(grey.height * scale))
+        grey = grey.resize(size, Image.Resampling.LANCZOS)
+        grey = grey.point(lambda level: round(255 * (level / 255) ** power))
+    whole = left + grey.width + right, top + grey.height + bottom
+    canvas = Image.new("L", tuple(-(-pixels // cell) * cell for pixels in whole), 255)
+    canvas.paste(grey, (left, top))
+    return canvas.filter(ImageFilter.GaussianBlur(chance.uniform(0, BLUR))) if chance else canvas

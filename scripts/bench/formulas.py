@@ -72,6 +72,11 @@ def normal(text: str) -> str:
     return written(_atoms(tokens, ""))
 
 
+def apart(text: str) -> str:
+    """The label with a space between its symbols, so that each is the same tokens wherever it stands."""
+    return " ".join(TOKEN.findall(text))
+
+
 def _seen(text: str) -> str:
     text = re.split(r"(?<!\\)%", text.lstrip("% \t\n"))[0]
     return BREAKS.sub("", UNSEEN.sub(" ", text))

@@ -1,17 +1,19 @@
-"""A model that has never seen an image learns to read: SmolLM2 behind a random tower (make_smolvlm.py).
+"""A model that has never seen an image learns to read: SmolLM2 behind a random tower (make_vlm.py).
 
     python scripts/bench/reading_curve.py SMOLLM2_FOLDER --out reading --ocr FOLDER --workers 9
     python scripts/bench/reading_curve.py SMOLLM2_FOLDER --out digits --digits digits.npz --steps 600 --every 50
-    python scripts/bench/reading_curve.py SMOLLM2_FOLDER --out formulas --formulas FOLDER --side 384 \
-        --learning_rate 2.5e-4
+    python scripts/bench/reading_curve.py SMOLLM2_FOLDER --out formulas --formulas FOLDER --steps 6000 \
+        --learning_rate 3e-4 --workers 15
     python scripts/bench/reading_curve.py SMOLLM2_FOLDER --steps 4 --batch 4 --rows 40 --limit 4 --side 64     # a CPU
 
 All weights are trained on lines that Pillow renders (words, sums, invoices, letters at random). Read are the images of
 --ocr, with metadata.jsonl (image, text); none of their texts is trained on. With --digits it trains on written digits
 (scikit-learn's: images uint8 [N, 8, 8] and labels) and reads of the last 400. With --formulas it trains on digits,
-then letters, then formulas made at random (see formula_images.py), short ones first, and the folder's own, and reads
-what the folder holds out; labels and readings are compared in the normal form of formulas.py. Writes curve.json and
-curve.png: the character error rate and the share of exact readings along the way; and readings.json, the last ones.
+then letters, then formulas made at random (see formula_images.py), short ones first, none of them twice, and the
+folder's own, and reads what the folder holds out; an answer has a space between any two symbols, and is compared with
+the label in the normal form of formulas.py.
+Lines and digits are squares of SmolVLM, formulas keep their shape in Qwen2.5-VL. Writes curve.json and curve.png: the
+character error rate and the share of exact readings along the way; and readings.json, the last ones.
 Lines on one H200: six minutes.
 """
 
@@ -23,15 +25,16 @@ import random
 import string
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from formula_images import cut, invent, terms
 from formula_images import draw as draw_formula
-from formula_images import invent, lay, terms
-from formulas import labelled, normal
-from make_smolvlm import make
+from formulas import apart, labelled, normal
+from make_vlm import make
 from PIL import Image, ImageDraw, ImageFont
 
 from jaxtune import FastVisionModel, SFTConfig, SFTTrainer, VisionDataCollator
@@ -43,12 +46,13 @@ import matplotlib.pyplot as plt
 DIGITS, LETTERS = string.digits, string.ascii_letters
 QUESTION = "Write out the text."
 HELD_OUT_DIGITS = 400
-TIMES = 10  # that every real formula is trained on, each time laid a little otherwise
-# What the first rows are made of, and how many at most.
+# What the first formulas are made of, and how many symbols at most.
 BEGINNING = [(DIGITS, 1), (DIGITS, 4), (DIGITS + LETTERS, 4)]
 BEGINNERS = 0.04  # of the rows, for each
-SHORTEST, LONGEST = 6, 150  # characters of the formulas made after them first and last, at most
-GROWING = 0.6  # of the steps, in which the formulas grow
+SHORTEST, LONGEST = 6, 150  # characters of the formulas after them first and last, at most
+EASIER = 0.25  # of the rows are as an earlier one, so that what was learned is not forgotten
+REAL = 0.08  # of the rows are the folder's own, once formulas have begun
+CELL = 16  # pixels of an image token's side
 DARK = [(0, 0, 0), (30, 40, 90), (110, 20, 20), (20, 80, 40), (60, 60, 60)]
 LIGHT = [(255, 255, 255), (255, 248, 225), (232, 240, 255), (238, 238, 238)]
 
@@ -103,8 +107,8 @@ def png(picture: Image.Image) -> dict[str, bytes]:
 
 
 def at_once(make_row: Callable[[Any], dict], jobs: Iterable[Any], workers: int) -> list[dict[str, Any]]:
-    with multiprocessing.get_context("spawn").Pool(max(workers, 1)) as pool:
-        return list(pool.imap(make_row, jobs, chunksize=500))
+    with ProcessPoolExecutor(max(workers, 1), multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(make_row, jobs, chunksize=500))
 
 
 def rendered_row(job: tuple[int, list[str], set[str]]) -> dict[str, Any]:
@@ -126,31 +130,43 @@ def rendered_rows(tokenizer: Any, count: int, kept_out: set[str], workers: int) 
     return at_once(rendered_row, ((number, words, kept_out) for number in range(count)), workers)
 
 
-def formula_row(job: tuple[int, float, list[str], list[str], set[str], tuple[int, int]]) -> dict[str, Any]:
+class Formulas(NamedTuple):
+    """What formulas are made of: the real ones' pictures and normal labels, their parts, and labels that are read."""
+
+    real: list[tuple[Path, str]]
+    parts: list[str]
+    kept_out: set[str]
+
+
+def formula_row(job: tuple[int, float, Formulas]) -> dict[str, Any]:
     """The row of a number, of which a share of all come before it: one of `BEGINNING`, then a formula like those known,
-    and of their parts, that may be the longer, the later it comes."""
-    number, share, known, parts, kept_out, size = job
-    chance, stage = random.Random(number), int(share / BEGINNERS)
+    and of their parts, that may be the longer, the later it comes; or a real one."""
+    number, share, given = job
+    chance = random.Random(number)
+    share *= chance.random() if chance.random() < EASIER else 1
+    stage = int(share / BEGINNERS)
     grown = (share - BEGINNERS * len(BEGINNING)) / (1 - BEGINNERS * len(BEGINNING))
+    if stage >= len(BEGINNING) and given.real and chance.random() < REAL:
+        path, text = chance.choice(given.real)
+        return real_row(path, apart(text), chance)
     while True:
         if stage < len(BEGINNING):
             symbols, most = BEGINNING[stage]
             text = "".join(chance.choices(symbols, k=chance.randint(1, most)))
         else:
-            text = invent(chance, known, parts, int(SHORTEST + grown**2 * (LONGEST - SHORTEST)))
+            known = [label for _, label in given.real]
+            text = invent(chance, known, given.parts, int(SHORTEST + grown**2 * (LONGEST - SHORTEST)))
         try:
             picture = draw_formula(text, chance)
         except ValueError:  # a label has commands that mathtext does not know
             continue
-        if text not in kept_out:
-            return conversation(png(lay(picture, size, chance)), text)
+        if text not in given.kept_out:
+            return conversation(png(cut(picture, CELL, chance)), apart(text))
 
 
-def laid_row(job: tuple[Path, str, tuple[int, int], random.Random | None]) -> dict[str, Any]:
-    """The row of a real formula's picture."""
-    path, text, size, chance = job
+def real_row(path: Path, text: str, chance: random.Random | None = None) -> dict[str, Any]:
     with Image.open(path) as picture:
-        return conversation(png(lay(picture, size, chance)), text)
+        return conversation(png(cut(picture, CELL, chance)), text)
 
 
 def folder_rows(folder: Path) -> list[dict[str, Any]]:
@@ -265,29 +281,18 @@ def lines(given: argparse.Namespace, tokenizer: Any) -> Task:
 
 
 def formulas(given: argparse.Namespace) -> Task:
-    began = time.perf_counter()
+    began, count = time.perf_counter(), given.steps * given.batch
     real, held_out, left_out = labelled(given.formulas, LONGEST)
-    known, kept_out = [text for _, text in real], {text for _, text in held_out}
-    parts, size = terms(known), (given.tiles * given.side, given.side)
-    jobs = ((number, number / given.rows, known, parts, kept_out, size) for number in range(given.rows))
+    made_of = Formulas(real, terms([text for _, text in real]), {text for _, text in held_out})
+    jobs = ((number, number / count, made_of) for number in range(count))
     rows = at_once(formula_row, jobs, given.workers)
-    repeated = [(*pair, size, random.Random(number)) for number, pair in enumerate(real * TIMES)]
-    rows += at_once(laid_row, repeated, given.workers)
     print(
-        f"{given.rows} formulas at random, {len(real)} real ones {TIMES} times: {time.perf_counter() - began:.0f} s; "
+        f"{count} rows, {REAL:.0%} of them of {len(real)} real formulas: {time.perf_counter() - began:.0f} s; "
         f"{len(held_out)} held out; left out: {dict(left_out)}",
         flush=True,
     )
-    asked = [laid_row((*pair, size, None)) for pair in held_out[: given.limit]]
-    rows = growing(rows, given.steps * given.batch, random.Random(given.seed))
-    return Task(rows, asked, in_order=True, max_length=256, max_new_tokens=112, form=normal)
-
-
-def growing(rows: list[dict], count: int, chance: random.Random) -> list[dict]:
-    """So many of the rows, the first from their beginning only, the last from all: digits teach to look at the image, a
-    long formula at first only which symbol follows which."""
-    reach = np.clip(np.linspace(0, 1 / GROWING, count), BEGINNERS, 1) * len(rows)
-    return [rows[chance.randrange(max(1, int(stop)))] for stop in reach]
+    asked = [real_row(*pair) for pair in held_out[: given.limit]]
+    return Task(rows, asked, in_order=True, max_length=448, max_new_tokens=160, form=normal)
 
 
 def main() -> None:
@@ -301,17 +306,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("reading"))
     parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rows", type=int, default=120000, help="rendered lines or formulas to train on")
+    parser.add_argument("--rows", type=int, default=120000, help="rendered lines to train on")
     parser.add_argument("--limit", type=int, default=200, help="images that are read for a point")
     parser.add_argument("--learning_rate", type=float, default=5e-4)
     parser.add_argument("--every", type=int, default=250, help="steps between points")
-    parser.add_argument("--side", type=int, default=256)
-    parser.add_argument("--tiles", type=int, default=1, help="squares that a long image is cut into")
+    parser.add_argument("--side", type=int, default=256, help="pixels of an image, without --formulas")
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare images")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    longest = given.tiles * given.side
-    folder = make(given.smollm2, given.out / "random", side=given.side, longest_edge=longest, seed=given.seed)
+    family = "qwen2_5_vl" if given.formulas else "smolvlm"
+    folder = make(family, given.smollm2, given.out / "random", side=given.side, seed=given.seed)
     model, processor = FastVisionModel.from_pretrained(
         str(folder), max_seq_length=512, load_in_4bit=False, full_finetuning=True
     )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
-MODULES = ("reading_curve", "formula_images", "formulas", "make_smolvlm")
+MODULES = ("reading_curve", "formula_images", "formulas", "make_vlm")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def bench():
 def test_normal(bench, label, shown):
     normal = bench["formulas"].normal
     assert normal(label) == shown
-    assert normal(shown) == shown
+    assert normal(shown) == normal(bench["formulas"].apart(shown)) == shown
 
 
 def test_made_formulas(bench):
@@ -69,27 +69,27 @@ def test_made_formulas(bench):
     assert len(set(texts)) > 50
     for seed, text in enumerate(texts):
         assert text == formulas.normal(text) and 0 < len(text) <= 60
-        laid = images.lay(images.draw(text, random.Random(seed)), (512, 128), random.Random(seed))
-        assert laid.size == (512, 128) and laid.mode == "L"
-        grey = np.asarray(laid)
+        picture = images.cut(images.draw(text, random.Random(seed)), 16, random.Random(seed))
+        assert picture.mode == "L" and picture.width % 16 == picture.height % 16 == 0
+        grey = np.asarray(picture)
         assert grey.min() < 160, text
         edges = grey[0], grey[-1], grey[:, 0], grey[:, -1]
-        assert min(edge.min() for edge in edges) > 200, text  # nothing cut off
+        assert min(edge.min() for edge in edges) > 160, text  # nothing cut off
     swapped = {images.exchanged(r"\mathrm{vib}x+2", random.Random(seed)) for seed in range(99)}
     assert len(swapped) > 20 and all(one.startswith(r"\mathrm{vib}") for one in swapped)  # but no words
 
 
 def test_size_of_letters(bench):
-    """A letter is as large as in the real pictures, 7 pixels without ascenders; what is laid fills the picture."""
+    """A letter is as large as in the real pictures, 7 pixels without ascenders, and little around it is left."""
     images = bench["formula_images"]
     drawn = images.draw("x", random.Random(0))
     box = drawn.point(lambda level: 255 * (level < images.INK)).getbbox()
     assert box[3] - box[1] in (7, 8)
-    for text, empty in (("x", images.SMALLEST), ("x" * 70, images.MARGIN)):
-        dark = np.asarray(images.lay(images.draw(text, random.Random(0)), (512, 128))).min(0) < images.INK
-        left, right = dark.argmax(), dark[::-1].argmax()
-        assert abs(left - right) < 20 and dark[left : len(dark) - right].mean() > 0.5
-        assert left < 512 * empty / (2 * images.SMALLEST)
+    for text, size in (("x", (16, 16)), ("x" * 40, (400, 16))):
+        picture = images.cut(images.draw(text, random.Random(0)), 16)
+        dark = np.asarray(picture) < images.INK
+        assert picture.size == size
+        assert dark.any(0).argmax() == dark.any(1).argmax() == images.MARGIN
     with pytest.raises(ValueError, match="nosuch"):
         images.draw(r"\nosuch", random.Random(0))
 
@@ -121,30 +121,25 @@ def test_labelled(bench, folder):
     assert [text for _, text in train] == ["0", "1", "2"] and len(held_out) == 200
 
 
-def test_held_out_formulas_are_not_trained_on(bench, folder, monkeypatch):
-    curve = bench["reading_curve"]
-    monkeypatch.setattr(curve, "at_once", lambda make_row, jobs, workers: [*map(make_row, jobs)])
-    given = argparse.Namespace(
-        formulas=folder, rows=150, tiles=2, side=32, workers=0, limit=5, steps=100, batch=16, seed=0
-    )
-    task = curve.formulas(given)
-    texts = [
-        [row["messages"][1]["content"][0]["text"] for row in rows] for rows in (task.rows, task.held_out)
-    ]
-    assert len(texts[0]) == 1600 and texts[1] == [*"01234"]
-    assert not {*"01234589"} & set(texts[0])
-    assert "6" in texts[0]  # made of the known 7, as the held-out digits would be
-    assert task.form is bench["formulas"].normal
+def texts_of(rows):
+    return [row["messages"][1]["content"][0]["text"] for row in rows]
 
 
-def test_formulas_grow(bench, folder, monkeypatch):
+def test_what_formulas_are_trained_on(bench, folder, monkeypatch):
+    """Digits, then letters, then formulas that grow, now and then as easy as before; real ones; none that is read."""
     curve = bench["reading_curve"]
-    taken = curve.growing(list(range(100)), 1000, random.Random(0))
-    assert max(taken[:30]) < 6 and 40 < max(taken[:300]) < 55 and set(taken[600:]) == set(range(100))
     monkeypatch.setattr(curve, "at_once", lambda make_row, jobs, workers: [*map(make_row, jobs)])
-    given = argparse.Namespace(
-        formulas=folder, rows=100, tiles=1, side=32, workers=0, limit=5, steps=60, batch=10, seed=0
+    monkeypatch.setattr(curve, "REAL", 0.5)
+    task = curve.formulas(argparse.Namespace(formulas=folder, workers=0, limit=5, steps=60, batch=10))
+    said = texts_of(task.rows)
+    texts = [text.replace(" ", "") for text in said]
+    assert (
+        len(texts) == 600 and task.form is bench["formulas"].normal and texts_of(task.held_out) == [*"01234"]
     )
-    texts = [row["messages"][1]["content"][0]["text"] for row in curve.formulas(given).rows]
-    assert all(text.isdigit() for text in texts[:25]) and any(text.isalpha() for text in texts[30:60])
+    assert not {*"01234589"} & set(texts) and said.count("( 7 )") == texts.count("(7)") > 50
+    assert set(texts[:24]) == {"6", "7"}  # what is not read of the digits
+    assert all(text.isdigit() for text in texts[:48]) and any(text.isalpha() for text in texts[48:72])
+    formulas = texts[72:]
+    assert 150 < formulas.count("7") + formulas.count("(7)") < 350
+    assert any(len(text) == 2 and text.isdigit() for text in texts[300:])
     assert max(map(len, texts[:100])) < 15 < 60 < max(map(len, texts[500:]))

@@ -12,16 +12,22 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from jaxtune import FastVisionModel
 
-PATH = Path(__file__).resolve().parents[2] / "scripts" / "bench" / "make_smolvlm.py"
-spec = importlib.util.spec_from_file_location("make_smolvlm", PATH)
-make_smolvlm = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(make_smolvlm)
+PATH = Path(__file__).resolve().parents[2] / "scripts" / "bench" / "make_vlm.py"
+spec = importlib.util.spec_from_file_location("make_vlm", PATH)
+make_vlm = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make_vlm)
+
+SHAPES = {
+    "smolvlm": (1, 1, 3, 64, 64),
+    "qwen2_5_vl": (4 * 12, 3 * 2 * 8 * 8),
+}  # pixels of an image of 90 x 30
 
 
-@pytest.mark.parametrize("family", ["llama", "llama_tied"])
-def test_make(tiny_model_dir, tmp_path, family):
-    text = tiny_model_dir(family)
-    folder = make_smolvlm.make(text, tmp_path / "vlm", side=64, width=64, layers=2, longest_edge=128)
+@pytest.mark.parametrize("text", ["llama", "llama_tied"])
+@pytest.mark.parametrize("family", ["smolvlm", "qwen2_5_vl"])
+def test_make(tiny_model_dir, tmp_path, family, text):
+    text = tiny_model_dir(text)
+    folder = make_vlm.make(family, text, tmp_path / "vlm", side=64, width=64, layers=2)
     model, processor = FastVisionModel.from_pretrained(
         folder, load_in_4bit=False, dtype="float32", max_seq_length=None
     )
@@ -33,7 +39,7 @@ def test_make(tiny_model_dir, tmp_path, family):
     prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
     inputs = processor(text=[prompt], images=[[tiny_vision.picture(90, 30)]], return_tensors="np")
     inputs = {name: np.asarray(value) for name, value in inputs.items()}
-    assert inputs["pixel_values"].shape == (1, 3, 3, 64, 64)  # two tiles and the whole
+    assert inputs["pixel_values"].shape == SHAPES[family]
     with torch.no_grad():
         want = judge.eval()(**{name: torch.tensor(value) for name, value in inputs.items()}).logits.numpy()
     assert np.abs(model.logits(**inputs) - want).max() <= LOGITS * np.abs(want).max()
