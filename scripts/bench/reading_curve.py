@@ -9,7 +9,7 @@
 All weights are trained on lines that Pillow renders (words, sums, invoices, letters at random). Read are the images of
 --ocr, with metadata.jsonl (image, text); none of their texts is trained on. With --digits it trains on written digits
 (scikit-learn's: images uint8 [N, 8, 8] and labels) and reads of the last 400. With --formulas it trains on digits,
-then letters, then formulas made at random (see formula_images.py), short ones first, none of them twice, and the
+then letters, then formulas made at random (see formula_images.py), short ones first, no picture twice, and the
 folder's own, and reads what the folder holds out; an answer has a space between any two symbols, and is compared with
 the label in the normal form of formulas.py.
 Lines and digits are squares of SmolVLM, formulas keep their shape in Qwen2.5-VL. Writes curve.json and curve.png: the
@@ -287,7 +287,7 @@ def formulas(given: argparse.Namespace) -> Task:
     jobs = ((number, number / count, made_of) for number in range(count))
     rows = at_once(formula_row, jobs, given.workers)
     print(
-        f"{count} rows, {REAL:.0%} of them of {len(real)} real formulas: {time.perf_counter() - began:.0f} s; "
+        f"{count} rows, some of {len(real)} real formulas: {time.perf_counter() - began:.0f} s; "
         f"{len(held_out)} held out; left out: {dict(left_out)}",
         flush=True,
     )
