@@ -12,7 +12,13 @@ if TYPE_CHECKING:
         standardize_sharegpt,
         train_on_responses_only,
     )
-    from jaxtune.fast import FastLanguageModel, FastModel, FastVisionModel
+    from jaxtune.fast import (
+        FastLanguageModel,
+        FastModel,
+        FastVisionModel,
+        is_bf16_supported,
+        is_bfloat16_supported,
+    )
     from jaxtune.generate import SamplingParams, TextStreamer
     from jaxtune.lora import LoraConfig
     from jaxtune.model import Model
@@ -42,6 +48,8 @@ _HOMES = {
     "UnslothVisionDataCollator": "jaxtune.data",
     "VisionDataCollator": "jaxtune.data",
     "get_chat_template": "jaxtune.data",
+    "is_bf16_supported": "jaxtune.fast",
+    "is_bfloat16_supported": "jaxtune.fast",
     "make_eval_step": "jaxtune.step",
     "make_train_step": "jaxtune.step",
     "standardize_data_formats": "jaxtune.data",

@@ -51,6 +51,15 @@ _PEFT_REFUSED = {
 }
 
 
+def is_bfloat16_supported() -> bool:
+    """Whether this device computes in bfloat16: every one but NVIDIA GPUs before Ampere."""
+    device = jax.devices()[0]
+    return device.platform != "gpu" or float(getattr(device, "compute_capability", "8.0")) >= 8.0
+
+
+is_bf16_supported = is_bfloat16_supported  # Unsloth has both names
+
+
 def as_dtype(dtype) -> Any:
     """None (bfloat16 on an accelerator, float32 on a CPU), a name, or a numpy, JAX or torch dtype -> JAX dtype."""
     if dtype is None:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import optax
 
-from jaxtune import cluster
+from jaxtune import cluster, images
 from jaxtune.config import SFTConfig
 from jaxtune.data import (
     Batches,
@@ -27,6 +27,8 @@ from jaxtune.data import (
     pack,
     prepare_dataset,
 )
+from jaxtune.data import UnslothVisionDataCollator as UnslothVisionDataCollator  # where Unsloth has it
+from jaxtune.data.columns import ragged_column
 from jaxtune.data.image_pool import default_workers
 from jaxtune.data.image_sources import vision_rows
 from jaxtune.data.prepare import attach_report, preparation_report
@@ -113,7 +115,8 @@ class SFTTrainer(Trainer[SFTConfig]):
 
         def prepare(data: Any, args: SFTConfig) -> Dataset:
             if collator is None:
-                return prepare_dataset(data, chat_tokenizer(processing_class), args, formatting_func)
+                texts = prepare_dataset(data, chat_tokenizer(processing_class), args, formatting_func)
+                return _of_texts_alone(texts, model)
             return _with_images(data, collator, args)
 
         train = None if train_dataset is None else prepare(train_dataset, args)
@@ -278,12 +281,28 @@ def _vision_collator(
     _check_collator(given)
     if model.processor is None or rows is None:
         return None
-    first = next(iter(rows.values())) if isinstance(rows, Mapping) else rows
-    if not has_images(vision_rows(first)[0][0]):
+    found = vision_rows(next(iter(rows.values())) if isinstance(rows, Mapping) else rows)[0]
+    if not any(map(has_images, [found[0]] if isinstance(found, Dataset) else found)):
         return None
     return VisionDataCollator(
         model, processing_class, completion_only_loss=args.completion_only_loss is not False
     )
+
+
+def _of_texts_alone(prepared: Dataset, model: Model) -> Dataset:
+    """The same; raises ValueError where a token stands for an image, whose pixels nobody would read."""
+    host = None if model.processor is None else images.family(model.config)
+    if host is not None:
+        ids = ragged_column(prepared, "input_ids")
+        if (marks := np.isin(ids.values, sorted(host.placeholder_ids))).any():
+            place = int(marks.argmax())
+            row = int(np.flatnonzero((ids.starts <= place) & (place < ids.starts + ids.lengths))[0])
+            raise ValueError(
+                f"row {row} of the prepared rows has a token that stands for an image, and no image was "
+                "found beside the rows, so they are read as text alone. Give "
+                "data_collator=VisionDataCollator(model, processor)"
+            )
+    return prepared
 
 
 def _refuse_beside_images(args: SFTConfig, formatting_func: Any) -> None:
@@ -298,6 +317,11 @@ def _refuse_beside_images(args: SFTConfig, formatting_func: Any) -> None:
     for name, (value, instead) in advice.items():
         if value is not None:
             raise ValueError(f"SFTTrainer: {name} is not for rows with images; {instead}")
+    if args.packing and args.packing_strategy != "bfd":
+        raise ValueError(
+            f"SFTTrainer: packing_strategy={args.packing_strategy!r} cuts rows in two, and with them images; rows with "
+            "images are packed whole, by 'bfd'"
+        )
 
 
 def _with_images(data: Any, collator: VisionDataCollator, args: SFTConfig) -> Dataset:

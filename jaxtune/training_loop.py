@@ -410,8 +410,8 @@ def within_model(max_length: int | None, model: Model) -> int | None:
     if max_length is None or max_length <= model.max_seq_length:
         return max_length
     warnings.warn(
-        f"max_length {max_length} is more than the model was loaded for; rows are cut at "
-        f"{model.max_seq_length} tokens (give from_pretrained a larger max_seq_length for more)",
+        f"max_length {max_length} is more than the model was loaded for: {model.max_seq_length} tokens count as the "
+        "limit of a row (give from_pretrained a larger max_seq_length for more)",
         stacklevel=4,
     )
     return model.max_seq_length

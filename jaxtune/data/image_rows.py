@@ -56,7 +56,10 @@ def has_images(row: Any) -> bool:
         else [row.get(name) for name in ("messages", "conversations", "prompt", "chosen")]
     )
     parts = (part for talk in talks if is_conversation(talk) for message in talk for part in _listed(message))
-    return any(part.get("type") in ("image", "image_url") for part in parts)
+    kinds = ("image", "image_url")
+    return any(
+        part.get("type", next((kind for kind in kinds if part.get(kind)), None)) in kinds for part in parts
+    )
 
 
 def read_row(row: Any, number: int, text_field: str = "text") -> Document:

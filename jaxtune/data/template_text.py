@@ -94,6 +94,25 @@ def rename_messages(role: str, content: str, user: str, assistant: str) -> str:
 """
 
 
+def show_images(mark: str) -> str:
+    """Prelude that makes texts of contents that are lists of parts, with `mark` where an image is."""
+    return f"""\
+{{%- set shown = namespace(messages=[]) -%}}
+{{%- for message in messages -%}}
+{{%- if message['content'] is string or message['content'] is not iterable -%}}
+{{%- set shown.messages = shown.messages + [message] -%}}
+{{%- else -%}}
+{{%- set said = namespace(text='') -%}}
+{{%- for part in message['content'] -%}}
+{{%- set said.text = said.text + ('{mark}' if part['type'] in ('image', 'image_url') else part['text']) -%}}
+{{%- endfor -%}}
+{{%- set shown.messages = shown.messages + [dict(message, content=said.text)] -%}}
+{{%- endif -%}}
+{{%- endfor -%}}
+{{%- set messages = shown.messages -%}}
+"""
+
+
 def default_system(text: str) -> str:
     """Prelude that puts `text` as the system message where the conversation has none."""
     quoted = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")

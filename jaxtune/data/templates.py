@@ -266,10 +266,11 @@ def get_chat_template(
     map_eos_token: bool = True,
     system_message: str | None = None,
 ) -> PreTrainedTokenizerBase:
-    """Give a tokenizer a chat template.
+    """Give a tokenizer, or a processor of images and its tokenizer, a chat template.
 
     Args:
-        tokenizer: changed in place where that is possible; use the returned one.
+        tokenizer: changed in place where that is possible; use the returned one. A processor's named templates show
+            images where the messages have them.
         chat_template: a name (see `CHAT_TEMPLATES` and `ALIASES`), or (Jinja source, stop word).
         mapping: keys and role names of the messages to come, for instance ShareGPT's
             `{"role": "from", "content": "value", "user": "human", "assistant": "gpt"}`.
@@ -278,7 +279,7 @@ def get_chat_template(
         system_message: replaces the template's default system message.
 
     Returns:
-        The tokenizer with `chat_template` (and `eos_token`) set.
+        The tokenizer or processor with `chat_template` (and `eos_token`) set.
 
     Raises:
         ValueError: unknown name or mapping key, or no EOS token to rename.
@@ -290,12 +291,18 @@ def get_chat_template(
         template = ChatTemplate(source, None if stop_word == "eos_token" else stop_word)
     if system_message is not None:
         template = replace(template, system=system_message)
+    processor = tokenizer if hasattr(tokenizer, "image_processor") else None
+    tokenizer = tokenizer if processor is None else processor.tokenizer
     if map_eos_token and template.stop_word is not None:
         tokenizer = _with_eos(tokenizer, template.stop_word)
-    tokenizer.chat_template = _rename(mapping) + (
-        template.plain if isinstance(chat_template, str) else _own(template)
-    )
-    return tokenizer
+    source = template.plain if isinstance(chat_template, str) else _own(template)
+    if processor is not None and isinstance(chat_template, str):
+        source = text.show_images(_image_mark(processor)) + source
+    tokenizer.chat_template = _rename(mapping) + source
+    if processor is None:
+        return tokenizer
+    processor.tokenizer, processor.chat_template = tokenizer, tokenizer.chat_template
+    return processor
 
 
 def use_chat_template_of(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
@@ -314,6 +321,15 @@ def use_chat_template_of(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
             "vocabulary, and new tokens are not supported; use get_chat_template, which renames the EOS token"
         )
     tokenizer.chat_template, tokenizer.eos_token = other.get_chat_template(), other.eos_token
+
+
+def _image_mark(processor: Any) -> str:
+    """What stands for an image in a text for a processor."""
+    if hasattr(processor, "boi_token"):  # Gemma 3 puts the image's tokens behind it
+        return processor.boi_token
+    begin, end = "<|vision_start|>", "<|vision_end|>"
+    around = (begin, end) if begin in processor.tokenizer.get_vocab() else ("", "")
+    return str(processor.image_token).join(around)
 
 
 def _own(template: ChatTemplate) -> str:

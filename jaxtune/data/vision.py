@@ -127,6 +127,8 @@ class VisionDataCollator:
             raise ValueError(
                 f"ignore_index={ignore_index} is not supported; labels that do not count are {IGNORE}"
             )
+        if num_proc is not None and num_proc < 0:
+            raise ValueError(f"num_proc={num_proc}: expected a number of worker processes, 0 for none")
         if too_long not in ("drop", "raise"):
             raise ValueError(f"too_long={too_long!r}: expected 'drop' or 'raise'")
         self.processor, self.tokenizer = processor, processor.tokenizer
@@ -159,13 +161,16 @@ class VisionDataCollator:
     def __call__(self, examples: Sequence[Any]) -> dict[str, np.ndarray]:
         """The processor's output for some rows, padded on the right, with labels: arrays [B, T] and the images'.
 
-        It shows what is trained; the trainer makes its batches itself.
+        It shows what is trained; the trainer makes its batches itself. Rows longer than max_seq_length are left out, or
+        raise ValueError, as `too_long` says.
         """
         documents = [self._read(row, number, None) for number, row in enumerate(examples)]
         encoded = [self.encoder.encode(document) for document in documents]
-        batch = dict(
-            self.encoder.processed(documents, return_tensors="np", padding=True, padding_side="right")
-        )
+        lengths = np.asarray([len(one.ids) for one in encoded])
+        fits = self._fitting(lengths, self.max_seq_length, 1)
+        documents, encoded = [*itertools.compress(documents, fits)], [*itertools.compress(encoded, fits)]
+        padding = {"padding": True, "padding_side": "right", "pad_to_multiple_of": self.pad_to_multiple_of}
+        batch = dict(self.encoder.processed(documents, return_tensors="np", **padding))
         labels = np.full(batch["input_ids"].shape, IGNORE, np.int64)
         for place, one in enumerate(encoded):
             batch["input_ids"][place, : len(one.ids)] = one.ids

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -44,14 +44,24 @@ def save_adapter(
     for name, value in tensors.items():
         check_finite(name, value)
     config = config_to_peft(lora, model.name_or_path, model.checkpoint.revision)
-    tokenizer = tokenizer or model.processor or model.tokenizer
     with staged_folder(directory, sum(value.nbytes for value in tensors.values())) as folder:
         with ShardWriter(folder, list(tensors), "1TB", single=ADAPTER_WEIGHTS) as writer:
             for name, value in sorted(tensors.items()):
                 writer.add({name: value})
         (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        if tokenizer is not None and with_tokenizer:
-            tokenizer.save_pretrained(str(folder))
+        if with_tokenizer:
+            save_processing(model, folder, tokenizer)
+
+
+def save_processing(model: Model, folder: Path, given: Any = None) -> None:
+    """Writes a tokenizer or processor, by default the model's; of a tokenizer for a vision-language model the rest of
+    its processor too."""
+    parts = [given or model.processor or model.tokenizer]
+    if model.processor is not None and not hasattr(parts[0], "image_processor"):
+        parts.insert(0, model.processor)
+    for part in parts:
+        if part is not None:
+            part.save_pretrained(str(folder))
 
 
 def check_finite(name: str, value: np.ndarray) -> None:

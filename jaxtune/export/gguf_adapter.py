@@ -82,10 +82,16 @@ def _tensors(model: Model) -> dict[str, np.ndarray]:
     family = gguf_family(model.config)
     check_config(model.config, family)
     decoder = models.family(model.config).config(model.config)
-    found = {}
+    found, inside = {}, f"{model.module.decoder_path}."
     for peft_name, value in adapter_tensors(model).items():
         module, leaf = peft_name.removeprefix(PEFT_PREFIX).split(".lora_")
-        weight, leaf = f"{module}.weight", _LEAVES[f"lora_{leaf}"]
+        if not module.startswith(inside):
+            raise ValueError(
+                f"{module}: llama.cpp takes adapters of the language part alone, and this one is on the vision tower "
+                "too; export the merged model (save_pretrained_gguf without save_method), or train with "
+                "finetune_vision_layers=False"
+            )
+        weight, leaf = f"{module.replace(inside, 'model.', 1)}.weight", _LEAVES[f"lora_{leaf}"]
         heads = rotary_heads(weight, decoder.num_heads, decoder.num_kv_heads) if family.interleaved else None
         if heads is not None and leaf == "lora_b":
             value = interleave_rotary_halves(value, heads)

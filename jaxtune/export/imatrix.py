@@ -236,8 +236,9 @@ def collect_imatrix(
         ValueError: no usable rows, or an activation that is NaN or infinite (its tensor is named).
     """
     from jaxtune.data.batches import Batches  # here because it brings transformers, and that torch
+    from jaxtune.data.responses import chat_tokenizer
 
-    packed = _packed(rows, tokenizer or model.tokenizer, chunk_size, dataset_text_field)
+    packed = _packed(rows, chat_tokenizer(tokenizer or model.tokenizer), chunk_size, dataset_text_field)
     packed = packed.select(range(min(max_chunks, len(packed))))
     batches = Batches(
         packed, batch_size=min(batch_size, len(packed)), max_length=chunk_size, packed=True, shuffle=False

@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 from tqdm.auto import tqdm
 
-from jaxtune.export.adapter import check_finite, save_adapter
+from jaxtune.export.adapter import check_finite, save_adapter, save_processing
 from jaxtune.export.folder import MODEL_CONFIG, staged_folder
 from jaxtune.formats.safetensors_writer import ShardWriter
 from jaxtune.lora import merged_weight
@@ -70,7 +70,7 @@ def save_merged(
     Args:
         model: with or without an adapter; a fully fine-tuned one is saved as it is.
         directory: folder to make; see `export.folder` for what happens to an existing one.
-        tokenizer: saved beside the weights, or a processor; by default the model's.
+        tokenizer: saved beside the weights, or a processor; by default the model's. See `save_processing`.
         save_method: "merged_16bit"; "merged_4bit" (also "merged_4bit_forced", "forced_merged_4bit"), NF4 as
             bitsandbytes stores it, with a new rounding error; "lora", the adapter alone.
         base: what the adapter is merged onto, "dequantised" or "original".
@@ -89,7 +89,6 @@ def save_merged(
     if method == "lora":
         return save_adapter(model, directory, tokenizer)
     kind = _dtype(model, dtype)
-    tokenizer = tokenizer or model.processor or model.tokenizer
     quantised = _quantised(model) if method == "merged_4bit" else set()
     config = _config(model, kind, quantised)
     plan = expected_names(model.module)
@@ -104,8 +103,7 @@ def save_merged(
         if model.checkpoint.generation_config:
             text = json.dumps(model.checkpoint.generation_config, indent=2)
             (folder / "generation_config.json").write_text(text + "\n", "utf-8")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(folder))
+        save_processing(model, folder, tokenizer)
         (folder / MODEL_CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 

@@ -84,7 +84,7 @@ def save_gguf(
     Args:
         model: with or without an adapter.
         directory: folder for `<name>.<METHOD>.gguf` and `Modelfile`; made if need be, other files stay.
-        tokenizer: goes into the files; by default the model's.
+        tokenizer: goes into the files, or that of a processor; by default the model's.
         quantization_method: a name of `type_mix.METHODS`, or several: all are made in one pass over the weights.
         imatrix: an `ImportanceMatrix`, a file of one (of llama-imatrix or `ImportanceMatrix.save`), or rows as for
             `SFTTrainer` to collect one from.
@@ -111,7 +111,8 @@ def save_gguf(
     methods = _methods(quantization_method, model)
     if verify:
         installed_llama_cpp()
-    folder, tokenizer = Path(directory).expanduser(), tokenizer or model.tokenizer
+    folder, given = Path(directory).expanduser(), tokenizer or model.tokenizer
+    tokenizer = getattr(given, "tokenizer", given)  # of a processor
     conversion = convert(model, tokenizer, base=base, name=name, pre_tokenizer=pre_tokenizer)
     stem = _stem(name or model.name_or_path)
     targets = {method: folder / f"{stem}.{method.upper()}.gguf" for method in methods}
