@@ -33,7 +33,7 @@ SKINNY = 64  # a product with a side this short is an adapter's
 
 
 class Ceilings(NamedTuple):
-    """bytes/s of a copy (read + written), operations/s of bf16 products, of fp8 products, of attention, and bytes/s
+    """bytes/s, operations/s of bf16 products, of fp8 products, of attention, and bytes/s
     that a GPU gets from others of its host, and from or to the host's memory."""
 
     bandwidth: float = 4.3e12
@@ -44,7 +44,9 @@ class Ceilings(NamedTuple):
     host: float = 55e9  # PCIe 5
 
 
-H200 = Ceilings()  # as measured on one, see docs/benchmarks.md
+# As one did at best: only reading, and products before it drew 700 W. In a long run, see docs/benchmarks.md: 3.25 TB/s
+# of copying, 700 TFLOP/s.
+H200 = Ceilings()
 
 
 class Kernel(NamedTuple):
