@@ -187,6 +187,7 @@ class PlannedStep:
             host=cluster.smallest(free_on_host(self._on_host)) if jax.default_backend() == "gpu" else 0,
             fp8=self._fp8,
             devices=self._layout.size,
+            asked=self._budget_gb is not None,
         )
         if choice.away > max(self._on_host, default=0):
             self._on_host.append(choice.away)
@@ -210,6 +211,7 @@ def choose(
     host: int,
     fp8: bool = False,
     devices: int = 1,
+    asked: bool = False,
 ) -> Choice:
     """The first of CHOICES whose compiled step needs at most `budget` bytes.
 
@@ -222,6 +224,7 @@ def choose(
       host: bytes that may be put into host memory for each device, where that is another one.
       fp8: whether the step multiplies in 8-bit floats, which its arguments do not tell.
       devices: over which the rows of the batch are split; bytes are those of one.
+      asked: whether `budget` is the memory_budget_gb that was asked for, not what is free; for the error.
 
     Raises:
       MemoryError: none fits; says what the smallest needs.
@@ -251,8 +254,10 @@ def choose(
     less = ""
     if 0 < host < (away := kept(LEAST)[1]):
         less = f" (less with {away / 1e9:.2f} GB in host memory, of which {host / 1e9:.2f} GB are to be had)"
+    room = f"memory_budget_gb is {budget / 1e9:.2f}" if asked else f"{budget / 1e9:.2f} GB are free"
+    more = "Raise memory_budget_gb, make " if asked else "Make "
     raise MemoryError(
-        f"the training step needs at least {least / 1e9:.2f} GB{less} and {budget / 1e9:.2f} GB are free. Make "
+        f"the training step needs at least {least / 1e9:.2f} GB{less} and {room}. {more}"
         "per_device_train_batch_size or max_length (GRPO: max_completion_length) smaller (gradient_accumulation_steps "
         "makes up for the first), use optim='adamw_8bit', or load the model in 4 bits"
     )

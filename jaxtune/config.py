@@ -39,8 +39,14 @@ def remat_parts(text: str) -> tuple[frozenset[str], bool]:
     """ "attention+gate_up+offload" -> (the names to keep, whether layer inputs go to the host).
 
     Raises:
+      TypeError: not a text.
       ValueError: an unknown name, or one to keep beside "all".
     """
+    if not isinstance(text, str):
+        raise TypeError(
+            f"remat must be a text, got {text!r}; expected 'auto', 'all' (recompute everything), 'none' (keep "
+            f"everything), or names to keep joined by '+': {', '.join(KEEPABLE)}, offload"
+        )
     parts = [part.strip() for part in text.split("+")]
     for part in parts:
         if part not in (*KEEPABLE, "all", "none", "offload"):
@@ -163,6 +169,11 @@ class TrainingConfig:
             remat_parts(self.remat)
         check_at_least(self, 1, _POSITIVE)
         check_at_least(self, 0, _NOT_NEGATIVE)
+        if self.memory_budget_gb is not None and not self.memory_budget_gb > 0:
+            raise ValueError(
+                f"memory_budget_gb must be above 0, got {self.memory_budget_gb!r}; expected GB of each device's "
+                "memory, or None for what is free"
+            )
         if self.optim not in OPTIMIZERS:
             raise ValueError(
                 f"optim={self.optim!r} is not supported; expected one of {', '.join(OPTIMIZERS)}"

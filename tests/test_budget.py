@@ -196,6 +196,16 @@ def test_too_little_memory_says_how_much_is_needed(tried):
         plan(tried, 1000)
 
 
+def test_too_small_a_budget_is_named(tried):
+    def make_step(remat):
+        return SimpleNamespace(lower=lambda *_: SimpleNamespace(compile=lambda: compiled(remat)))
+
+    model = SimpleNamespace(module=SimpleNamespace(config=CONFIG, fp8=False), dtype=jnp.bfloat16)
+    step = PlannedStep(make_step, model, "auto", budget_gb=0.01, announce=lambda _: None)
+    with pytest.raises(MemoryError, match=r"GB and memory_budget_gb is 0\.01\. Raise memory_budget_gb, make"):
+        step.compile(ARGUMENTS)
+
+
 def test_a_step_is_compiled_once_for_each_shape():
     made, lines = [], []
 

@@ -226,6 +226,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", default=".", help="folder for kernel_times.json")
     args = parser.parse_args()
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     if args.profile:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
     ceilings = ceilings_here()

@@ -4,8 +4,8 @@
 
 Reads the text of an optimised HLO module (`compiled.as_text()`), multiplies the bodies of loops by their trip counts
 and sums max(bytes / bandwidth, operations / rate) by kind. Loops whose count the compiler does not know (the chunks of
-the loss) count `unknown_trips` times. What it does not see: how near a kernel comes to its floor, launch gaps, and what
-runs at the same time (`kept` copies mostly do).
+the loss) count `unknown_trips` times; attention is over whole rows, or over each of `documents` in a row. What it does
+not see: how near a kernel comes to its floor, launch gaps, and what runs at the same time (`kept` copies mostly do).
 """
 
 import collections
@@ -159,10 +159,10 @@ def product(i: Instruction, types: dict[str, str]) -> tuple[float, float, bool]:
     return moved, 2.0 * count * inner, min(inner, *dims[-2:]) <= SKINNY
 
 
-def attention(i: Instruction, types: dict[str, str]) -> float:
-    """Operations of causal attention over whole rows, forward or backward."""
+def attention(i: Instruction, types: dict[str, str], documents: int = 1) -> float:
+    """Operations of causal attention over rows of so many documents of one length, forward or backward."""
     batch, tokens, heads, h = shapes(types[i.operands[0]])[0][1]
-    return 2.0 * batch * heads * tokens * tokens * h * (2.5 if "Backward" in i.text else 1)
+    return 2.0 * batch * heads * tokens * (tokens / documents) * h * (2.5 if "Backward" in i.text else 1)
 
 
 def kind_of(i: Instruction, op_name: str, default: str) -> str:
@@ -174,8 +174,8 @@ def kind_of(i: Instruction, op_name: str, default: str) -> str:
     return default
 
 
-def kernels(text: str, ceilings: Ceilings = H200, unknown_trips: int = 8) -> list[Kernel]:
-    """Every kernel of an optimised HLO module."""
+def kernels(text: str, ceilings: Ceilings = H200, unknown_trips: int = 8, documents: int = 1) -> list[Kernel]:
+    """Every kernel of an optimised HLO module, on rows of so many documents."""
     computations, entry = parse(text)
     found: list[Kernel] = []
 
@@ -189,7 +189,7 @@ def kernels(text: str, ceilings: Ceilings = H200, unknown_trips: int = 8) -> lis
         op_name = re.search(r'op_name="([^"]*)"', hero.text)
         name, kind, flops, rate = op_name[1] if op_name else "", "element-wise", 0.0, ceilings.bf16
         if hero.op == "custom-call" and "$fmha" in hero.text:
-            kind, flops, rate = "attention", attention(hero, types), ceilings.attention
+            kind, flops, rate = "attention", attention(hero, types, documents), ceilings.attention
         elif hero.op == "dot" or "$matmul" in hero.text or "__cublas$gemm" in hero.text:
             read, flops, skinny = product(hero, types)
             moved = read if hero is i else moved

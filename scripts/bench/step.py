@@ -9,7 +9,8 @@
 On a GPU, first the ceilings of that very machine (copy, bf16 product), then for each batch and each choice of `remat`:
 median and spread of the step, tokens/s, memory forecast and peak, and the floor: what each kind of kernel must cost at
 those ceilings (roofline.py). --profile adds what each kind took and the kernels furthest above their floor; the step
-then runs without CUDA graphs, which hide the names (about 1 % slower). Batches that do not fit are reported as such.
+then runs without CUDA graphs, which hide the names (about 1 % slower). A batch that does not fit is tried again with
+half the rows, then half the tokens; its line says so. step.json has what was measured so far.
 Peaks are the process's so far: give batches and choices in the order of their size. On several GPUs the batch is that
 of each; `data` is a copy of the base on each, `fsdp` one over all, 2x4 two copies, each over four. What collectives
 leave on a GPU in a step is said by kind and dtype.
@@ -74,49 +75,106 @@ class Result:
     traffic_mb: dict[str, float] | None = None
     took_ms: dict[str, float] | None = None
     kernels: list[dict[str, Any]] | None = None
+    scaled_from: str | None = None  # the batch asked for, where it did not fit
 
     def line(self) -> str:
         floor = sum(self.floor_ms.values())
         what = f"{self.batch:>9s} {self.layout:5s} {self.remat:22s}"
+        scaled = f"  scaled to memory from {self.scaled_from}" if self.scaled_from else ""
         text = f"{what} needs {self.needs_gb:7.2f} GB  floor {floor:8.1f} ms"
         if self.median_ms is None or self.spread_ms is None:
-            return text
+            return text + scaled
         low, high = self.spread_ms
         each = f" ({(self.tokens_per_second or 0) / self.devices:.0f} a GPU)" if self.devices > 1 else ""
         return (
             f"{text}  took {self.median_ms:8.1f} ms ({low:.1f} to {high:.1f})  {self.tokens_per_second:8.0f} tokens/s"
-            f"{each}  peak {self.peak_gb:6.2f} GB"
+            f"{each}  peak {self.peak_gb:6.2f} GB{scaled}"
         )
 
 
-def arguments() -> argparse.Namespace:
+def positive(word: str) -> int:
+    """For argparse."""
+    if int(word) < 1:
+        raise ValueError(word)
+    return int(word)
+
+
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """Of the command line, checked.
+
+    words: instead of it.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=MODELS, default="llama-3.1-8b")
     parser.add_argument("--batch", nargs="+", default=["4x2048"], help="rows x tokens")
     parser.add_argument("--remat", nargs="+", default=["none", "all"], help="see SFTConfig.remat; auto too")
-    parser.add_argument("--documents", type=int, default=1, help="documents packed into a row")
+    parser.add_argument("--documents", type=positive, default=1, help="documents packed into a row")
     parser.add_argument(
         "--compute_dtype", choices=("bf16", "fp8"), default="bf16", help="of the frozen products"
     )
     parser.add_argument("--optim", default="adamw_8bit")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rank", type=positive, default=16)
+    parser.add_argument("--steps", type=positive, default=10)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--compile_for_h200", action="store_true")
-    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--devices", type=positive, default=1)
     parser.add_argument("--layout", nargs="+", default=["data"], help="data, fsdp, or data x fsdp as 2x4")
     parser.add_argument("--out", default=".", help="folder for step.json and the programs' HLO")
-    return parser.parse_args()
+    args = parser.parse_args(words)
+    try:
+        check(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError for what argparse does not see."""
+    from jaxtune.config import remat_parts
+
+    for name in args.batch:
+        _, tokens = batch_shape(name)
+        if tokens < args.documents:
+            raise ValueError(f"--documents {args.documents} do not fit into the rows of --batch {name}")
+    for name in args.remat:
+        if name != "auto":
+            remat_parts(name)
+        elif args.compile_for_h200:
+            raise ValueError(
+                "--remat auto asks a device what fits, and --compile_for_h200 has none; name policies: none, all, "
+                "attention+offload, ..."
+            )
+    for name in args.layout:
+        mesh_shape(name, args.devices)
+    if args.compile_for_h200 and args.profile:
+        raise ValueError("--profile runs the step, which --compile_for_h200 only compiles; leave one out")
+
+
+def batch_shape(name: str) -> tuple[int, int]:
+    """(rows, tokens) that a word of --batch means."""
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name)
+    if not found:
+        raise ValueError(f"--batch {name}: expected ROWSxTOKENS, as 4x2048")
+    return int(found[1]), int(found[2])
+
+
+def smaller(rows: int, tokens: int, least: int = 256) -> tuple[int, int] | None:
+    """The next batch to try where this one does not fit: half the rows, then half the tokens, at least so many."""
+    if rows > 1:
+        return rows // 2, tokens
+    return (rows, tokens // 2) if tokens // 2 >= least else None
 
 
 def mesh_shape(layout: str, devices: int) -> tuple[int, int]:
     """(data, fsdp) that a word of --layout means."""
     words = {"data": (devices, 1), "fsdp": (1, devices)}
+    if layout not in words and not re.fullmatch(r"\d+x\d+", layout):
+        raise ValueError(f"--layout {layout}: expected data, fsdp, or data x fsdp as 2x4")
     data, fsdp = words[layout] if layout in words else map(int, layout.split("x"))
     if data * fsdp != devices:
-        raise SystemExit(f"--layout {layout} is not --devices {devices}")
+        raise ValueError(f"--layout {layout} is not --devices {devices}")
     return data, fsdp
 
 
@@ -189,6 +247,7 @@ class Bench:
             leaves[path] = make(jax.random.key(i), shape)
         self.base, self.trainable = ({path: leaves[path] for path in part} for part in paths)
         self.state = jax.jit(self.optimizer.init, out_shardings=sharding())(self.trainable)
+        jax.block_until_ready((self.base, self.trainable, self.state))
 
     def batch(self, rows: int, tokens: int) -> dict[str, Any]:
         """Of `rows` on each device; random ids, every token but each document's first a label."""
@@ -213,6 +272,14 @@ class Bench:
         return PlannedStep(make, self.model, remat, layout=self.layout)
 
 
+def loss_chunks(name: str) -> int:
+    """Of a batch of one device, on the machine that is traced for; the compiler does not know how many have labels."""
+    from jaxtune.step import default_chunk
+
+    rows, tokens = batch_shape(name)
+    return -(-rows * tokens // default_chunk(rows * tokens))
+
+
 def measure(bench: Bench, name: str, remat: str, compiled, seconds: float, ceilings) -> Result:
     """What the compiler says of a step: memory, and the time of its kernels at the ceilings."""
     from jaxtune.budget import peak_bytes
@@ -221,8 +288,7 @@ def measure(bench: Bench, name: str, remat: str, compiled, seconds: float, ceili
     text, devices = compiled.as_text(), bench.layout.size
     several = f"_{bench.layout_name}_{devices}" if devices > 1 else ""
     (out / f"step_{name}_{remat.replace('+', '_')}{several}.hlo.txt").write_text(text)
-    rows, tokens = map(int, name.split("x"))
-    floor = roofline.by_kind(roofline.kernels(text, ceilings, unknown_trips=-(-rows * tokens // 1024)))
+    floor = roofline.by_kind(roofline.kernels(text, ceilings, loss_chunks(name), bench.args.documents))
     traffic = {" ".join(kind): round(count / 1e6, 3) for kind, count in roofline.traffic(text).items()}
     host = compiled.memory_analysis().host_temp_size_in_bytes / 1e9
     milliseconds = {kind: round(value * 1e3, 2) for kind, value in floor.items()}
@@ -263,20 +329,22 @@ def run(bench: Bench, result: Result, compiled, batch) -> None:
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
     result.peak_gb = max(peaks) / 1e9
     if bench.args.profile:
-        result.took_ms, result.kernels = profile(step, compiled.as_text(), bench.ceilings)
+        result.took_ms, result.kernels = profile(
+            step, compiled.as_text(), bench.ceilings, loss_chunks(result.batch), bench.args.documents
+        )
 
 
 def profile(
-    step, text: str, ceilings, unknown_trips: int = 8
+    step, text: str, ceilings, unknown_trips: int = 8, documents: int = 1
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Milliseconds of each kind of kernel in one step and `gaps`, when none ran; and each kernel beside its floor.
 
-    A kernel's `launches` are counted as they happened. unknown_trips: as of `roofline.kernels`.
+    A kernel's `launches` are counted as they happened. unknown_trips, documents: as of `roofline.kernels`.
     """
     import jax
 
     rows: dict[str, roofline.Kernel] = {}
-    for row in roofline.kernels(text, ceilings, unknown_trips):
+    for row in roofline.kernels(text, ceilings, unknown_trips, documents):
         rows[row.name] = row
         rows.setdefault(row.inner, row)
     with tempfile.TemporaryDirectory() as folder:
@@ -347,7 +415,7 @@ def ceilings_here() -> roofline.Ceilings:
     return roofline.Ceilings()._replace(bandwidth=copied, bf16=rates[0], fp8=rates[1])
 
 
-def without_a_gpu(args: argparse.Namespace) -> list[Result]:
+def without_a_gpu(args: argparse.Namespace) -> None:
     """The programs that an H200 would run, compiled for it on a machine without one."""
     os.environ |= {
         "CUDA_VISIBLE_DEVICES": "-1",
@@ -378,7 +446,7 @@ def without_a_gpu(args: argparse.Namespace) -> list[Result]:
         base = {path: placed(leaf, specs[path]) for path, leaf in bench.base.items()}
         whole = (placed(leaves, WHOLE) for leaves in (bench.trainable, bench.state, jax.random.key(0)))
         trainable, state, key = whole
-        batch = placed(bench.batch(*map(int, name.split("x"))), STEP_ROWS)
+        batch = placed(bench.batch(*batch_shape(name)), STEP_ROWS)
         for remat in args.remat:
             began = time.perf_counter()
             with target.tracing_for((9, 0)):
@@ -387,18 +455,22 @@ def without_a_gpu(args: argparse.Namespace) -> list[Result]:
                 )
                 traced = step.trace(trainable, state, base, batch, key)
                 compiled = traced.lower(lowering_platforms=("cuda",)).compile()
-            results.append(
-                measure(bench, name, remat, compiled, time.perf_counter() - began, roofline.Ceilings())
-            )
-            report(results[-1])
-    return results
+                seconds = time.perf_counter() - began
+                results.append(measure(bench, name, remat, compiled, seconds, roofline.Ceilings()))
+            report(results, args.out)
 
 
-def on_this_device(args: argparse.Namespace) -> list[Result]:
+def on_this_device(args: argparse.Namespace) -> None:
     import jax
 
     device = jax.devices()[0]
     gpu = device.platform == "gpu"
+    if len(jax.devices()) < args.devices:
+        raise SystemExit(
+            f"--devices {args.devices}: this machine has {len(jax.devices())} ({device.device_kind})"
+        )
+    if args.profile and not gpu:
+        raise SystemExit(f"--profile needs a GPU; this machine has {device.device_kind}")
     ceilings = ceilings_here() if gpu else roofline.H200
     measured = (
         f"copy {ceilings.bandwidth / 1e12:.2f} TB/s, products of bf16 {ceilings.bf16 / 1e12:.0f} and of fp8 "
@@ -409,31 +481,60 @@ def on_this_device(args: argparse.Namespace) -> list[Result]:
     bench.ceilings = ceilings
     for layout in args.layout:
         bench.lay_out(layout, jax.devices()[: args.devices])
-        bench.fill()
+        try:
+            bench.fill()
+        except jax.errors.JaxRuntimeError as error:
+            if not is_full(error):
+                raise
+            raise SystemExit(
+                f"the weights of {args.model} do not fit this device ({device.device_kind}); try --model llama-3.2-1b"
+            ) from None
         for name, remat in itertools.product(args.batch, args.remat):
-            result = attempt(bench, name, remat)
+            result = scaled(bench, name, remat)
             if result is not None:
                 results.append(result)
-                report(result)
-    return results
+                report(results, args.out)
 
 
-def attempt(bench: Bench, name: str, remat: str) -> Result | None:
-    """Compiled, run and measured; None where that does not fit."""
+def is_full(error: Exception) -> bool:
+    """Whether memory is what was missing."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def scaled(bench: Bench, asked: str, remat: str) -> Result | None:
+    """Of the batch asked for, or of the first smaller one that fits; None where none runs."""
+    name = asked
+    while True:
+        found = attempt(bench, name, remat)
+        if isinstance(found, Result):
+            found.scaled_from = asked if name != asked else None
+            return found
+        less = smaller(*batch_shape(name), least=max(256, bench.args.documents)) if is_full(found) else None
+        then = f"; again with {less[0]}x{less[1]}" if less else ""
+        what = "fit" if is_full(found) else "run"
+        print(f"{name:>9s} {remat:22s} does not {what}: {str(found).splitlines()[0][:120]}{then}", flush=True)
+        if less is None:
+            return None
+        name = f"{less[0]}x{less[1]}"
+
+
+def attempt(bench: Bench, name: str, remat: str) -> Result | Exception:
+    """Compiled, run and measured; the error where that does not work."""
     import jax
 
-    batch = bench.layout.put_rows(bench.batch(*map(int, name.split("x"))), 1)
+    batch = bench.layout.put_rows(bench.batch(*batch_shape(name)), 1)
     call = (bench.trainable, bench.state, bench.base, batch, jax.random.key(0))
     try:
         began = time.perf_counter()
         compiled = bench.planned(remat).compile(call)
         result = measure(bench, name, remat, compiled, time.perf_counter() - began, bench.ceilings)
         run(bench, result, compiled, batch)
+        return result
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        print(f"{name:>9s} {remat:22s} does not run: {str(error).splitlines()[0][:120]}", flush=True)
-        bench.fill()  # a failed step has taken the donated leaves with it
-        return None
-    return result
+        failed = error.with_traceback(None)  # which would hold the leaves
+    del batch, call
+    bench.fill()  # a failed step has taken the donated leaves with it
+    return failed
 
 
 def show_profile(took: dict[str, float], floor: dict[str, float], kernels: list[dict[str, Any]]) -> None:
@@ -446,7 +547,12 @@ def show_profile(took: dict[str, float], floor: dict[str, float], kernels: list[
         )
 
 
-def report(result: Result) -> None:
+def report(results: list[Result], out: str) -> None:
+    """Shows the last one, and keeps all so far in step.json."""
+    place, result = Path(out) / "step.json", results[-1]
+    part = place.with_suffix(".part")
+    part.write_text(json.dumps([dataclasses.asdict(each) for each in results], indent=1))
+    part.replace(place)
     print(result.line(), flush=True)
     if result.traffic_mb:
         print("          collectives, MB ", result.traffic_mb, flush=True)
@@ -459,10 +565,10 @@ def main() -> None:
     if args.profile:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    results = without_a_gpu(args) if args.compile_for_h200 else on_this_device(args)
-    (Path(args.out) / "step.json").write_text(
-        json.dumps([dataclasses.asdict(result) for result in results], indent=1)
-    )
+    if args.compile_for_h200:
+        without_a_gpu(args)
+    else:
+        on_this_device(args)
 
 
 if __name__ == "__main__":

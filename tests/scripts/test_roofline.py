@@ -100,3 +100,19 @@ def test_every_kernel_is_counted_as_often_as_it_runs():
     assert sum(roofline.by_kind(list(rows.values())).values()) == pytest.approx(
         sum(row.seconds for row in rows.values())
     )
+
+
+ATTENTION = """HloModule step
+
+ENTRY %main (q: bf16[2,8192,32,128]) -> bf16[2,8192,32,128] {
+  %q = bf16[2,8192,32,128]{3,2,1,0} parameter(0)
+  ROOT %out = bf16[2,8192,32,128]{3,2,1,0} custom-call(%q), custom_call_target="__cudnn$fmhaSoftmax"
+}
+"""
+
+
+def test_attention_is_within_documents():
+    (whole,), (packed,) = (roofline.kernels(ATTENTION, documents=n) for n in (1, 4))
+    assert whole.kind == "attention" and whole.flops == 2 * 2 * 32 * 8192**2 * 128
+    assert packed.flops == whole.flops / 4 and packed.bytes == whole.bytes
+    assert packed.seconds == pytest.approx(whole.seconds / 4)
