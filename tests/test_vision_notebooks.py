@@ -130,6 +130,18 @@ def test_the_collator_called_directly_keeps_to_its_arguments(qwen):
         VisionDataCollator(model, processor, num_proc=-1)
 
 
+def test_what_is_wrong_is_said(qwen):
+    model, processor = qwen
+    for given in ((model, processor.tokenizer), (processor, model)):
+        with pytest.raises(TypeError, match="not its tokenizer"):
+            VisionDataCollator(*given)
+    with pytest.raises(ValueError, match=r"1 image placeholders .* no value under image, bytes, url"):
+        VisionDataCollator(model, processor)([row(None)])
+    captions = [{"image": tiny_vision.picture(60, 60), "text": "a dog"}]
+    with pytest.raises(ValueError, match="--image_instruction"):
+        VisionDataCollator(model, processor).prepare(captions, workers=0, progress=False)
+
+
 def test_packing_that_cuts_is_refused_before_rows_are_read(qwen, tmp_path):
     args = SFTConfig(output_dir=str(tmp_path), max_length=128, packing=True, packing_strategy="wrapped")
     rows = [row(tiny_vision.picture(60, 60))]

@@ -148,7 +148,10 @@ def _filled(messages: Messages, images: Sequence[Any]) -> tuple[Messages, tuple[
         holes += "image" not in part
         used.append(part.get("image", left.pop(0) if left and "image" not in part else None))
     if holes != len(images):
-        raise ImageError(f"{holes} image placeholders in its messages and {len(images)} images beside them")
+        raise ImageError(
+            f"{holes} image placeholders in its messages and {len(images)} images beside them; a part is a placeholder "
+            f"where it has no value under {', '.join(_PAYLOADS)}"
+        )
     bare = [
         {
             **message,

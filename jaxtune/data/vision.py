@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from jaxtune.data.columns import IGNORE, list_dataset
 from jaxtune.data.image_encoder import EncodedDocument, ImageEncoder
 from jaxtune.data.image_pool import ImagePool, default_workers
-from jaxtune.data.image_rows import Document
+from jaxtune.data.image_rows import Document, image_column
 from jaxtune.data.image_sources import reading_row, row_document, vision_rows
 from jaxtune.data.images import ImageError, default_cache, is_url, prefetch
 from jaxtune.data.prepare import PreparationReport, truncate_and_drop
@@ -117,6 +117,12 @@ class VisionDataCollator:
         image_folder: str | Path | None = None,
         instruction: str | None = None,
     ) -> None:
+        if not hasattr(model, "config") or not hasattr(processor, "image_processor"):
+            raise TypeError(
+                f"VisionDataCollator(model, processor) came with {type(model).__name__} and "
+                f"{type(processor).__name__}; expected both as FastVisionModel.from_pretrained gives "
+                "them, the processor and not its tokenizer"
+            )
         host = family(model.config)
         if host is None:
             raise ValueError(
@@ -319,8 +325,20 @@ class VisionDataCollator:
             self.close()
             more = f"\n… and {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else ""
             said = "\n".join(str(error) for error in errors[:_SHOWN])
-            raise ImageError(f"{len(errors)} of {len(rows)} rows cannot be used:\n{said}{more}")
+            raise ImageError(
+                f"{len(errors)} of {len(rows)} rows cannot be used:\n{said}{more}{self._advice(rows[0])}"
+            )
         return [one for one in found if isinstance(one, EncodedDocument)]
+
+    def _advice(self, row: Any) -> str:
+        """For errors in rows of an image and a text that has no placeholder for it."""
+        text = row.get(self._text_field) if isinstance(row, Mapping) else None
+        if self._instruction is not None or not isinstance(text, str) or image_column(row) is None:
+            return ""
+        return (
+            "\nIf the text is what is to be said of the image, give instruction (--image_instruction), the question "
+            "that it answers"
+        )
 
     def _chunks(self, source: Source, progress: bool) -> Iterator[list[Document | ImageError]]:
         """Documents, a few at a time, what they need from the net downloaded; errors of rows that are none."""
