@@ -149,8 +149,9 @@ def jaxtune(args: argparse.Namespace) -> None:
         report(f"jaxtune, {name}", times, batch["input_ids"].size, peak)
         if args.profile:
             ceilings = step.ceilings_here()
-            took, kernels = step.profile(one, compiled.as_text(), ceilings)
-            floor = roofline.by_kind(roofline.kernels(compiled.as_text(), ceilings, unknown_trips=4))
+            chunks = step.loss_chunks("x".join(map(str, batch["input_ids"].shape[1:])))
+            took, kernels = step.profile(one, compiled.as_text(), ceilings, chunks)
+            floor = roofline.by_kind(roofline.kernels(compiled.as_text(), ceilings, chunks))
             step.show_profile(took, {kind: round(s * 1e3, 2) for kind, s in floor.items()}, kernels)
 
 
