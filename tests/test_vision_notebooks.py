@@ -109,8 +109,9 @@ def trainer(qwen, rows, tmp_path, **more):
 def test_images_behind_a_row_without_any_are_seen(qwen, tmp_path):
     picture = tiny_vision.picture(60, 60)
     assert "documents" in trainer(qwen, [row(), row(picture)], tmp_path).train_dataset.column_names
-    untyped = {"messages": [{"role": "user", "content": [{"image": picture}]}, row()["messages"][1]]}
-    assert "documents" in trainer(qwen, [untyped], tmp_path).train_dataset.column_names
+    for part in ({"image": picture}, {"type": None, "image": picture}):
+        untyped = {"messages": [{"role": "user", "content": [part]}, row()["messages"][1]]}
+        assert "documents" in trainer(qwen, [untyped], tmp_path).train_dataset.column_names
     mark = MARKS["qwen2_5_vl"]
     with pytest.raises(ValueError, match=r"row 1 of the prepared rows .*VisionDataCollator"):
         trainer(qwen, [{"text": "nothing"}, {"text": f"{mark} what?"}], tmp_path)

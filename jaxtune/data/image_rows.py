@@ -57,9 +57,7 @@ def has_images(row: Any) -> bool:
     )
     parts = (part for talk in talks if is_conversation(talk) for message in talk for part in _listed(message))
     kinds = ("image", "image_url")
-    return any(
-        part.get("type", next((kind for kind in kinds if part.get(kind)), None)) in kinds for part in parts
-    )
+    return any((part.get("type") or next((k for k in kinds if part.get(k)), None)) in kinds for part in parts)
 
 
 def read_row(row: Any, number: int, text_field: str = "text") -> Document:
