@@ -25,7 +25,7 @@ from jaxtune.export.adapter import save_adapter
 from jaxtune.export.merged import save_merged
 from jaxtune.export.save_gguf import save_gguf, save_lora_gguf
 from jaxtune.generate import Engine, Generations, LoRARequest, Sampling, SamplingParams, fast_generate
-from jaxtune.generate.prompts import is_written, read_prompts
+from jaxtune.generate.prompts import is_written, read_prompts, refuse_placeholders
 from jaxtune.generate.requests import RequestOutput
 from jaxtune.generate.results import Updates
 from jaxtune.lora import LoraConfig
@@ -228,7 +228,8 @@ class Model:
         texts = [row[kept != 0] for row, kept in zip(ids, mask, strict=True)]
         if processed:
             rows = self._image_rows(processed, texts)
-        self._refuse_bare_placeholders(texts, rows)
+        if rows is None:
+            refuse_placeholders(self, texts)
         if streamer is not None:
             if num_return_sequences > 1:
                 raise ValueError(
@@ -260,16 +261,6 @@ class Model:
         names = () if family is None else (*images.TOKEN_KINDS, *family.processor_keys)
         found = {name: given.pop(name) for name in names if name in given}
         return {name: value for name, value in found.items() if name not in images.TOKEN_KINDS}
-
-    def _refuse_bare_placeholders(self, texts: Sequence[np.ndarray], rows: Sequence[Any] | None) -> None:
-        family = images.family(self.config)
-        marks = [] if family is None else sorted(family.placeholder_ids)
-        for number, text in enumerate(texts):
-            if not (rows and rows[number]) and np.isin(text, marks).any():
-                raise ValueError(
-                    f"prompt {number} has a token that stands for an image and no image beside it; give images=, or "
-                    "what the processor made of them"
-                )
 
     def _warn_of_length(self, length: int) -> None:
         if length > self.max_seq_length:

@@ -73,10 +73,12 @@ def test_a_named_template_of_a_processor_shows_images(loaded, name):
 
 def test_a_processor_goes_into_gguf(qwen, tmp_path):
     model, processor = qwen
+    template, processor.tokenizer.chat_template = processor.chat_template, None
     made = model.save_pretrained_gguf(
         tmp_path, processor, quantization_method="f16", pre_tokenizer="gpt-2", progress=False
     )
     assert made["is_vlm"] and len(made["gguf_files"]) == 2
+    assert GgufFile(Path(made["gguf_files"][0])).metadata["tokenizer.chat_template"] == template
 
 
 def test_an_adapter_of_the_language_part_goes_into_gguf(qwen, tmp_path):
@@ -162,3 +164,5 @@ def test_a_prompt_whose_image_is_missing_is_refused(qwen):
     ids = np.array([processor.tokenizer(text)["input_ids"]])
     with pytest.raises(ValueError, match="prompt 0"):
         model.generate(input_ids=ids, max_new_tokens=2)
+    with pytest.raises(ValueError, match="prompt 1"):
+        model.fast_generate(["what?", text])

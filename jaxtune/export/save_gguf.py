@@ -108,11 +108,13 @@ def save_gguf(
             model; NaN, infinity or a number too large for its type. FileExistsError: a file is there already.
         FileNotFoundError: verify without a llama.cpp. OSError: the disk is too full. In every case no file is made.
     """
+    from jaxtune.data.responses import chat_tokenizer  # here because it brings transformers, and that torch
+
     methods = _methods(quantization_method, model)
     if verify:
         installed_llama_cpp()
     folder, given = Path(directory).expanduser(), tokenizer or model.tokenizer
-    tokenizer = getattr(given, "tokenizer", given)  # of a processor
+    tokenizer = None if given is None else chat_tokenizer(given)
     conversion = convert(model, tokenizer, base=base, name=name, pre_tokenizer=pre_tokenizer)
     stem = _stem(name or model.name_or_path)
     targets = {method: folder / f"{stem}.{method.upper()}.gguf" for method in methods}

@@ -62,6 +62,18 @@ def read_prompts(
     return [one.ids.tolist() for one in read], rows if any(rows) else None
 
 
+def refuse_placeholders(model: Any, prompts: Sequence[Any]) -> None:
+    """Raises ValueError where a prompt (token ids) without images has a token that stands for one."""
+    family = images.family(model.config)
+    marks = [] if family is None else sorted(family.placeholder_ids)
+    for number, ids in enumerate(prompts):
+        if np.isin(ids, marks).any():
+            raise ValueError(
+                f"prompt {number} has a token that stands for an image and no image beside it; give the image, or what "
+                "the processor made of it"
+            )
+
+
 def _document(prompt: Any, pictures: Any, number: int) -> Any:
     own = pictures if isinstance(pictures, (list, tuple)) or pictures is None else [pictures]
     if isinstance(prompt, str):

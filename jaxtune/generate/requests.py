@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxtune.generate.engine import Engine
-from jaxtune.generate.prompts import beside, read_prompts
+from jaxtune.generate.prompts import beside, read_prompts, refuse_placeholders
 from jaxtune.generate.results import Generation
 from jaxtune.generate.sampling import Sampling
 from jaxtune.lora import adapter_leaves, read_adapter
@@ -90,6 +90,8 @@ def fast_generate(
     given = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
     texts, pictures = beside(given)
     ids, rows = read_prompts(model, texts, pictures)
+    if rows is None:
+        refuse_placeholders(model, ids)
     params = sampling_params or SamplingParams()
     stop = [params.stop] if isinstance(params.stop, str) else list(params.stop or ())
     with Engine(_with_adapter(model, lora_request)) as engine:
