@@ -1,11 +1,10 @@
 """On a Hopper GPU (`pytest -m gpu`): attention of few queries beside its float32 reference, inputs new each run."""
 
-import secrets
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu_checks import Draws, poisoned, relative
 from tolerances import BF16
 
 from jaxtune.kernels import target
@@ -21,20 +20,16 @@ def hopper():
 
 
 def given(batch, kv, queries, h, columns):
-    seed = secrets.randbits(31)
-    print("seed", seed)
-    keys = iter(jax.random.split(jax.random.key(seed), 5))
-    draw = lambda *shape: jax.random.normal(next(keys), shape, jnp.bfloat16)  # noqa: E731
-    arrays = draw(batch, kv, queries, h), draw(batch, kv, columns, h), draw(batch, kv, columns, h)
-    first = jax.random.randint(next(keys), (batch,), 0, columns // 2)
-    return *arrays, first, first + jax.random.randint(next(keys), (batch,), 1, columns // 2)
+    draws = Draws()
+    arrays = [draws.normal(batch, kv, n, h, dtype=jnp.bfloat16) for n in (queries, columns, columns)]
+    first = jax.random.randint(draws.next_key(), (batch,), 0, columns // 2)
+    return *arrays, first, first + jax.random.randint(draws.next_key(), (batch,), 1, columns // 2)
 
 
 def check(got, arguments):
     q, k, v, *bounds = arguments
     want = reference(*(x.astype(jnp.float32) for x in (q, k, v)), *bounds)
-    error = np.linalg.norm(np.asarray(got.out, np.float32) - np.asarray(want.out))
-    assert error <= BF16 * np.linalg.norm(want.out)
+    assert relative(got.out, want.out) <= BF16
     np.testing.assert_allclose(got.lse, want.lse, atol=2e-2)  # approximate exponentials of bfloat16 products
 
 
@@ -54,12 +49,12 @@ def test_it_is_the_reference(shape):
     arguments = given(*shape)
     assert supported(*arguments[:2])
     for _ in range(3):  # a race would not show every time
-        check(jax.jit(decode_attention)(*arguments), arguments)
+        check(poisoned(decode_attention)(*arguments), arguments)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 7])
 def test_parts(splits):
     arguments = given(5, 8, 4, 128, 1024)
-    out, lse = jax.jit(lambda *a: kernel(*a, splits=splits))(*arguments)
+    out, lse = poisoned(lambda *a: kernel(*a, splits=splits))(*arguments)
     parts = [Attended(*part) for part in zip(out, lse, strict=True)]
     check(Attended(merge(parts), jax.nn.logsumexp(lse, axis=0)), arguments)

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from gpu_checks import fresh_seed
 from tolerances import GPU_LOGITS
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -33,7 +34,7 @@ def relative_error(got, want) -> float:
 def test_nf4_bytes_are_those_of_the_cuda_kernel():
     import bitsandbytes.functional as bnb
 
-    w = torch.randn(512, 1536, generator=torch.Generator().manual_seed(0)) * 0.05
+    w = torch.randn(512, 1536, generator=torch.Generator().manual_seed(fresh_seed())) * 0.05
     packed, state = bnb.quantize_4bit(w.to(DEVICE), quant_type="nf4", compress_statistics=False)
     ours = quant.to_bnb(quant.quantize_nf4(w.numpy(), double_quant=False), dtype="float32")
     np.testing.assert_array_equal(ours["weight.absmax"], state.absmax.cpu().numpy())
@@ -70,7 +71,7 @@ def test_nf4_logits_are_those_of_bitsandbytes(smollm2_dir, tmp_path):
     judge.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(smollm2_dir).save_pretrained(tmp_path)
     model, _ = FastLanguageModel.from_pretrained(tmp_path, dtype="float32")
-    ids = torch.randint(3, 49152, (2, 64), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, 49152, (2, 64), generator=torch.Generator().manual_seed(fresh_seed()))
     assert relative_error(model.logits(ids), judge(ids.to(DEVICE)).logits) <= GPU_LOGITS
 
 
@@ -79,7 +80,7 @@ def test_a_packed_bfloat16_step_learns_and_compiles_once(smollm2_dir):
     model = FastLanguageModel.get_peft_model(model)
     optimizer = make_optimizer(SFTConfig(learning_rate=1e-3, optim="adamw_8bit"), 30, model.trainable)
     step = make_train_step(model, optimizer)
-    ids = np.random.default_rng(0).integers(0, 49152, (2, 2, 512)).astype(np.int32)
+    ids = np.random.default_rng(fresh_seed()).integers(0, 49152, (2, 2, 512)).astype(np.int32)
     documents = np.repeat(np.arange(1, 5, dtype=np.int32), 128)
     batch = {
         "input_ids": ids,

@@ -2,8 +2,8 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from gpu_checks import Draws, poisoned, relative
 from tolerances import BF16
 
 from jaxtune.kernels.cross_entropy import Options, fused_cross_entropy, token_log_probs
@@ -12,17 +12,10 @@ pytestmark = pytest.mark.gpu
 ROWS, WIDTH = 300, 256
 
 
-def relative(got, want) -> float:
-    got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
-    assert np.isfinite(got).all()
-    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
-
-
-def inputs(vocabulary: int):
-    keys = jax.random.split(jax.random.key(vocabulary), 4)
-    hidden, head = (jax.random.normal(k, (n, WIDTH)) for k, n in zip(keys, (ROWS, vocabulary), strict=False))
-    labels = jax.random.randint(keys[2], (ROWS,), 0, vocabulary)
-    labels = jnp.where(jax.random.uniform(keys[3], (ROWS,)) < 0.3, -100, labels)
+def inputs(draws: Draws, vocabulary: int):
+    hidden, head = (draws.normal(n, WIDTH) for n in (ROWS, vocabulary))
+    labels = jax.random.randint(draws.next_key(), (ROWS,), 0, vocabulary)
+    labels = jnp.where(jax.random.uniform(draws.next_key(), (ROWS,)) < 0.3, -100, labels)
     return hidden.astype(jnp.bfloat16), (0.1 * head).astype(jnp.bfloat16), labels
 
 
@@ -36,23 +29,28 @@ def exact(hidden, head, labels):
 
 def test_the_loss():
     """Rows without label hold no number; a chunk of 128 makes the last one part empty."""
-    hidden, head, labels = inputs(128256)
+    hidden, head, labels = inputs(Draws(), 128256)
     options = Options(chunk=128)
     with jax.default_matmul_precision("highest"):
         want, want_grad = jax.value_and_grad(lambda h: -exact(h, head, labels)[0].sum())(hidden)
-    poisoned = jnp.where((labels == -100)[:, None], jnp.nan, hidden)
-    loss = jax.jit(jax.value_and_grad(lambda h: fused_cross_entropy(h, head, labels, options), has_aux=True))
-    (got, _), grad = loss(poisoned)
+    given = jnp.where((labels == -100)[:, None], jnp.nan, hidden)
+    loss = jax.value_and_grad(lambda h: fused_cross_entropy(h, head, labels, options), has_aux=True)
+    (got, _), grad = poisoned(loss)(given)
     assert relative(got, want) <= BF16 and relative(grad, want_grad) <= BF16
 
 
 def test_log_probabilities():
-    hidden, head, labels = inputs(49152)
-    upstream = tuple(jax.random.normal(jax.random.key(9), (2, ROWS)))
+    draws = Draws()
+    hidden, head, labels = inputs(draws, 49152)
+    upstream = tuple(draws.normal(2, ROWS))
     options = Options(chunk=128)
     with jax.default_matmul_precision("highest"):
         want, vjp = jax.vjp(lambda h: exact(h, head, labels), hidden)
         want_grad = vjp(upstream)[0]
-    got, vjp = jax.vjp(lambda h: token_log_probs(h, head, labels, options), hidden)
-    for ours, theirs in zip((*got, vjp(upstream)[0]), (*want, want_grad), strict=True):
+
+    def both_ways(hidden):
+        found, vjp = jax.vjp(lambda h: token_log_probs(h, head, labels, options), hidden)
+        return *found, vjp(upstream)[0]
+
+    for ours, theirs in zip(poisoned(both_ways)(hidden), (*want, want_grad), strict=True):
         assert relative(ours, theirs) <= BF16
