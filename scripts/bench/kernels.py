@@ -17,16 +17,15 @@ import os
 import re
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import measuring
 import numpy as np
 import overlap
-from step import ceilings_here
 
 from jaxtune.kernels import decode_attention, fp8, linear, nf4_matrix, swiglu, swiglu8
 from jaxtune.kernels.attention import cudnn_attention
@@ -281,15 +280,7 @@ def parts(case: Case) -> list[tuple[str, float, float]]:
 
 def timed(case: Case) -> tuple[float, float, float]:
     """Median, shortest and longest of 7 times of a call, microseconds: each the mean of 20 calls queued together."""
-    call = jax.jit(case.call)
-    jax.block_until_ready(call(*case.arguments))
-    times = []
-    for _ in range(7):
-        began = time.perf_counter()
-        for _ in range(20):
-            last = call(*case.arguments)
-        jax.block_until_ready(last)
-        times.append((time.perf_counter() - began) / 20 / case.repeats * 1e6)
+    times = [seconds / case.repeats * 1e6 for seconds in measuring.call_seconds(case.call, *case.arguments)]
     return statistics.median(times), min(times), max(times)
 
 
@@ -306,7 +297,7 @@ def main() -> None:
     Path(args.out).mkdir(parents=True, exist_ok=True)
     if args.profile:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
-    ceilings = ceilings_here()
+    ceilings = measuring.ceilings_here()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {ceilings}")
     sizes = {"matrix": [0], "decode": args.decode_rows, "decode_attention": args.decode_rows}
     results = []

@@ -10,7 +10,7 @@ import pytest
 from jaxtune.kernels import target
 
 BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
-OURS = ("kernels", "step", "overlap", "roofline")
+OURS = ("kernels", "measuring", "overlap", "roofline")
 
 
 @pytest.fixture
