@@ -25,6 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import measuring
 import roofline
 import step
 
@@ -104,7 +105,7 @@ def read_bandwidth() -> float:
     import jax.numpy as jnp
 
     big = jax.random.normal(jax.random.key(0), (1 << 30,), jnp.bfloat16)
-    return 2 * big.size / step.seconds_a_call(lambda x: x.reshape(1 << 13, -1).max(1), big)
+    return 2 * big.size / measuring.seconds_a_call(lambda x: x.reshape(1 << 13, -1).max(1), big)
 
 
 def floor_ms(model, weights, rows: int, groups: int, prompt: int, own: int, ceilings) -> float:
@@ -213,7 +214,7 @@ def profile(wave, args: argparse.Namespace, ceilings) -> tuple[dict[str, float],
         wave._state = wave._state._replace(step=jax.numpy.int32(wave._steps))
         jax.block_until_ready(wave._segment().report)
 
-    kinds, rows = step.profile(segment, lowered.compile().as_text(), ceilings, job.segment)
+    kinds, rows = measuring.profile(segment, lowered.compile().as_text(), ceilings, job.segment)
     rows = [row | {key: row[key] / job.segment for key in ("ms", "floor", "launches")} for row in rows]
     return {kind: round(value / job.segment, 3) for kind, value in kinds.items()}, rows
 
@@ -311,7 +312,7 @@ def main() -> None:
     import jax
 
     gpu = jax.devices()[0].platform == "gpu"
-    ceilings = step.ceilings_here()._replace(bandwidth=read_bandwidth()) if gpu else roofline.H200
+    ceilings = measuring.ceilings_here()._replace(bandwidth=read_bandwidth()) if gpu else roofline.H200
     where = f"reads at {ceilings.bandwidth / 1e12:.2f} TB/s" if gpu else "floors below are an H200's"
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {where}\n{HEADER}", flush=True)
     model, results = make_model(args), []

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import measuring
 import numpy as np
 import roofline
 import step
@@ -148,11 +149,11 @@ def jaxtune(args: argparse.Namespace) -> None:
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
         report(f"jaxtune, {name}", times, batch["input_ids"].size, peak)
         if args.profile:
-            ceilings = step.ceilings_here()
+            ceilings = measuring.ceilings_here()
             chunks = step.loss_chunks("x".join(map(str, batch["input_ids"].shape[1:])))
-            took, kernels = step.profile(one, compiled.as_text(), ceilings, chunks)
+            took, kernels = measuring.profile(one, compiled.as_text(), ceilings, chunks)
             floor = roofline.by_kind(roofline.kernels(compiled.as_text(), ceilings, chunks))
-            step.show_profile(took, {kind: round(s * 1e3, 2) for kind, s in floor.items()}, kernels)
+            measuring.show_profile(took, {kind: round(s * 1e3, 2) for kind, s in floor.items()}, kernels)
 
 
 class VisionBench(step.Bench):

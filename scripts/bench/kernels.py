@@ -1,12 +1,13 @@
 """Each kernel of a step by itself on a GPU: its time beside the plain version's and beside the machine's limit.
 
-    python scripts/bench/kernel_times.py [--rows 4096 8192] [--only linear attention]
+    python scripts/bench/kernels.py [--rows 4096 8192] [--only linear attention]
 
 The limit of a line is the larger of its bytes over the copy bandwidth and its operations over the rate of a bf16
-product, both measured first on the same machine. Shapes are Llama-3.1-8B's. `decode` is the few rows of generation
-(--decode_rows; a minute and more for each): products chained in one program over weights that rotate, so that none is
-left in the cache. --profile adds the kernels that a line consists of and the gaps between them, without CUDA graphs,
-which hide the names: a line then takes longer.
+product, both measured first on the same machine. Shapes are Llama-3.1-8B's. `plain` is a kernel's reference in XLA,
+`shipped` what jaxtune runs on this GPU: the kernel on an H100 or H200. `decode` and `decode_attention` are the few rows
+of generation (--decode_rows; a minute and more for each): calls chained in one program over weights or caches that
+rotate, so that none is left in the cache. --profile adds the kernels that a line consists of and the gaps between them,
+without CUDA graphs, which hide the names: a line then takes longer.
 """
 
 import argparse
@@ -16,17 +17,17 @@ import os
 import re
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import measuring
 import numpy as np
 import overlap
-from step import ceilings_here
 
+from jaxtune.kernels import decode_attention, fp8, linear, nf4_matrix, swiglu, swiglu8
 from jaxtune.kernels.attention import cudnn_attention
 from jaxtune.kernels.cross_entropy import Options, fused_cross_entropy, token_log_probs
 from jaxtune.kernels.linear import Adapter, adapted_linear, dense, reference
@@ -66,6 +67,12 @@ def single_quantised(weight: NF4) -> NF4:
     return NF4(weight.codes, dequantize_absmax(weight))
 
 
+def layers(width: int, outs: tuple[int, ...]) -> tuple[tuple[NF4, ...], tuple[Adapter, ...]]:
+    """Weights that share an input, and their adapters."""
+    adapters = (Adapter(random(i + 10, width, RANK), random(i + 20, RANK, out)) for i, out in enumerate(outs))
+    return tuple(nf4(i, out, width) for i, out in enumerate(outs)), tuple(adapters)
+
+
 def differentiated(function: Callable) -> Callable:
     """Forward and backward with a given cotangent."""
 
@@ -79,11 +86,8 @@ def differentiated(function: Callable) -> Callable:
 def linear_cases(rows: int) -> Iterator[Case]:
     for name, (width, outs) in GROUPS.items():
         total = sum(outs)
-        weights = tuple(nf4(i, out, width) for i, out in enumerate(outs))
+        weights, adapters = layers(width, outs)
         stored = sum(leaf.nbytes for weight in weights for leaf in weight if leaf is not None)
-        adapters = tuple(
-            Adapter(random(i + 10, width, RANK), random(i + 20, RANK, out)) for i, out in enumerate(outs)
-        )
         x, dy, w = random(1, rows, width), random(2, rows, total), random(3, total, width)
         yield Case(f"{name}: dequantise", lambda weights: [dense(w, jnp.bfloat16) for w in weights],
                    (weights,), 0, stored + 2 * total * width)  # fmt: skip
@@ -104,7 +108,7 @@ def attention_cases(rows: int) -> Iterator[Case]:
         starts = np.broadcast_to(np.arange(documents) * (tokens // documents), (batch, documents)).astype(
             np.int32
         )
-        given = jnp.asarray(starts) if documents > 1 else None
+        given = starts if documents > 1 else None
         call = lambda q, k, v, given=given: cudnn_attention(q, k, v, given, None)  # noqa: E731
         flops = 2.0 * batch * HEADS * tokens * (tokens / documents) * H
         moved = 2.0 * 2 * (q.size + k.size)
@@ -136,6 +140,56 @@ def loss_cases(rows: int) -> Iterator[Case]:
     yield Case("log-probabilities", log_probs, arguments, product, moved - 2.0 * hidden.size)
     step = jax.grad(lambda h, w, y: jnp.sum(log_probs(h, w, y)[0] ** 2))
     yield Case("log-probabilities, both ways", step, arguments, 3 * product, moved)
+
+
+def pair(name: str, plain: Callable, shipped: Callable, arguments: tuple) -> Iterator[Case]:
+    """Both versions of what reads its arguments once and writes its results once."""
+    leaves = jax.tree.leaves((arguments, jax.eval_shape(plain, *arguments)))
+    moved = float(sum(leaf.size * leaf.dtype.itemsize for leaf in leaves))
+    for label, call in (("plain", plain), ("shipped", shipped)):
+        yield Case(f"{name}: {label}", call, arguments, 0, moved)
+
+
+def matrix_pair(name: str, arguments: tuple, below: bool = False, transposed: bool = False) -> Iterator[Case]:
+    """arguments: weights, extra, scale."""
+
+    def plain(weights, extra, scale):
+        return nf4_matrix.reference(weights, extra, scale, below, transposed)
+
+    def shipped(weights, extra, scale):
+        return nf4_matrix.nf4_matrix(weights, extra, scale=scale, below=below, transposed=transposed)
+
+    return pair(f"matrix {name}", plain, shipped, arguments)
+
+
+def matrix_cases(_: int) -> Iterator[Case]:
+    """Those of the forward and of the backward pass. What `o` reads and writes fits into the cache."""
+    for name, (width, outs) in GROUPS.items():
+        weights, adapters = layers(width, outs)
+        a, b = linear.joined_a(adapters), linear.joined_b(weights, adapters).T
+        yield from matrix_pair(f"{name} [W | B'], bf16", (weights, linear.with_tail(b), None))
+        if not linear.reads_once(weights, adapters):
+            extra = linear.with_tail(a).T
+            yield from matrix_pair(f"{name} [W; A'], bf16", (weights, extra, None), below=True)
+        if name in ("gate_up", "down"):
+            scale = fp8.scale_of(weights)
+            forward, backward = (
+                fp8.parts8(extra, tuple(right for _, right in terms))[0]
+                for extra, terms in ((b, fp8.FORWARD), (a, fp8.BACKWARD))
+            )
+            yield from matrix_pair(f"{name} [W | B'], e4m3", (weights, forward, scale))
+            yield from matrix_pair(f"{name} [W' | A], e4m3", (weights, backward, scale), transposed=True)
+
+
+def swiglu_cases(rows: int) -> Iterator[Case]:
+    """Without `in_place`: outside of a step its input is still needed, and XLA would copy it first."""
+    d_act, gate_up = random(1, rows, F), random(2, rows, 2 * F)
+    skinny = random(3, rows, 2 * RANK), random(4, rows, RANK)
+    scale = jnp.ones(rows, jnp.float32)
+    for name, scales in (("bf16", None), ("e5m2", (scale, scale))):
+        arguments = (d_act, gate_up, *skinny, scales)
+        yield from pair(f"swiglu backward, {name}", swiglu.reference, swiglu.swiglu_backward, arguments)
+    yield from pair("swiglu, e4m3", swiglu8.reference, swiglu8.swiglu8, (gate_up, scale))
 
 
 def chained(product: Callable, sets: list, x: jax.Array, flops: float, moved: float, name: str) -> Case:
@@ -174,8 +228,30 @@ def decode_cases(rows: int) -> Iterator[Case]:
         yield chained(lambda x, w: x @ w.T, sets, x, flops, dense_bytes, f"decode {name}: dense product")
 
 
-CASES = {"linear": linear_cases, "attention": attention_cases, "loss": loss_cases, "decode": decode_cases}
-DECODE_BYTES = 180e6  # of weights that rotate: three times the cache
+def decode_attention_cases(rows: int) -> Iterator[Case]:
+    q = random(1, rows, KV, HEADS // KV, H)
+    stored = 2.0 * 2 * rows * KV * COLUMNS * H
+    bounds = jnp.zeros(rows, jnp.int32), jnp.full(rows, COLUMNS, jnp.int32)
+    sets = [(*(random(2 * c + i, rows, KV, COLUMNS, H) for i in range(2)), *bounds)
+            for c in range(1 + int(DECODE_BYTES / stored))]  # fmt: skip
+    versions = {"plain": decode_attention.reference, "shipped": decode_attention.decode_attention}
+    for label, attend in versions.items():
+        product = lambda q, *given, attend=attend: attend(q, *given).out  # noqa: E731
+        name = f"decode attention, {COLUMNS} columns: {label}"
+        yield chained(product, sets, q, 4.0 * q.size * COLUMNS, stored, name)
+
+
+CASES = {
+    "linear": linear_cases,
+    "matrix": matrix_cases,
+    "swiglu": swiglu_cases,
+    "attention": attention_cases,
+    "loss": loss_cases,
+    "decode": decode_cases,
+    "decode_attention": decode_attention_cases,
+}
+COLUMNS = 1024  # of the cache of a sequence, all seen
+DECODE_BYTES = 180e6  # of what rotates: three times the cache
 DECODE_ROUNDS = 20
 
 
@@ -204,15 +280,7 @@ def parts(case: Case) -> list[tuple[str, float, float]]:
 
 def timed(case: Case) -> tuple[float, float, float]:
     """Median, shortest and longest of 7 times of a call, microseconds: each the mean of 20 calls queued together."""
-    call = jax.jit(case.call)
-    jax.block_until_ready(call(*case.arguments))
-    times = []
-    for _ in range(7):
-        began = time.perf_counter()
-        for _ in range(20):
-            last = call(*case.arguments)
-        jax.block_until_ready(last)
-        times.append((time.perf_counter() - began) / 20 / case.repeats * 1e6)
+    times = [seconds / case.repeats * 1e6 for seconds in measuring.call_seconds(case.call, *case.arguments)]
     return statistics.median(times), min(times), max(times)
 
 
@@ -221,19 +289,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", nargs="+", type=int, default=[8192], help="tokens")
-    parser.add_argument("--decode_rows", nargs="+", type=int, default=[1, 8, 16, 32, 64])
+    parser.add_argument("--decode_rows", nargs="+", type=int, default=[8], help="sequences")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--out", default=".", help="folder for kernel_times.json")
+    parser.add_argument("--out", default=".", help="folder for kernels.json")
     args = parser.parse_args()
     Path(args.out).mkdir(parents=True, exist_ok=True)
     if args.profile:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
-    ceilings = ceilings_here()
+    ceilings = measuring.ceilings_here()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {ceilings}")
+    sizes = {"matrix": [0], "decode": args.decode_rows, "decode_attention": args.decode_rows}
     results = []
     for kind in args.only:
-        for rows in args.decode_rows if kind == "decode" else args.rows:
+        for rows in sizes.get(kind, args.rows):
             for case in CASES[kind](rows):
                 median, low, high = timed(case)
                 limit = max(case.moved / ceilings.bandwidth, case.flops / ceilings.bf16) * 1e6
@@ -241,14 +310,14 @@ def main() -> None:
                     {"rows": rows, "name": case.name, "us": median, "low": low, "high": high, "limit": limit}
                 )
                 print(
-                    f"{rows:6d} {case.name:56s} {median:10.1f} us ({low:.1f} to {high:.1f})  limit {limit:9.1f}",
+                    f"{rows or '':>6} {case.name:56s} {median:10.1f} us ({low:.1f} to {high:.1f})  limit {limit:9.1f}",
                     flush=True,
                 )
                 if args.profile:
                     *kernels, gaps = parts(case)
                     for name, launches, us in [*kernels[:8], gaps]:
                         print(f"{'':8s} {us:8.2f} us, {launches:6.2f} launches  {name}", flush=True)
-    Path(args.out, "kernel_times.json").write_text(json.dumps(results, indent=1))
+    Path(args.out, "kernels.json").write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
