@@ -28,6 +28,7 @@ from jaxtune.formats.bnb_reader import BnbFolder, BnbTensor, check_quantization_
 from jaxtune.formats.gguf_reader import GgufModel
 from jaxtune.formats.gguf_tokenizer import load_tokenizer
 from jaxtune.formats.safetensors_reader import SafetensorsFolder, TensorInfo
+from jaxtune.formats.text_side import TextReader, TextSide
 from jaxtune.processor import IMAGE as IMAGES_CONFIG
 from jaxtune.processor import load_processor
 
@@ -97,6 +98,20 @@ class Checkpoint:
         """The same weights but one."""
         return replace(self, _reader=Without(self._reader, name))
 
+    def text_part(self, config: PretrainedConfig, side: TextSide) -> Checkpoint:
+        """The text model that this one contains, as a checkpoint of its own; see `models.text_side_of`."""
+        return replace(self, config=config, _reader=TextReader(self._reader, side))
+
+    @property
+    def text_side(self) -> TextSide | None:
+        """Where this text model lies in the model of the files; None for a checkpoint that is whole."""
+        return None if self.text_reader is None else self.text_reader.side
+
+    @property
+    def text_reader(self) -> TextReader | None:
+        """What reads the text model out of a larger one; None for a checkpoint that is whole."""
+        return self._reader if isinstance(self._reader, TextReader) else None
+
     def stored_name(self, name: str) -> str:
         """What the checkpoint's files call a weight; the name itself for one that they do not hold."""
         return self._reader.stored.get(name, name) if isinstance(self._reader, Renamed) else name
@@ -124,6 +139,10 @@ class Checkpoint:
             raise FileNotFoundError(
                 f"{folder} has no tokenizer: expected one of {', '.join(_TOKENIZER_FILES)}"
             )
+        if self.text_reader is not None:
+            first = self.config.vocab_size
+            only_whole = range(first, first + self.text_reader.side.rows_behind)
+            tokenizer = _for_text_alone(tokenizer, folder, only_whole)
         _warn_of_tokens_without_rows(tokenizer, self.config)
         fix_pad_token(tokenizer, self.config)
         tokenizer.padding_side = "left"
@@ -330,6 +349,28 @@ def _with_adapter(folder: Path, hub: _Hub) -> Checkpoint:
 
 def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in _TOKENIZER_FILES)
+
+
+def _for_text_alone(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, only_whole: range
+) -> PreTrainedTokenizerBase:
+    """A vision-language model's tokenizer for its text model: with the processor's chat template where it has none,
+    without the tokens `only_whole`, for which only the whole model's embedding has rows."""
+    template = folder / "chat_template.json"
+    if tokenizer.chat_template is None and template.exists():
+        tokenizer.chat_template = json.loads(template.read_text("utf-8"))["chat_template"]
+    dropped = {token for token, i in tokenizer.get_vocab().items() if i in only_whole}
+    if not dropped:
+        return tokenizer
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    core["added_tokens"] = [token for token in core["added_tokens"] if token["content"] not in dropped]
+    fields = {name: value for name, value in tokenizer.init_kwargs.items() if name != "added_tokens_decoder"}
+    fields["extra_special_tokens"] = [t for t in tokenizer.extra_special_tokens if t not in dropped]
+    fields["chat_template"] = tokenizer.chat_template
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(core)), **fields)
 
 
 def _warn_of_tokens_without_rows(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file
 
+from jaxtune.formats.text_side import TextReader, TextSide
 from jaxtune.kernels.linear import dense
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.layers import Embedding, Linear
@@ -410,7 +411,50 @@ def config_to_peft(config: LoraConfig, base_model: str, revision: str | None = N
     }
 
 
-def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, np.ndarray]]:
-    """A PEFT adapter folder as (config, tensors)."""
+def read_adapter(folder: Path, side: TextSide | None = None) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+    """A PEFT adapter folder as (config, tensors).
+
+    Args:
+      side: where the model is the text model of a larger one: the folder holds an adapter of that one.
+
+    Raises:
+      ValueError: the adapter is on modules that the text model has not.
+    """
     config = config_from_peft(json.loads((folder / "adapter_config.json").read_text()))
-    return config, load_file(folder / "adapter_model.safetensors")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return (config, tensors) if side is None else _on_text_model(config, tensors, side)
+
+
+def _on_text_model(
+    config: LoraConfig, tensors: Mapping[str, np.ndarray], side: TextSide
+) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+    """The inverse of `on_whole_model`."""
+    found = {name: side.own_name(name.removeprefix(PEFT_PREFIX)) for name in tensors}
+    absent = sorted(name.removeprefix(PEFT_PREFIX) for name, own in found.items() if own is None)
+    if absent:
+        raise ValueError(
+            f"the adapter is on more than the language part ({absent[0]}, {len(absent)} tensors in all); load it "
+            "without text_only=True"
+        )
+    own = {f"{PEFT_PREFIX}{found[name]}": value for name, value in tensors.items()}
+    if (embedding := PEFT_PREFIX + side.embedding) in tensors:
+        rows = len(tensors[embedding]) - side.rows_behind
+        own[f"{PEFT_PREFIX}model.embed_tokens.weight"] = tensors[embedding][:rows]
+    return _by_names(config, own), own
+
+
+def on_whole_model(
+    config: LoraConfig, tensors: Mapping[str, np.ndarray], reader: TextReader
+) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+    """An adapter of a text model as one of the model that `reader` reads it from, PEFT's tensors with it."""
+    side = reader.side
+    whole = {PEFT_PREFIX + side.whole_name(name.removeprefix(PEFT_PREFIX)): v for name, v in tensors.items()}
+    if (embedding := PEFT_PREFIX + side.embedding) in whole:
+        whole[embedding] = np.concatenate([whole[embedding], reader.rows_behind().astype(np.float32)])
+    return _by_names(config, whole), whole
+
+
+def _by_names(config: LoraConfig, tensors: Mapping[str, np.ndarray]) -> LoraConfig:
+    """The same adapter with the full names of its modules: patterns and numbers of layers are those of one model."""
+    names = {name.removeprefix(PEFT_PREFIX).split(".lora_")[0] for name in tensors if ".lora_" in name}
+    return replace(config, target_modules=tuple(sorted(names)), layers_to_transform=None)
