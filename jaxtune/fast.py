@@ -277,6 +277,8 @@ class FastLanguageModel:
             warnings.warn("full_finetuning trains every weight; get_peft_model does nothing", stacklevel=2)
             return model
         targets, saved = target_modules, list(modules_to_save or ())
+        if targets is not None:
+            lora.check_targets(targets)
         if targets is not None and not isinstance(targets, str):
             saved += [t for t in targets if t in lora.SAVABLE and t not in saved]
             targets = tuple(t for t in targets if t not in lora.SAVABLE)
@@ -290,7 +292,8 @@ class FastLanguageModel:
         given, targets = targets, lora.chosen_targets(model.module, targets, sees=sees, **parts)
         if targets is not given and layers_to_transform is not None:  # which goes with names only
             targets = tuple(sorted(lora.target_names(model.module, LoraConfig(target_modules=targets))))
-        layers = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
+        alone = isinstance(layers_to_transform, (int, str))
+        layers = [layers_to_transform] if alone else layers_to_transform
         config = LoraConfig(
             r, lora_alpha, targets, lora_dropout, use_rslora, use_dora, init_lora_weights,
             None if layers is None else tuple(layers), tuple(saved), random_state,

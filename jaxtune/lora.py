@@ -5,7 +5,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -81,6 +81,12 @@ class LoraConfig:
     def __post_init__(self):
         if not isinstance(self.r, int) or self.r <= 0:
             raise ValueError(f"r, the rank of the adapter, must be an integer above 0, got {self.r!r}")
+        check_targets(self.target_modules)
+        odd = [n for n in self.layers_to_transform or () if isinstance(n, bool) or not isinstance(n, int)]
+        if odd:
+            raise ValueError(
+                f"layers_to_transform holds {', '.join(map(repr, odd))}; expected layers' numbers, as [0, 2]"
+            )
         if not self.lora_alpha > 0:
             raise ValueError(f"lora_alpha must be above 0, got {self.lora_alpha!r}")
         if not 0 <= self.lora_dropout < 1:
@@ -111,6 +117,17 @@ class LoraConfig:
         return {m.rsplit(".", 1)[-1] for m in self.modules_to_save}
 
 
+def check_targets(targets: Any) -> None:
+    """Raises ValueError unless these are names of modules, or one text."""
+    names = [targets] if isinstance(targets, str) or not isinstance(targets, Iterable) else targets
+    odd = [name for name in names if not isinstance(name, str)]
+    if odd:
+        raise ValueError(
+            f"target_modules holds {', '.join(map(repr, odd))}; expected names, as ['q_proj', 'v_proj'], 'all-linear' "
+            "or a regular expression. Numbers of layers go into layers_to_transform"
+        )
+
+
 def target_names(model: CausalLM, config: LoraConfig) -> set[str]:
     """Checkpoint names of the linear layers that get an adapter.
 
@@ -130,8 +147,10 @@ def target_names(model: CausalLM, config: LoraConfig) -> set[str]:
         found = {n for n in names if matches(n)}
         if not found:
             leaves = sorted({n.rsplit(".", 1)[-1] for n in names})
+            kind = ", a regular expression for whole names," if isinstance(wanted, str) else ""
+            advice = "; give such names as a list" if isinstance(wanted, str) else ""
             raise ValueError(
-                f"target_modules {target!r} matches no layer of this model; it has {', '.join(leaves)}"
+                f"target_modules {target!r}{kind} matches no layer of this model; it has {', '.join(leaves)}{advice}"
             )
         chosen |= found
     if config.layers_to_transform is None:
