@@ -344,6 +344,13 @@ class FastModel(FastLanguageModel):
     """Loads text or vision-language models, by their config.json; puts adapters on all of their parts."""
 
     @staticmethod
+    def from_pretrained(
+        model_name: str = "unsloth/Llama-3.2-11B-Vision-Instruct-bnb-4bit", *args, **kwargs
+    ) -> tuple[Model, Any]:
+        """See FastLanguageModel.from_pretrained; by default a vision-language model."""
+        return FastLanguageModel.from_pretrained(model_name, *args, **kwargs)
+
+    @staticmethod
     def get_peft_model(
         model: Model,
         r: int = 16,
