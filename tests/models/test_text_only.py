@@ -250,7 +250,7 @@ def test_nf4_checkpoints(tmp_path):
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        llm_int8_skip_modules=["lm_head", r"model\.visual\.merger", r"layers\.1\.mlp"],
+        llm_int8_skip_modules=["lm_head", r"model\.visual\.merger", "model.language_model.layers.1.mlp"],
     )
     kind = transformers.AutoModelForImageTextToText
     judge = kind.from_pretrained(
@@ -263,3 +263,4 @@ def test_nf4_checkpoints(tmp_path):
         tmp_path / "bnb", text_only=True, dtype="float32", max_seq_length=None
     )
     assert relative_error(logits(model), logits_of(in_float32(judge), IDS)) <= LOGITS
+    assert "model.layers.1.0.mlp.up_proj.weight" in model.base  # not quantised there
