@@ -126,27 +126,31 @@ class Checkpoint:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer (the adapter's own if it has one), padding on the left with a token that is not EOS."""
-        from transformers import AutoTokenizer
-
         folder = self.adapter if self.adapter and _has_tokenizer(self.adapter) else self.path
         if isinstance(self._reader, GgufModel) and folder == self.path:
             tokenizer = load_tokenizer(self._reader.metadata, self.path)
-        elif _has_tokenizer(folder):
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(folder), trust_remote_code=False, local_files_only=True
-            )
         else:
-            raise FileNotFoundError(
-                f"{folder} has no tokenizer: expected one of {', '.join(_TOKENIZER_FILES)}"
-            )
-        if self.text_reader is not None:
-            first = self.config.vocab_size
-            only_whole = range(first, first + self.text_reader.side.rows_behind)
-            tokenizer = _for_text_alone(tokenizer, folder, only_whole)
+            tokenizer = _stored_tokenizer(folder)
+        if self.text_side is not None:
+            tokenizer = _for_text_alone(tokenizer, folder, self._rows_behind())
         _warn_of_tokens_without_rows(tokenizer, self.config)
         fix_pad_token(tokenizer, self.config)
         tokenizer.padding_side = "left"
         return tokenizer
+
+    def whole_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """`tokenizer()` of a text model, as it may have been changed, with the tokens of the whole model's images."""
+        added = _stored_tokenizer(self.path).added_tokens_decoder
+        tokens = [added[i] for i in self._rows_behind() if i in added]
+        if tokens:
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.add_tokens(tokens, special_tokens=True)
+        return tokenizer
+
+    def _rows_behind(self) -> range:
+        """Tokens of the whole model that its text model has no rows for."""
+        assert self.text_side is not None
+        return range(self.config.vocab_size, self.config.vocab_size + self.text_side.rows_behind)
 
     def processor(self) -> Any:
         """The processor of a vision-language model (the adapter's own if it has one), around `tokenizer()`."""
@@ -349,6 +353,14 @@ def _with_adapter(folder: Path, hub: _Hub) -> Checkpoint:
 
 def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in _TOKENIZER_FILES)
+
+
+def _stored_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    if not _has_tokenizer(folder):
+        raise FileNotFoundError(f"{folder} has no tokenizer: expected one of {', '.join(_TOKENIZER_FILES)}")
+    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
 
 
 def _for_text_alone(

@@ -49,6 +49,8 @@ def save_adapter(
         check_finite(name, value)
     if of_checkpoint and model.checkpoint.text_reader is not None:
         lora, tensors = on_whole_model(lora, tensors, model.checkpoint.text_reader)
+        given = tokenizer or model.tokenizer
+        tokenizer = None if given is None else model.checkpoint.whole_tokenizer(given)
     config = config_to_peft(lora, model.name_or_path, model.checkpoint.revision)
     with staged_folder(directory, sum(value.nbytes for value in tensors.values())) as folder:
         with ShardWriter(folder, list(tensors), "1TB", single=ADAPTER_WEIGHTS) as writer:

@@ -162,10 +162,14 @@ def test_adapters_fit_the_whole_model(whole, adapted, alone, tmp_path, name):
     assert relative_error(logits_of(theirs, IDS), want) <= MERGED
     full, processor = FastVisionModel.from_pretrained(tmp_path / "adapter", **LOAD)
     assert full.processor is processor
+    stored = transformers.AutoTokenizer.from_pretrained(folder)
+    assert processor.tokenizer.get_vocab() == stored.get_vocab()
+    assert processor.tokenizer("<|image|>")["input_ids"] == stored("<|image|>")["input_ids"]
     assert relative_error(logits(full), want) <= MERGED
     again, _ = FastVisionModel.from_pretrained(tmp_path / "adapter", text_only=True, **LOAD)
     assert again.trainable.keys() == model.trainable.keys()
     np.testing.assert_array_equal(logits(again), want)
+    assert again.tokenizer.get_vocab() == model.tokenizer.get_vocab()
     with pytest.warns(UserWarning, match="already has this adapter"):
         assert FastLanguageModel.get_peft_model(again, r=4, **ADAPTERS[name]) is again
 
