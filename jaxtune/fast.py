@@ -28,7 +28,7 @@ DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float
 # Arguments of Unsloth that have no meaning here, with the values that ask for nothing.
 _IGNORED = """device_map fast_inference fix_tokenizer use_exact_model_name offload_embedding
     float32_mixed_precision gpu_memory_utilization float8_kv_cache max_lora_rank disable_log_stats
-    unsloth_tiled_mlp random_state text_only return_logits fullgraph auto_model unsloth_force_compile
+    unsloth_tiled_mlp random_state return_logits fullgraph auto_model unsloth_force_compile
     attn_implementation force_download""".split()
 _REFUSED = {
     "load_in_8bit": False,
@@ -150,6 +150,7 @@ class FastLanguageModel:
         cache_dir: str | None = None,
         gguf_file: str | None = None,
         compute_dtype: str | None = None,
+        text_only: bool = False,
         devices: int | None = None,
         data: Choice = "auto",
         fsdp: Choice = "auto",
@@ -166,6 +167,8 @@ class FastLanguageModel:
             adapter, attention and loss stay in dtype. Fewer than kernels.linear.FEW_ROWS tokens, as in generation,
             do not take part.
           load_in_4bit, load_in_16bit, full_finetuning: NF4 (the default), 16-bit LoRA, or every weight trained.
+          text_only: of a vision-language model its text model alone, without tower and processor. Merged folders and
+            GGUF are that text model's; adapters fit the whole model too.
           rope_scaling: replaces the config's.
           use_gradient_checkpointing: False keeps every activation; else SFTConfig.remat says what is kept.
           devices, data, fsdp: how many devices train, and how the frozen weights lie on them; see devices.make_layout.
@@ -190,8 +193,10 @@ class FastLanguageModel:
             model_name, revision=revision, token=token, local_files_only=local_files_only, cache_dir=cache_dir,
             gguf_file=gguf_file,
         )  # fmt: skip
+        checkpoint = checkpoint.renamed(models.renames(checkpoint.config))
+        if text_only and (text_model := models.text_side_of(checkpoint.config)) is not None:
+            checkpoint = checkpoint.text_part(*text_model)
         config = checkpoint.config
-        checkpoint = checkpoint.renamed(models.renames(config))
         text = config.get_text_config()
         if rope_scaling is not None:
             scaling = dict(rope_scaling)
@@ -236,7 +241,7 @@ class FastLanguageModel:
             model.base, model.full_finetuning = {}, True
             model.resplit()
         if checkpoint.adapter is not None:
-            adapter, tensors = lora.read_adapter(checkpoint.adapter)
+            adapter, tensors = lora.read_adapter(checkpoint.adapter, checkpoint.text_side)
             model = _with_adapter(model, adapter)
             model.trainable = lora.adapter_leaves(model, tensors)
         return model, processor or tokenizer
@@ -272,6 +277,8 @@ class FastLanguageModel:
             warnings.warn("full_finetuning trains every weight; get_peft_model does nothing", stacklevel=2)
             return model
         targets, saved = target_modules, list(modules_to_save or ())
+        if targets is not None:
+            lora.check_targets(targets)
         if targets is not None and not isinstance(targets, str):
             saved += [t for t in targets if t in lora.SAVABLE and t not in saved]
             targets = tuple(t for t in targets if t not in lora.SAVABLE)
@@ -285,7 +292,8 @@ class FastLanguageModel:
         given, targets = targets, lora.chosen_targets(model.module, targets, sees=sees, **parts)
         if targets is not given and layers_to_transform is not None:  # which goes with names only
             targets = tuple(sorted(lora.target_names(model.module, LoraConfig(target_modules=targets))))
-        layers = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
+        alone = isinstance(layers_to_transform, (int, str))
+        layers = [layers_to_transform] if alone else layers_to_transform
         config = LoraConfig(
             r, lora_alpha, targets, lora_dropout, use_rslora, use_dora, init_lora_weights,
             None if layers is None else tuple(layers), tuple(saved), random_state,
@@ -293,8 +301,12 @@ class FastLanguageModel:
         if model.lora is not None:
             same = replace(model.lora, random_state=random_state, init_lora_weights=init_lora_weights)
             config = lora.named(model.module, config)
-            if set(same.target_modules) == set(config.target_modules):
-                same = replace(same, target_modules=config.target_modules)
+            if lora.target_names(model.module, same) == lora.target_names(model.module, config):
+                spelt = {
+                    "target_modules": config.target_modules,
+                    "layers_to_transform": config.layers_to_transform,
+                }
+                same = replace(same, **spelt)
             if same != config:
                 raise TypeError(f"the model already has another adapter: {model.lora}; load the base again")
             warnings.warn("the model already has this adapter; it is kept", stacklevel=2)
@@ -330,6 +342,13 @@ def _with_adapter(model: Model, config: LoraConfig) -> Model:
 
 class FastModel(FastLanguageModel):
     """Loads text or vision-language models, by their config.json; puts adapters on all of their parts."""
+
+    @staticmethod
+    def from_pretrained(
+        model_name: str = "unsloth/Llama-3.2-11B-Vision-Instruct-bnb-4bit", *args, **kwargs
+    ) -> tuple[Model, Any]:
+        """See FastLanguageModel.from_pretrained; by default a vision-language model."""
+        return FastLanguageModel.from_pretrained(model_name, *args, **kwargs)
 
     @staticmethod
     def get_peft_model(

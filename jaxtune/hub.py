@@ -28,6 +28,7 @@ from jaxtune.formats.bnb_reader import BnbFolder, BnbTensor, check_quantization_
 from jaxtune.formats.gguf_reader import GgufModel
 from jaxtune.formats.gguf_tokenizer import load_tokenizer
 from jaxtune.formats.safetensors_reader import SafetensorsFolder, TensorInfo
+from jaxtune.formats.text_side import TextReader, TextSide
 from jaxtune.processor import IMAGE as IMAGES_CONFIG
 from jaxtune.processor import load_processor
 
@@ -97,6 +98,20 @@ class Checkpoint:
         """The same weights but one."""
         return replace(self, _reader=Without(self._reader, name))
 
+    def text_part(self, config: PretrainedConfig, side: TextSide) -> Checkpoint:
+        """The text model that this one contains, as a checkpoint of its own; see `models.text_side_of`."""
+        return replace(self, config=config, _reader=TextReader(self._reader, side))
+
+    @property
+    def text_side(self) -> TextSide | None:
+        """Where this text model lies in the model of the files; None for a checkpoint that is whole."""
+        return None if self.text_reader is None else self.text_reader.side
+
+    @property
+    def text_reader(self) -> TextReader | None:
+        """What reads the text model out of a larger one; None for a checkpoint that is whole."""
+        return self._reader if isinstance(self._reader, TextReader) else None
+
     def stored_name(self, name: str) -> str:
         """What the checkpoint's files call a weight; the name itself for one that they do not hold."""
         return self._reader.stored.get(name, name) if isinstance(self._reader, Renamed) else name
@@ -111,23 +126,31 @@ class Checkpoint:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer (the adapter's own if it has one), padding on the left with a token that is not EOS."""
-        from transformers import AutoTokenizer
-
         folder = self.adapter if self.adapter and _has_tokenizer(self.adapter) else self.path
         if isinstance(self._reader, GgufModel) and folder == self.path:
             tokenizer = load_tokenizer(self._reader.metadata, self.path)
-        elif _has_tokenizer(folder):
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(folder), trust_remote_code=False, local_files_only=True
-            )
         else:
-            raise FileNotFoundError(
-                f"{folder} has no tokenizer: expected one of {', '.join(_TOKENIZER_FILES)}"
-            )
+            tokenizer = _stored_tokenizer(folder)
+        if self.text_side is not None:
+            tokenizer = _for_text_alone(tokenizer, folder, self._rows_behind())
         _warn_of_tokens_without_rows(tokenizer, self.config)
         fix_pad_token(tokenizer, self.config)
         tokenizer.padding_side = "left"
         return tokenizer
+
+    def whole_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """`tokenizer()` of a text model, as it may have been changed, with the tokens of the whole model's images."""
+        added = _stored_tokenizer(self.path).added_tokens_decoder
+        tokens = [added[i] for i in self._rows_behind() if i in added]
+        if tokens:
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.add_tokens(tokens, special_tokens=True)
+        return tokenizer
+
+    def _rows_behind(self) -> range:
+        """Tokens of the whole model that its text model has no rows for."""
+        assert self.text_side is not None
+        return range(self.config.vocab_size, self.config.vocab_size + self.text_side.rows_behind)
 
     def processor(self) -> Any:
         """The processor of a vision-language model (the adapter's own if it has one), around `tokenizer()`."""
@@ -330,6 +353,36 @@ def _with_adapter(folder: Path, hub: _Hub) -> Checkpoint:
 
 def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in _TOKENIZER_FILES)
+
+
+def _stored_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    if not _has_tokenizer(folder):
+        raise FileNotFoundError(f"{folder} has no tokenizer: expected one of {', '.join(_TOKENIZER_FILES)}")
+    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+
+
+def _for_text_alone(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, only_whole: range
+) -> PreTrainedTokenizerBase:
+    """A vision-language model's tokenizer for its text model: with the processor's chat template where it has none,
+    without the tokens `only_whole`, for which only the whole model's embedding has rows."""
+    template = folder / "chat_template.json"
+    if tokenizer.chat_template is None and template.exists():
+        tokenizer.chat_template = json.loads(template.read_text("utf-8"))["chat_template"]
+    dropped = {token for token, i in tokenizer.get_vocab().items() if i in only_whole}
+    if not dropped:
+        return tokenizer
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    core["added_tokens"] = [token for token in core["added_tokens"] if token["content"] not in dropped]
+    fields = {name: value for name, value in tokenizer.init_kwargs.items() if name != "added_tokens_decoder"}
+    fields["extra_special_tokens"] = [t for t in tokenizer.extra_special_tokens if t not in dropped]
+    fields["chat_template"] = tokenizer.chat_template
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(core)), **fields)
 
 
 def _warn_of_tokens_without_rows(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:

@@ -5,7 +5,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file
 
+from jaxtune.formats.text_side import TextReader, TextSide
 from jaxtune.kernels.linear import dense
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.layers import Embedding, Linear
@@ -80,6 +81,12 @@ class LoraConfig:
     def __post_init__(self):
         if not isinstance(self.r, int) or self.r <= 0:
             raise ValueError(f"r, the rank of the adapter, must be an integer above 0, got {self.r!r}")
+        check_targets(self.target_modules)
+        odd = [n for n in self.layers_to_transform or () if isinstance(n, bool) or not isinstance(n, int)]
+        if odd:
+            raise ValueError(
+                f"layers_to_transform holds {', '.join(map(repr, odd))}; expected layers' numbers, as [0, 2]"
+            )
         if not self.lora_alpha > 0:
             raise ValueError(f"lora_alpha must be above 0, got {self.lora_alpha!r}")
         if not 0 <= self.lora_dropout < 1:
@@ -110,6 +117,17 @@ class LoraConfig:
         return {m.rsplit(".", 1)[-1] for m in self.modules_to_save}
 
 
+def check_targets(targets: Any) -> None:
+    """Raises ValueError unless these are names of modules, or one text."""
+    names = [targets] if isinstance(targets, str) or not isinstance(targets, Iterable) else targets
+    odd = [name for name in names if not isinstance(name, str)]
+    if odd:
+        raise ValueError(
+            f"target_modules holds {', '.join(map(repr, odd))}; expected names, as ['q_proj', 'v_proj'], 'all-linear' "
+            "or a regular expression. Numbers of layers go into layers_to_transform"
+        )
+
+
 def target_names(model: CausalLM, config: LoraConfig) -> set[str]:
     """Checkpoint names of the linear layers that get an adapter.
 
@@ -129,8 +147,10 @@ def target_names(model: CausalLM, config: LoraConfig) -> set[str]:
         found = {n for n in names if matches(n)}
         if not found:
             leaves = sorted({n.rsplit(".", 1)[-1] for n in names})
+            kind = ", a regular expression for whole names," if isinstance(wanted, str) else ""
+            advice = "; give such names as a list" if isinstance(wanted, str) else ""
             raise ValueError(
-                f"target_modules {target!r} matches no layer of this model; it has {', '.join(leaves)}"
+                f"target_modules {target!r}{kind} matches no layer of this model; it has {', '.join(leaves)}{advice}"
             )
         chosen |= found
     if config.layers_to_transform is None:
@@ -410,7 +430,50 @@ def config_to_peft(config: LoraConfig, base_model: str, revision: str | None = N
     }
 
 
-def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, np.ndarray]]:
-    """A PEFT adapter folder as (config, tensors)."""
+def read_adapter(folder: Path, side: TextSide | None = None) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+    """A PEFT adapter folder as (config, tensors).
+
+    Args:
+      side: where the model is the text model of a larger one: the folder holds an adapter of that one.
+
+    Raises:
+      ValueError: the adapter is on modules that the text model has not.
+    """
     config = config_from_peft(json.loads((folder / "adapter_config.json").read_text()))
-    return config, load_file(folder / "adapter_model.safetensors")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return (config, tensors) if side is None else _on_text_model(config, tensors, side)
+
+
+def _on_text_model(
+    config: LoraConfig, tensors: Mapping[str, np.ndarray], side: TextSide
+) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+    """The inverse of `on_whole_model`."""
+    found = {name: side.own_name(name.removeprefix(PEFT_PREFIX)) for name in tensors}
+    absent = sorted(name.removeprefix(PEFT_PREFIX) for name, own in found.items() if own is None)
+    if absent:
+        raise ValueError(
+            f"the adapter is on more than the language part ({absent[0]}, {len(absent)} tensors in all); load it "
+            "without text_only=True"
+        )
+    own = {f"{PEFT_PREFIX}{found[name]}": value for name, value in tensors.items()}
+    if (embedding := PEFT_PREFIX + side.embedding) in tensors:
+        rows = len(tensors[embedding]) - side.rows_behind
+        own[f"{PEFT_PREFIX}model.embed_tokens.weight"] = tensors[embedding][:rows]
+    return _by_names(config, own), own
+
+
+def on_whole_model(
+    config: LoraConfig, tensors: Mapping[str, np.ndarray], reader: TextReader
+) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+    """An adapter of a text model as one of the model that `reader` reads it from, PEFT's tensors with it."""
+    side = reader.side
+    whole = {PEFT_PREFIX + side.whole_name(name.removeprefix(PEFT_PREFIX)): v for name, v in tensors.items()}
+    if (embedding := PEFT_PREFIX + side.embedding) in whole:
+        whole[embedding] = np.concatenate([whole[embedding], reader.rows_behind().astype(np.float32)])
+    return _by_names(config, whole), whole
+
+
+def _by_names(config: LoraConfig, tensors: Mapping[str, np.ndarray]) -> LoraConfig:
+    """The same adapter with the full names of its modules: patterns and numbers of layers are those of one model."""
+    names = {name.removeprefix(PEFT_PREFIX).split(".lora_")[0] for name in tensors if ".lora_" in name}
+    return replace(config, target_modules=tuple(sorted(names)), layers_to_transform=None)

@@ -47,6 +47,8 @@ def test_a_target_that_matches_nothing_lists_what_exists():
         lora.attach(module, LoraConfig(target_modules=("q_proj", "wq")))
     with pytest.raises(ValueError, match=r"layers \[9\]; the model has 0 to 1"):
         lora.attach(module, LoraConfig(layers_to_transform=(9,)))
+    with pytest.raises(ValueError, match=r"'0, 2', a regular expression for whole names, .*names as a list"):
+        lora.attach(module, LoraConfig(target_modules="0, 2"))
 
 
 @pytest.mark.parametrize(
@@ -56,6 +58,9 @@ def test_a_target_that_matches_nothing_lists_what_exists():
         ({"lora_alpha": 0}, "lora_alpha must be above 0"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
         ({"target_modules": ".*q_proj", "layers_to_transform": (0,)}, "needs target_modules by name"),
+        ({"target_modules": ("q_proj", 2)}, r"holds 2; expected names, .* into layers_to_transform"),
+        ({"target_modules": 5}, "holds 5; expected names"),
+        ({"layers_to_transform": ("0, 2",)}, r"holds '0, 2'; expected layers' numbers, as \[0, 2\]"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights"),
         ({"modules_to_save": ("norm",)}, "modules_to_save can hold embed_tokens, lm_head"),
     ],

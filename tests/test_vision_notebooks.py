@@ -12,6 +12,7 @@ import tiny_siglip
 import tiny_vision
 
 from jaxtune import (
+    FastModel,
     FastVisionModel,
     SFTConfig,
     SFTTrainer,
@@ -21,6 +22,7 @@ from jaxtune import (
     is_bfloat16_supported,
 )
 from jaxtune.formats.gguf_file import GgufFile
+from jaxtune.hub import HubError
 from jaxtune.trainer import UnslothVisionDataCollator
 
 MARKS = {
@@ -138,7 +140,9 @@ def test_what_is_wrong_is_said(qwen):
     for given in ((model, processor.tokenizer), (processor, model)):
         with pytest.raises(TypeError, match="not its tokenizer"):
             VisionDataCollator(*given)
-    with pytest.raises(ValueError, match=r"1 image placeholders .* no value under image, bytes, url"):
+    with pytest.raises(
+        ValueError, match=r"message 0 \(user\) has an image part without .* under image, bytes, url"
+    ):
         VisionDataCollator(model, processor)([row(None)])
     captions = [{"image": tiny_vision.picture(60, 60), "text": "a dog"}]
     with pytest.raises(ValueError, match="--image_instruction"):
@@ -150,6 +154,12 @@ def test_packing_that_cuts_is_refused_before_rows_are_read(qwen, tmp_path):
     rows = [row(tiny_vision.picture(60, 60))]
     with pytest.raises(ValueError, match=r"packing_strategy='wrapped'.*'bfd'"):
         SFTTrainer(FastVisionModel.get_peft_model(qwen[0], r=2), args, train_dataset=rows, tokenizer=qwen[1])
+
+
+def test_the_default_is_a_vision_model(tmp_path):
+    for kind in (FastVisionModel, FastModel):
+        with pytest.raises(HubError, match=r"unsloth/Llama-3\.2-11B-Vision-Instruct-bnb-4bit"):
+            kind.from_pretrained(local_files_only=True, cache_dir=str(tmp_path))
 
 
 def test_bfloat16():

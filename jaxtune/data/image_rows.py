@@ -79,12 +79,12 @@ def _read(row: Any, number: int, text_field: str) -> Document:
     options = {"tools": json_tools(row.get("tools")), **(row.get("chat_template_kwargs") or {})}
     if is_conversation(row.get("prompt")) and is_conversation(row.get("completion")):
         prompt, completion = map(_messages, (row["prompt"], row["completion"]))
-        prompt, used = _filled(prompt, images)
-        completion, learned = _filled(completion, [])
-        if learned:
+        if any(_part(part)["type"] == "image" for message in completion for part in _listed(message)):
             raise ImageError(
                 "an image in the completion; a model learns to write text, so images go into the prompt"
             )
+        prompt, used = _filled(prompt, images)
+        completion, _ = _filled(completion, [])
         return Document(number, prompt, completion, used, options)
     if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
         return Document(number, row["prompt"], row["completion"], tuple(images), options)
@@ -139,17 +139,13 @@ def _filled(messages: Messages, images: Sequence[Any]) -> tuple[Messages, tuple[
         else:
             parts = [_part(part) for part in content or []]
         listed.append({**message, "content": parts} if "content" in message else message)
-    left, used, holes = list(images), [], 0
-    for part in (
-        part for message in listed for part in message.get("content", ()) if part["type"] == "image"
-    ):
-        holes += "image" not in part
-        used.append(part.get("image", left.pop(0) if left and "image" not in part else None))
-    if holes != len(images):
-        raise ImageError(
-            f"{holes} image placeholders in its messages and {len(images)} images beside them; a part is a placeholder "
-            f"where it has no value under {', '.join(_PAYLOADS)}"
-        )
+    left, used, holes = list(images), [], []
+    for number, message in enumerate(listed):
+        for part in message.get("content", ()):
+            if part["type"] == "image":
+                holes += [] if "image" in part else [number]
+                used.append(part.get("image", left.pop(0) if left and "image" not in part else None))
+    _check_holes(listed, holes, len(images))
     bare = [
         {
             **message,
@@ -162,6 +158,25 @@ def _filled(messages: Messages, images: Sequence[Any]) -> tuple[Messages, tuple[
         for message in listed
     ]
     return bare, tuple(used)
+
+
+def _check_holes(messages: Messages, holes: Sequence[int], beside: int) -> None:
+    """Raises ImageError unless there are as many parts without an image as images beside the messages.
+
+    Args:
+        holes: the messages of those parts. beside: how many images there are.
+    """
+    places = ", ".join(_PAYLOADS)
+    if holes and not beside:
+        raise ImageError(
+            f"message {holes[0]} ({messages[holes[0]]['role']}) has an image part without an image; expected one under "
+            f"{places}, or beside the messages ({' or '.join(IMAGE_COLUMNS)})"
+        )
+    if len(holes) != beside:
+        raise ImageError(
+            f"{len(holes)} image placeholders in its messages and {beside} images beside them; a part is a placeholder "
+            f"where it has no value under {places}"
+        )
 
 
 def _listed(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
@@ -190,11 +205,11 @@ def _part(part: Any) -> dict[str, Any]:
     kind = kept.get("type", "image" if "image" in kept else "text" if "text" in kept else None)
     if kind == "text" and isinstance(kept.get("text"), str):
         return {"type": "text", "text": kept["text"]}
-    if kind == "image_url":
-        url = kept.get("image_url")
-        return {"type": "image", "image": url.get("url") if isinstance(url, Mapping) else url}
-    if kind == "image":
-        payload = next((kept[key] for key in _PAYLOADS if key in kept), None)
+    if kind in ("image", "image_url"):
+        names = _PAYLOADS if kind == "image" else ("image_url",)
+        payload = next((kept[key] for key in names if key in kept), None)
+        if kind == "image_url" and isinstance(payload, Mapping):
+            payload = payload.get("url")
         return {"type": "image"} if payload is None else {"type": "image", "image": payload}
     raise ImageError(
         f"a part of type {kind!r} with the keys {', '.join(map(str, part))}; expected text, image or image_url"

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtune.export.folder import staged_folder
 from jaxtune.formats.safetensors_writer import ShardWriter
 from jaxtune.hub import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from jaxtune.lora import adapter_tensors, config_to_peft
+from jaxtune.lora import adapter_tensors, config_to_peft, on_whole_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,14 +25,18 @@ def save_adapter(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     with_tokenizer: bool = True,
+    of_checkpoint: bool = True,
 ) -> None:
     """Write the adapter of a model, float32, with its tokenizer (chat template included).
+
+    That of a model loaded with text_only=True fits the whole vision-language model, whose name it has as its base.
 
     Args:
         model: a model with an adapter.
         directory: folder to make; see `export.folder` for what happens to an existing one.
         tokenizer: saved beside the adapter, or a processor; by default the model's.
         with_tokenizer: False: the adapter alone.
+        of_checkpoint: False: with text_only=True, for the text model as `save_merged` writes it.
 
     Raises:
         ValueError: the model has no adapter, or a tensor holds NaN or infinity (it is named).
@@ -43,6 +47,10 @@ def save_adapter(
     tensors, lora = adapter_tensors(model), model.lora
     for name, value in tensors.items():
         check_finite(name, value)
+    if of_checkpoint and model.checkpoint.text_reader is not None:
+        lora, tensors = on_whole_model(lora, tensors, model.checkpoint.text_reader)
+        given = tokenizer or model.tokenizer
+        tokenizer = None if given is None else model.checkpoint.whole_tokenizer(given)
     config = config_to_peft(lora, model.name_or_path, model.checkpoint.revision)
     with staged_folder(directory, sum(value.nbytes for value in tensors.values())) as folder:
         with ShardWriter(folder, list(tensors), "1TB", single=ADAPTER_WEIGHTS) as writer:

@@ -120,7 +120,7 @@ def _with_adapter(model: Any, request: LoRARequest | None) -> Any:
         return model
     other = copy.copy(model)
     if request is not None:
-        leaves = adapter_leaves(model, read_adapter(request.path)[1])
+        leaves = adapter_leaves(model, read_adapter(request.path, model.checkpoint.text_side)[1])
         other.trainable = {path: jnp.asarray(value) for path, value in leaves.items()}
     else:
         base = model.base.items()

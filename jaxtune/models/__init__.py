@@ -3,16 +3,19 @@
 1. One file here with `READ`, the config.json fields it honours, `GGUF`, how llama.cpp knows the family, and
    `config(hf)`, which maps them to the decoder's through `read_config`. For a model that is more than a decoder also
    `module(hf, dtype, dense)`, whose attribute paths are the checkpoint's names, `PARTS`, the fields of the nested
-   configs that it honours, and where published checkpoints have other names, `RENAMES`. Its images: `jaxtune.images`.
+   configs that it honours, `TEXT`, the text models of which its decoder is one, and where published checkpoints have
+   other names, `RENAMES`. Its images: `jaxtune.images`.
 2. One line in FAMILIES.
 3. One parity test: an entry in tests/models/test_parity.py, whose judge is transformers; and for GGUF one in FAMILIES
    of tests/export/test_gguf_conversion.py, whose judge is llama.cpp.
 """
 
 from types import ModuleType
+from typing import Any
 
 import jax.numpy as jnp
 
+from jaxtune.formats.text_side import TextSide
 from jaxtune.models import (
     gemma2,
     gemma3,
@@ -25,6 +28,7 @@ from jaxtune.models import (
     qwen2_5_vl,
     qwen3,
     qwen3_vl,
+    text_side,
 )
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.layers import Linear
@@ -86,6 +90,20 @@ def family(hf) -> ModuleType:
 def renames(hf) -> tuple[tuple[str, str], ...]:
     """How a published checkpoint's names become those here: (pattern, replacement) pairs; see `formats.Renamed`."""
     return getattr(family(hf), "RENAMES", ())
+
+
+def text_side_of(hf) -> tuple[Any, TextSide] | None:
+    """The config of the text model in a vision-language model, and where it lies there; None for a text model.
+
+    Raises:
+      ValueError: a field that changes what it computes and is not supported.
+    """
+    module = family(hf)
+    if not hasattr(module, "TEXT"):
+        return None
+    _check_part(hf, module.READ, "", hf.model_type)
+    _check_part(hf.text_config, module.PARTS["text_config"], "text_config.", hf.model_type)
+    return text_side.text_side(hf, module.TEXT, module.config(hf))
 
 
 def check_fields(hf) -> None:

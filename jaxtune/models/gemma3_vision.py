@@ -11,6 +11,7 @@ from jaxtune.models import gemma3, siglip
 from jaxtune.models.decoder import Decoder, DecoderConfig, segments
 from jaxtune.models.layers import Frozen, RMSNorm, Shape
 from jaxtune.models.remat import Remat
+from jaxtune.models.text_side import TextFamily
 from jaxtune.models.vision_lm import Dense, VisionLM
 
 READ = frozenset(
@@ -19,6 +20,7 @@ READ = frozenset(
 )
 PARTS = {"text_config": gemma3.READ, "vision_config": siglip.READ | {"vision_use_head"}}
 GGUF = gemma3.GGUF
+TEXT = TextFamily("gemma3_text", gemma3.READ)
 RENAMES = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^language_model\.model\.", "model.language_model."),

@@ -10,11 +10,13 @@ from jaxtune.models import llama, siglip
 from jaxtune.models.decoder import Decoder, DecoderConfig, segments
 from jaxtune.models.layers import Linear
 from jaxtune.models.remat import Remat
+from jaxtune.models.text_side import TextFamily
 from jaxtune.models.vision_lm import Dense, VisionLM
 
 READ = frozenset("text_config vision_config image_token_id scale_factor tie_word_embeddings".split())
 PARTS = {"text_config": llama.READ, "vision_config": siglip.READ}
 GGUF = llama.GGUF
+TEXT = TextFamily("llama", llama.READ, path="model.text_model")
 
 
 class Projection(nnx.Module):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtune.kernels.keep import keep
-from jaxtune.models import mllama_tower
+from jaxtune.models import llama, mllama_tower
 from jaxtune.models.decoder import (
     COMMON_FIELDS,
     MLP,
@@ -22,6 +22,7 @@ from jaxtune.models.decoder import (
 from jaxtune.models.layers import Linear
 from jaxtune.models.mllama_tower import Tower, Value, gated
 from jaxtune.models.remat import Remat
+from jaxtune.models.text_side import TextFamily
 from jaxtune.models.vision_lm import Dense, VisionLM
 
 READ = frozenset("text_config vision_config image_token_index".split())
@@ -38,6 +39,8 @@ RENAMES = (
     (rf"\.({_VALUES}|gated_positional_embedding\.embedding)$", r".\1.weight"),
 )
 EXTRA_ROWS = 8  # of the embedding, for tokens that are never predicted: that of an image
+# Without images the layers that attend to them do nothing.
+TEXT = TextFamily("llama", llama.READ, rows_behind=EXTRA_ROWS)
 
 
 class Cross(NamedTuple):

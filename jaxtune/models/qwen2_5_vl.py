@@ -26,6 +26,7 @@ from jaxtune.models.decoder import (
 from jaxtune.models.layers import Frozen, Linear, RMSNorm, Shape
 from jaxtune.models.remat import Remat
 from jaxtune.models.rope import rotate
+from jaxtune.models.text_side import TextFamily
 from jaxtune.models.vision_lm import Dense, VisionLM
 
 # config.json: its own fields, and those of its parts.
@@ -41,6 +42,7 @@ PARTS = {
         rope_parameters""".split()
     ),
 }
+TEXT = TextFamily("qwen2", qwen2.READ)
 # The decoder; its tower goes into a file of its own (export.mmproj).
 GGUF = GgufFamily("qwen2vl", biases=qwen2.GGUF.biases, own_head_dim=False)
 # Names in published checkpoints, (pattern, name here); transformers' modules have the names on the right.

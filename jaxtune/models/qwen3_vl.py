@@ -33,9 +33,11 @@ from jaxtune.models.qwen2_5_vl import (
 )
 from jaxtune.models.qwen3 import READ as QWEN3_READ
 from jaxtune.models.remat import Remat
+from jaxtune.models.text_side import TextFamily
 from jaxtune.models.vision_lm import Dense, VisionLM
 
 READ = qwen2_5_vl.READ
+TEXT = TextFamily("qwen3", QWEN3_READ)
 GGUF = GgufFamily("qwen3vl", ("n_deepstack_layers",))  # the decoder; its tower: export.mmproj
 PARTS = {
     "text_config": QWEN3_READ,

@@ -174,7 +174,7 @@ class VLLMEngine:
             return
         self._version += 1
         folder = self._adapter_room() / f"jaxtune-{self._run}-v{self._version}"
-        save_adapter(self.model, folder, with_tokenizer=False)
+        save_adapter(self.model, folder, with_tokenizer=False, of_checkpoint=False)
         server.load_adapter(folder.name, folder, self._rank)
         before, self._adapter = self._adapter, folder
         if before is not None:
@@ -312,12 +312,17 @@ def check_base(model: Model, args: VLLMConfig) -> None:
             f"vllm_base='checkpoint': {model.name_or_path} is stored as {model.checkpoint.kind}, and vLLM needs 16-bit "
             "weights; use vllm_base='policy', which writes them"
         )
+    if args.vllm_base == "checkpoint" and model.checkpoint.text_side is not None:
+        raise ValueError(
+            f"vllm_base='checkpoint': {model.name_or_path} is the whole vision-language model, and text_only=True "
+            "trains its text model; use vllm_base='policy', which writes that"
+        )
 
 
 def served_folder(model: Model, args: VLLMConfig) -> Path | None:
     """The folder of the checkpoint where that is what is to be served; None: it has to be written first."""
     changed = any(path.endswith(".codes") for path in model.base) or (model.lora is None and model.trainable)
-    same = model.checkpoint.kind == "safetensors" and not changed
+    same = model.checkpoint.kind == "safetensors" and model.checkpoint.text_side is None and not changed
     return model.checkpoint.path if same or args.vllm_base == "checkpoint" else None
 
 

@@ -12,8 +12,9 @@ are zero. Needs no torch; 1 GB of memory and a few seconds for SmolLM2-135M.
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -25,13 +26,27 @@ MERGE, FRAMES = 2, 2  # Qwen2.5-VL: the same, and frames of a patch, of which an
 PIXELS = 640 * 96  # of an image of Qwen2.5-VL, at most
 SMOLVLM_MARKS = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
 SMOLVLM_MARKS += [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
-QWEN_MARKS = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"]
+QWEN_MARKS = {
+    "vision_start_token_id": "<|vision_start|>",
+    "image_token_id": "<|image_pad|>",
+    "vision_end_token_id": "<|vision_end|>",
+    "video_token_id": "<|video_pad|>",
+}
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
     "{{ 'IMAGE' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+class Shape(NamedTuple):
+    """Of a tower: pixels of a patch's side, width, layers, and pixels of an image's side where all are squares."""
+
+    patch: int
+    width: int
+    layers: int
+    side: int
 
 
 class Random:
@@ -54,10 +69,9 @@ class Random:
         self.tensors[f"{name}.bias"] = np.zeros(out)
 
 
-def smolvlm(
-    new: Random, config: dict, scale: float, *, side: int, patch: int, width: int, layers: int
-) -> dict:
+def smolvlm(new: Random, config: dict, scale: float, shape: Shape) -> dict:
     """The tower's weights into `new`, image features of the size `scale` of embeddings; what it adds to config.json."""
+    patch, width, layers, side = shape
     if side % (patch * FACTOR):
         raise ValueError(f"side={side}, patch={patch}: expected a side of whole {FACTOR}-patches")
     root, depth = "model.vision_model.embeddings", (2 * layers) ** -0.5
@@ -88,8 +102,9 @@ def smolvlm(
     }
 
 
-def qwen2_5_vl(new: Random, config: dict, scale: float, *, patch: int, width: int, layers: int) -> dict:
+def qwen2_5_vl(new: Random, config: dict, scale: float, shape: Shape) -> dict:
     """As `smolvlm`."""
+    patch, width, layers, _ = shape
     fan, root, depth = 3 * FRAMES * patch**2, "model.visual", (2 * layers) ** -0.5
     new.normal(f"{root}.patch_embed.proj.weight", width, 3, FRAMES, patch, patch, std=fan**-0.5)
     for layer in range(layers):
@@ -123,65 +138,101 @@ def qwen2_5_vl(new: Random, config: dict, scale: float, *, patch: int, width: in
     }
 
 
+def smolvlm_images(shape: Shape) -> tuple[Any, dict]:
+    """The image processor, and what processor_config.json says."""
+    size = {"longest_edge": shape.side}
+    images = SmolVLMImageProcessorPil(size=size, max_image_size=size)
+    tokens = (shape.side // shape.patch // FACTOR) ** 2
+    return images, {"processor_class": "SmolVLMProcessor", "image_seq_len": tokens}
+
+
+def qwen2_5_vl_images(shape: Shape) -> tuple[Any, dict]:
+    """As `smolvlm_images`."""
+    sizes = {"shortest_edge": (MERGE * shape.patch) ** 2, "longest_edge": PIXELS}
+    patches = {"patch_size": shape.patch, "merge_size": MERGE, "temporal_patch_size": FRAMES}
+    images = Qwen2VLImageProcessorPil(size=sizes, image_mean=[0.5] * 3, image_std=[0.5] * 3, **patches)
+    return images, {"processor_class": "Qwen2_5_VLProcessor"}
+
+
+class Family(NamedTuple):
+    """What differs between families.
+
+    marks: tokens of images. image: what stands in a text for one. ids: config.json's names of marks. inside: where the
+    text model lies. tower, images: see `smolvlm` and `smolvlm_images`.
+    """
+
+    marks: list[str]
+    image: str
+    ids: dict[str, str]
+    inside: str
+    tower: Callable[[Random, dict, float, Shape], dict]
+    images: Callable[[Shape], tuple[Any, dict]]
+
+
+FAMILIES = {
+    "smolvlm": Family(
+        SMOLVLM_MARKS, "<image>", {"image_token_id": "<image>"}, "model.text_model.", smolvlm, smolvlm_images
+    ),
+    "qwen2_5_vl": Family(
+        list(QWEN_MARKS.values()),
+        "<|vision_start|><|image_pad|><|vision_end|>",
+        QWEN_MARKS,
+        "model.language_model.",
+        qwen2_5_vl,
+        qwen2_5_vl_images,
+    ),
+}
+
+
 def make(family: str, text: Path, out: Path, *, patch: int = 8, width: int = 384, layers: int = 6, side: int = 128,
          seed: int = 0) -> Path:  # fmt: skip
-    """Writes the model of the Llama folder `text` with a new tower into `out`. family: "smolvlm" or "qwen2_5_vl"."""
+    """Writes the model of the Llama folder `text` with a new tower into `out`. family: of FAMILIES."""
     if width % 64:
         raise ValueError(f"width={width}: expected a multiple of 64, a head")
+    kind, shape, new = FAMILIES[family], Shape(patch, width, layers, side), Random(seed)
     config, weights = json.loads((text / "config.json").read_text()), load_file(text / "model.safetensors")
     config["head_dim"] = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
-    marks = SMOLVLM_MARKS if family == "smolvlm" else QWEN_MARKS
     tokenizer = AutoTokenizer.from_pretrained(text)
-    tokenizer.add_special_tokens({"additional_special_tokens": marks})
-    image = "<image>" if family == "smolvlm" else "<|vision_start|><|image_pad|><|vision_end|>"
-    tokenizer.chat_template = TEMPLATE.replace("IMAGE", image)
-    new = Random(seed)
-    embedding = weights["model.embed_tokens.weight"].astype(np.float32)
-    rows, scale = -(-len(tokenizer) // 64) * 64, float(embedding.std())
-    more = new.rng.normal(0, scale, (rows - len(embedding), embedding.shape[1]))
-    inside = "model.text_model." if family == "smolvlm" else "model.language_model."
-    for name, weight in weights.items():
-        if name in ("model.embed_tokens.weight", "lm_head.weight"):
-            weight = np.concatenate([weight.astype(np.float32), more])
-        new.tensors[name.replace("model.", inside, 1)] = weight
-    options = {"patch": patch, "width": width, "layers": layers}
-    config["vocab_size"] = rows
-    if family == "smolvlm":
-        fields: dict[str, Any] = smolvlm(new, config, scale, side=side, **options)
-        ids = {"image_token_id": "<image>"}
-        images = SmolVLMImageProcessorPil(size={"longest_edge": side}, max_image_size={"longest_edge": side})
-        processor = {"processor_class": "SmolVLMProcessor", "image_seq_len": (side // patch // FACTOR) ** 2}
-    else:
-        fields = qwen2_5_vl(new, config, scale, **options)
-        ids = dict(
-            zip(("vision_start_token_id", "image_token_id", "vision_end_token_id", "video_token_id"), marks)
-        )
-        sizes = {"shortest_edge": (MERGE * patch) ** 2, "longest_edge": PIXELS}
-        patches = {"patch_size": patch, "merge_size": MERGE, "temporal_patch_size": FRAMES}
-        images = Qwen2VLImageProcessorPil(size=sizes, image_mean=[0.5] * 3, image_std=[0.5] * 3, **patches)
-        processor = {"processor_class": "Qwen2_5_VLProcessor"}
-    fields |= {
+    tokenizer.add_special_tokens({"additional_special_tokens": kind.marks})
+    tokenizer.chat_template = TEMPLATE.replace("IMAGE", kind.image)
+    config["vocab_size"] = -(-len(tokenizer) // 64) * 64
+    scale = take_text(new, weights, config["vocab_size"], kind.inside)
+    fields = kind.tower(new, config, scale, shape) | {
         "model_type": family,
         "dtype": "bfloat16",
         "tie_word_embeddings": "lm_head.weight" not in weights,
     }
-    fields |= {name: tokenizer.convert_tokens_to_ids(mark) for name, mark in ids.items()}
+    fields |= {name: tokenizer.convert_tokens_to_ids(mark) for name, mark in kind.ids.items()}
+    images, processor = kind.images(shape)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
     images.save_pretrained(out)
     (out / "processor_config.json").write_text(json.dumps(processor))
     (out / "config.json").write_text(json.dumps(fields, indent=2))
-    kind = np.dtype(ml_dtypes.bfloat16)
-    tensors = {name: tensor.astype(kind) for name, tensor in new.tensors.items()}
+    bfloat16 = np.dtype(ml_dtypes.bfloat16)
+    tensors = {name: tensor.astype(bfloat16) for name, tensor in new.tensors.items()}
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     return out
+
+
+def take_text(new: Random, weights: dict[str, np.ndarray], rows: int, inside: str) -> float:
+    """A Llama's weights into `new`, its embedding (and head) with random rows behind, as many as make `rows`; the size
+    of embeddings."""
+    embedding = weights["model.embed_tokens.weight"].astype(np.float32)
+    scale = float(embedding.std())
+    more = new.rng.normal(0, scale, (rows - len(embedding), embedding.shape[1]))
+    for name, weight in weights.items():
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            weight = np.concatenate([weight.astype(np.float32), more])
+        new.tensors[name.replace("model.", inside, 1)] = weight
+    return scale
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("family", choices=("smolvlm", "qwen2_5_vl"))
+    parser.add_argument("family", choices=tuple(FAMILIES))
     parser.add_argument("text", type=Path)
     parser.add_argument("out", type=Path)
     for name, default in (("side", 128), ("patch", 8), ("width", 384), ("layers", 6)):

@@ -219,10 +219,18 @@ def test_paths_beside_a_file(collator, tmp_path):
 # -- errors --------------------------------------------------------------------------------------------------
 
 
+def answered_with(part) -> dict:
+    """A question, and an answer with this part."""
+    content = [{"type": "text", "text": "Here:"}, part]
+    return {"messages": [{"role": "user", "content": "Show it."}, {"role": "assistant", "content": content}]}
+
+
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"messages": ONE["messages"], "images": []}, "row 1: 1 image placeholders in its messages and 0 images"),
+        (answered_with({"type": "image", "image": None}), r"row 1: message 1 \(assistant\) has an image part"),
+        (answered_with({"type": "image_url", "image_url": None}), r"row 1: message 1 \(assistant\) has an image part"),
+        ({"messages": ONE["messages"], "images": []}, r"row 1: message 0 \(user\) has an image part without"),
         ({"messages": ONE["messages"], "images": [picture(0)] * 2}, "row 1: 1 image placeholders .* and 2 images"),
         ({"messages": SEVERAL["messages"], "images": [picture(0), "no.png", picture(0)]}, "image 2 of 3: 'no.png'"),
         ({**ONE, "images": [Image.new("RGB", (0, 4))]}, "row 1: the image is 0 × 4 pixels"),
@@ -231,7 +239,7 @@ def test_paths_beside_a_file(collator, tmp_path):
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "row 1: a part of type 'video'"),
         ({"question": "a"}, "row 1: no known format in question"),
         ({**STRINGS, "images": []}, "row 1: "),
-        ({**ASKED, "completion": talk([], [0])[1:]}, "row 1: 1 image placeholders in its messages and 0"),
+        ({**ASKED, "completion": talk([], [0])[1:]}, "row 1: an image in the completion"),
     ],
 )  # fmt: skip
 def test_a_row_that_cannot_be_used_is_named(row, message, collator, tmp_path):

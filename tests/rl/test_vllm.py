@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import json
 import math
 import os
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny_vision
 from tolerances import SAMPLER_GAP
 from vllm_stub import EOS, StubVLLM, python_with_vllm
 
@@ -26,7 +28,7 @@ from jaxtune.rl.config import GRPOConfig
 from jaxtune.rl.reference import without_adapter
 from jaxtune.rl.rollout import Request
 from jaxtune.rl.trainer import GRPOTrainer
-from jaxtune.rl.vllm_engine import save_policy_base, served_folder
+from jaxtune.rl.vllm_engine import check_base, save_policy_base, served_folder
 from jaxtune.rl.vllm_rollout import VLLMRollout
 from jaxtune.rl.vllm_server import VLLMError, VLLMProcess, VLLMServer
 
@@ -341,6 +343,27 @@ def test_the_base_that_is_served_is_the_policys(tiny_model_dir, tmp_path):
     plain = np.asarray(loaded[0].logits(ids))  # the same base before the adapter
     assert np.abs(theirs - plain).max() <= LOGITS * np.abs(plain).max()
     assert np.abs(np.asarray(model.logits(ids)) - plain).max() > 1e-2  # which does something
+
+
+def test_of_a_text_model_in_a_larger_one_the_policys_weights_are_served(tmp_path):
+    folder = tiny_vision.save(tiny_vision.make_model(tiny_vision.make_config("qwen3_vl")), tmp_path / "whole")
+    model = FastLanguageModel.from_pretrained(
+        str(folder), text_only=True, max_seq_length=64, dtype="float32", load_in_4bit=False
+    )[0]
+    args = config(tmp_path, vllm_python=sys.executable)
+    assert served_folder(model, args) is None
+    with pytest.raises(ValueError, match="text_only=True trains its text model; use vllm_base='policy'"):
+        check_base(model, dataclasses.replace(args, vllm_base="checkpoint"))
+    save_policy_base(model, tmp_path / "base")
+    assert json.loads((tmp_path / "base" / "config.json").read_text())["model_type"] == "qwen3"
+    model = with_adapter(model)
+    with StubVLLM() as server:  # of that folder
+        rollout = VLLMRollout(model, config(tmp_path, server.url))
+        rollout.sync(0)
+        ((fields, tensors),) = server.adapters.values()
+        rollout.close()
+    assert tensors.keys() == adapter_tensors(model).keys()
+    assert fields["target_modules"] == ["q_proj", "down_proj"]
 
 
 def test_a_model_without_4_bits_is_served_as_it_is(tiny_model_dir, tmp_path):
