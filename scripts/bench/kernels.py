@@ -5,9 +5,9 @@
 The limit of a line is the larger of its bytes over the copy bandwidth and its operations over the rate of a bf16
 product, both measured first on the same machine. Shapes are Llama-3.1-8B's. `plain` is a kernel's reference in XLA,
 `shipped` what jaxtune runs on this GPU: the kernel on an H100 or H200. `decode` and `decode_attention` are the few rows
-of generation (--decode_rows; a minute and more for each): calls chained in one program over weights or caches that
-rotate, so that none is left in the cache. --profile adds the kernels that a line consists of and the gaps between them,
-without CUDA graphs, which hide the names: a line then takes longer.
+of generation (--decode_rows; a minute and more for each). They and `matrix` are chained in one program over weights or
+caches that rotate, so that none is left in the cache and no launch from Python is timed. --profile adds the kernels
+that a line consists of and the gaps between them, without CUDA graphs, which hide the names: a line then takes longer.
 """
 
 import argparse
@@ -70,7 +70,11 @@ def single_quantised(weight: NF4) -> NF4:
 def layers(width: int, outs: tuple[int, ...]) -> tuple[tuple[NF4, ...], tuple[Adapter, ...]]:
     """Weights that share an input, and their adapters."""
     adapters = (Adapter(random(i + 10, width, RANK), random(i + 20, RANK, out)) for i, out in enumerate(outs))
-    return tuple(nf4(i, out, width) for i, out in enumerate(outs)), tuple(adapters)
+    return frozen(width, outs), tuple(adapters)
+
+
+def frozen(width: int, outs: tuple[int, ...], copy: int = 0) -> tuple[NF4, ...]:
+    return tuple(nf4(9 * copy + i, out, width) for i, out in enumerate(outs))
 
 
 def differentiated(function: Callable) -> Callable:
@@ -150,35 +154,43 @@ def pair(name: str, plain: Callable, shipped: Callable, arguments: tuple) -> Ite
         yield Case(f"{name}: {label}", call, arguments, 0, moved)
 
 
-def matrix_pair(name: str, arguments: tuple, below: bool = False, transposed: bool = False) -> Iterator[Case]:
-    """arguments: weights, extra, scale."""
+def matrix_pair(
+    name: str, group: str, extra: jax.Array, scale: jax.Array | None = None, **options: bool
+) -> Iterator[Case]:
+    """`nf4_matrix` of the weights of a group of layers; options: below, transposed."""
+    width, outs = GROUPS[group]
+    below, transposed = (options.get(option, False) for option in ("below", "transposed"))
 
-    def plain(weights, extra, scale):
+    def plain(extra, weights, scale):
         return nf4_matrix.reference(weights, extra, scale, below, transposed)
 
-    def shipped(weights, extra, scale):
-        return nf4_matrix.nf4_matrix(weights, extra, scale=scale, below=below, transposed=transposed)
+    def shipped(extra, weights, scale):
+        return nf4_matrix.nf4_matrix(weights, extra, scale=scale, **options)
 
-    return pair(f"matrix {name}", plain, shipped, arguments)
+    weights = frozen(width, outs)
+    leaves = jax.tree.leaves((weights, extra, jax.eval_shape(plain, extra, weights, scale)))
+    moved = float(sum(leaf.size * leaf.dtype.itemsize for leaf in leaves))
+    sets = [(frozen(width, outs, copy), scale) for copy in range(1 + int(ROTATING / moved))]
+    for label, call in (("plain", plain), ("shipped", shipped)):
+        yield chained(call, sets, extra, 0, moved, f"matrix {group} {name}: {label}")
 
 
 def matrix_cases(_: int) -> Iterator[Case]:
-    """Those of the forward and of the backward pass. What `o` reads and writes fits into the cache."""
-    for name, (width, outs) in GROUPS.items():
+    """Those of the forward and of the backward pass."""
+    for group, (width, outs) in GROUPS.items():
         weights, adapters = layers(width, outs)
         a, b = linear.joined_a(adapters), linear.joined_b(weights, adapters).T
-        yield from matrix_pair(f"{name} [W | B'], bf16", (weights, linear.with_tail(b), None))
+        yield from matrix_pair("[W | B'], bf16", group, linear.with_tail(b))
         if not linear.reads_once(weights, adapters):
-            extra = linear.with_tail(a).T
-            yield from matrix_pair(f"{name} [W; A'], bf16", (weights, extra, None), below=True)
-        if name in ("gate_up", "down"):
+            yield from matrix_pair("[W; A'], bf16", group, linear.with_tail(a).T, below=True)
+        if group in ("gate_up", "down"):
             scale = fp8.scale_of(weights)
             forward, backward = (
                 fp8.parts8(extra, tuple(right for _, right in terms))[0]
                 for extra, terms in ((b, fp8.FORWARD), (a, fp8.BACKWARD))
             )
-            yield from matrix_pair(f"{name} [W | B'], e4m3", (weights, forward, scale))
-            yield from matrix_pair(f"{name} [W' | A], e4m3", (weights, backward, scale), transposed=True)
+            yield from matrix_pair("[W | B'], e4m3", group, forward, scale)
+            yield from matrix_pair("[W' | A], e4m3", group, backward, scale, transposed=True)
 
 
 def swiglu_cases(rows: int) -> Iterator[Case]:
@@ -199,12 +211,14 @@ def chained(product: Callable, sets: list, x: jax.Array, flops: float, moved: fl
         def body(_, x):
             for given in sets:
                 y = jax.lax.optimization_barrier(product(x, *given))
-                x = x + (y[:, :1] * 1e-30).astype(x.dtype)
+                corner, start = (slice(1),) * x.ndim, (0,) * x.ndim
+                nothing = (1e-30 * y[corner].astype(jnp.float32)).astype(x.dtype)
+                x = jax.lax.dynamic_update_slice(x, x[corner] + nothing, start)
             return x
 
-        return jax.lax.fori_loop(0, DECODE_ROUNDS, body, x)
+        return jax.lax.fori_loop(0, ROUNDS, body, x)
 
-    return Case(name, call, (x, sets), flops, moved, DECODE_ROUNDS * len(sets))
+    return Case(name, call, (x, sets), flops, moved, ROUNDS * len(sets))
 
 
 def decode_cases(rows: int) -> Iterator[Case]:
@@ -213,16 +227,15 @@ def decode_cases(rows: int) -> Iterator[Case]:
         adapters = tuple(
             Adapter(random(i + 10, width, RANK), random(i + 20, RANK, out)) for i, out in enumerate(outs)
         )
-        copies = 1 + int(DECODE_BYTES / (total * width / 2))
-        sets = [(tuple(single_quantised(nf4(9 * c + i, out, width)) for i, out in enumerate(outs)), adapters)
-                for c in range(copies)]  # fmt: skip
+        copies = 1 + int(ROTATING / (total * width / 2))
+        sets = [(tuple(map(single_quantised, frozen(width, outs, c))), adapters) for c in range(copies)]
         stored = sum(weight.codes.nbytes + weight.absmax.nbytes for weight in sets[0][0])
         flops, small = 2.0 * rows * total * width, 2 * (x.size + rows * total)
         yield chained(reference, sets, x, flops, small + stored, f"decode {name}: dequantise, product")
         folded = fold(*sets[0])  # once, as in generation
         folded_sets = [(*given, folded) for given in sets]
         yield chained(adapted_linear, folded_sets, x, flops, small + stored, f"decode {name}: from the codes")
-        copies = 1 + int(DECODE_BYTES / (total * width * 2))
+        copies = 1 + int(ROTATING / (total * width * 2))
         sets = [(random(c, total, width),) for c in range(copies)]
         dense_bytes = small + 2.0 * total * width
         yield chained(lambda x, w: x @ w.T, sets, x, flops, dense_bytes, f"decode {name}: dense product")
@@ -233,7 +246,7 @@ def decode_attention_cases(rows: int) -> Iterator[Case]:
     stored = 2.0 * 2 * rows * KV * COLUMNS * H
     bounds = jnp.zeros(rows, jnp.int32), jnp.full(rows, COLUMNS, jnp.int32)
     sets = [(*(random(2 * c + i, rows, KV, COLUMNS, H) for i in range(2)), *bounds)
-            for c in range(1 + int(DECODE_BYTES / stored))]  # fmt: skip
+            for c in range(1 + int(ROTATING / stored))]  # fmt: skip
     versions = {"plain": decode_attention.reference, "shipped": decode_attention.decode_attention}
     for label, attend in versions.items():
         product = lambda q, *given, attend=attend: attend(q, *given).out  # noqa: E731
@@ -251,8 +264,8 @@ CASES = {
     "decode_attention": decode_attention_cases,
 }
 COLUMNS = 1024  # of the cache of a sequence, all seen
-DECODE_BYTES = 180e6  # of what rotates: three times the cache
-DECODE_ROUNDS = 20
+ROTATING = 180e6  # of what rotates: three times the cache
+ROUNDS = 20
 
 
 def parts(case: Case) -> list[tuple[str, float, float]]:

@@ -42,7 +42,7 @@ def without_arrays(make):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_case_is_lowered_for_hopper(kernels, monkeypatch, kind):
     assert set(kernels.CASES) == set(KINDS)
-    monkeypatch.setattr(kernels, "DECODE_BYTES", 1)  # one set of weights
+    monkeypatch.setattr(kernels, "ROTATING", 1)  # one set of weights
     rows = 8 if kind.startswith("decode") else 8192
     with target.tracing_for((9, 0)):
         cases = without_arrays(lambda: kernels.CASES[kind](rows))
