@@ -1,25 +1,25 @@
 """Formulas made at random, and their pictures, to learn reading from.
 
-`invent` makes a normal label (see `formulas`), of its own or of pieces of known ones with other symbols; `draw` renders
-it with matplotlib's mathtext in Computer Modern; `cut` leaves of any picture of a formula what is one.
+`invent` makes a normal label (see `formulas`), of its own or of pieces of known ones with other symbols; `draw` sets
+many with LaTeX (latex and dvipng, of TeX Live: texlive-latex-base, dvipng); `cut` leaves of any picture of a formula
+what is one.
 """
 
-import functools
 import random
+import re
+import subprocess
+import tempfile
+from pathlib import Path
 
-import matplotlib
-import numpy as np
 from formulas import ACCENTS, FUNCTIONS, TOKEN, Atom, normal, written
-from matplotlib.font_manager import FontProperties
-from matplotlib.mathtext import MathTextParser
-from PIL import Image, ImageFilter
+from PIL import Image, ImageOps
 
 MARGIN = 4  # pixels of white around a formula
-# Of formulas to train on: size, blur in pixels, and the power of the grey levels.
-SCALE, BLUR, POWER = (0.9, 1.1), 0.8, (0.6, 1.6)
-DPI = 100  # of a label in 12 points
-FINER = 3  # times; what is drawn smaller sticks to whole pixels
+DPI = 100  # of letters in 12 points
+FINER = 2  # times, then made smaller, as the real pictures are
 INK = 200  # grey levels below are ink
+DOCUMENT = r"\documentclass[12pt]{article}\usepackage{amsmath,amssymb}\begin{document}"
+WRONG = re.compile(r"^\./formulas\.tex:(\d+): ", re.MULTILINE)
 
 LATIN = list("abcdefghijklmnopqrstuvwxyz"), list("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 GREEK = (
@@ -127,61 +127,81 @@ def term(chance: random.Random, depth: int = 0) -> str:
 
 
 def source(text: str, chance: random.Random) -> str:
-    """A normal label as mathtext takes it: large fractions, now and then wider spaces, and brackets that grow."""
-    tokens, small = TOKEN.findall(text), [False]
+    """A normal label for LaTeX: now and then wider spaces, and brackets that grow."""
+    tokens: list[str] = []
     opened: list[list[int]] = [[]]  # of every group that is open: its open brackets
-    for place, token in enumerate(tokens):
+    for token in TOKEN.findall(text):
+        if tokens[-1:] in (["^"], ["_"]) and token != "{":
+            tokens.append(f"{{{token}}}")
+            continue
+        tokens.append(token)
         if token == "{":
-            small.append(small[-1] or tokens[place - 1] in ("^", "_", "}", r"\frac", r"\dfrac", r"\binom"))
             opened.append([])
         elif token == "}":
-            small.pop()
             opened.pop()
-        elif token == r"\frac" and not small[-1]:
-            tokens[place] = r"\dfrac"
         elif token in CLOSING:
-            opened[-1].append(place)
+            opened[-1].append(len(tokens) - 1)
         elif token in CLOSING.values() and opened[-1]:
             first = opened[-1].pop()
-            tall = {r"\dfrac", r"\sum", r"\prod", r"\int"} & set(tokens[first:place])
+            tall = {r"\frac", r"\sum", r"\prod", r"\int"} & set(tokens[first:])
             if tall and CLOSING[tokens[first]] == token and chance.random() < 0.8:
-                tokens[first], tokens[place] = r"\left" + tokens[first], r"\right" + token
+                tokens[first], tokens[-1] = rf"\left{tokens[first]}", rf"\right{token}"
         elif token in (",", "=") and chance.random() < 0.2:
-            tokens[place] += chance.choice([r"\,", r"\;", r"\ ", r"\quad "])
-    return f"${written(tokens)}$"
+            tokens[-1] += chance.choice([r"\,", r"\;", r"\ ", r"\quad "])
+    return written(tokens)
 
 
-@functools.cache
-def parser() -> MathTextParser:
-    return MathTextParser("agg")
-
-
-def draw(text: str, chance: random.Random) -> Image.Image:
-    """The picture of a normal label, mode L, black on white, letters of about 17 pixels.
+def draw(sources: list[str], chance: random.Random) -> list[Image.Image | None]:
+    """The pictures of formulas for LaTeX, mode L, black on white, letters of about 17 pixels; None where it finds a
+    mistake in one.
 
     Raises:
-        ValueError: mathtext does not know a command of it.
+        FileNotFoundError: latex or dvipng is not there.
+        RuntimeError: LaTeX made another number of pictures.
     """
-    with matplotlib.rc_context({"mathtext.fontset": "cm"}):
-        drawn = parser().parse(source(text, chance), dpi=DPI, prop=FontProperties(size=12 * FINER))
-    return Image.fromarray(255 - np.asarray(drawn.image)).reduce(FINER)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        pages = (rf"\shipout\hbox{{$\displaystyle {text}$}}" for text in sources)
+        (folder / "formulas.tex").write_text("\n".join([DOCUMENT, *pages, r"\end{document}"]))
+        latex = ["latex", "-interaction=nonstopmode", "-file-line-error", "formulas.tex"]
+        said = subprocess.run(latex, cwd=folder, capture_output=True, text=True, errors="replace").stdout
+        wrong = {int(line) - 2 for line in WRONG.findall(said)}
+        dvipng = [
+            "dvipng",
+            "-q",
+            "-D",
+            str(DPI * FINER),
+            "-T",
+            "tight",
+            "-z",
+            "1",
+            "-o",
+            "%d.png",
+            "formulas.dvi",
+        ]
+        subprocess.run(dvipng, cwd=folder, capture_output=True, check=True)
+        made = len([*folder.glob("*.png")])
+        if made != len(sources):
+            raise RuntimeError(f"LaTeX made {made} pictures of {len(sources)} formulas: {said[-300:]}")
+        return [None if i in wrong else _smaller(folder / f"{i + 1}.png", chance) for i in range(made)]
+
+
+def _smaller(path: Path, chance: random.Random) -> Image.Image:
+    """Where the ink begins, in fractions of a pixel, is random."""
+    with Image.open(path) as picture:
+        offset = (chance.randrange(FINER), chance.randrange(FINER), FINER, FINER)
+        return ImageOps.expand(picture.convert("L"), offset, 255).reduce(FINER)
 
 
 def cut(picture: Image.Image, cell: int, chance: random.Random | None = None) -> Image.Image:
     """The ink of a picture of a formula with a margin, on white of whole squares of `cell` pixels, mode L.
 
-    With `chance` margins, size, sharpness and the weight of the strokes vary, more than drawn and real ones differ.
+    With `chance` margins vary.
     """
     grey = picture.convert("L")
     grey = grey.crop(grey.point(lambda level: 255 * (level < INK)).getbbox())
-    left, top, right, bottom = [MARGIN] * 4
-    if chance:
-        left, top, right, bottom = (chance.randint(1, 2 * MARGIN) for _ in range(4))
-        scale, power = chance.uniform(*SCALE), chance.uniform(*POWER)
-        size = max(1, round(grey.width * scale)), max(1, round(grey.height * scale))
-        grey = grey.resize(size, Image.Resampling.LANCZOS)
-        grey = grey.point(lambda level: round(255 * (level / 255) ** power))
+    left, top, right, bottom = (chance.randint(1, 2 * MARGIN) if chance else MARGIN for _ in range(4))
     whole = left + grey.width + right, top + grey.height + bottom
     canvas = Image.new("L", tuple(-(-pixels // cell) * cell for pixels in whole), 255)
     canvas.paste(grey, (left, top))
-    return canvas.filter(ImageFilter.GaussianBlur(chance.uniform(0, BLUR))) if chance else canvas
+    return canvas

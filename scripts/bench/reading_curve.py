@@ -2,16 +2,16 @@
 
     python scripts/bench/reading_curve.py SMOLLM2_FOLDER --out reading --ocr FOLDER --workers 9
     python scripts/bench/reading_curve.py SMOLLM2_FOLDER --out digits --digits digits.npz --steps 600 --every 50
-    python scripts/bench/reading_curve.py SMOLLM2_FOLDER --out formulas --formulas FOLDER --steps 6000 \
+    python scripts/bench/draw_formulas.py FOLDER DRAWN --count 384000
+    python scripts/bench/reading_curve.py SMOLLM2_FOLDER --out formulas --formulas FOLDER --drawn DRAWN --steps 6000 \
         --learning_rate 3e-4 --workers 15
     python scripts/bench/reading_curve.py SMOLLM2_FOLDER --steps 4 --batch 4 --rows 40 --limit 4 --side 64     # a CPU
 
 All weights are trained on lines that Pillow renders (words, sums, invoices, letters at random). Read are the images of
 --ocr, with metadata.jsonl (image, text); none of their texts is trained on. With --digits it trains on written digits
-(scikit-learn's: images uint8 [N, 8, 8] and labels) and reads of the last 400. With --formulas it trains on digits,
-then letters, then formulas made at random (see formula_images.py), short ones first, no picture twice, and the
-folder's own, and reads what the folder holds out; an answer has a space between any two symbols, and is compared with
-the label in the normal form of formulas.py.
+(scikit-learn's: images uint8 [N, 8, 8] and labels) and reads of the last 400. With --formulas it trains on what
+draw_formulas.py made of the folder, in its order, easy ones first and none twice, and reads what the folder holds out;
+an answer has a space between any two symbols, and is compared with the label in the normal form of formulas.py.
 Lines and digits are squares of SmolVLM, formulas keep their shape in Qwen2.5-VL. Writes curve.json and curve.png: the
 character error rate and the share of exact readings along the way; and readings.json, the last ones.
 Lines on one H200: six minutes.
@@ -24,16 +24,18 @@ import multiprocessing
 import random
 import string
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-from formula_images import cut, invent, terms
-from formula_images import draw as draw_formula
-from formulas import apart, labelled, normal
+from datasets import Image as ImageFeature
+from datasets import load_dataset
+from draw_formulas import CELL, LONGEST
+from formula_images import cut
+from formulas import labelled, normal
 from make_vlm import make
 from PIL import Image, ImageDraw, ImageFont
 
@@ -46,13 +48,6 @@ import matplotlib.pyplot as plt
 DIGITS, LETTERS = string.digits, string.ascii_letters
 QUESTION = "Write out the text."
 HELD_OUT_DIGITS = 400
-# What the first formulas are made of, and how many symbols at most.
-BEGINNING = [(DIGITS, 1), (DIGITS, 4), (DIGITS + LETTERS, 4)]
-BEGINNERS = 0.04  # of the rows, for each
-SHORTEST, LONGEST = 6, 150  # characters of the formulas after them first and last, at most
-EASIER = 0.25  # of the rows are as an earlier one, so that what was learned is not forgotten
-REAL = 0.08  # of the rows are the folder's own, once formulas have begun
-CELL = 16  # pixels of an image token's side
 DARK = [(0, 0, 0), (30, 40, 90), (110, 20, 20), (20, 80, 40), (60, 60, 60)]
 LIGHT = [(255, 255, 255), (255, 248, 225), (232, 240, 255), (238, 238, 238)]
 
@@ -106,11 +101,6 @@ def png(picture: Image.Image) -> dict[str, bytes]:
     return {"bytes": file.getvalue()}
 
 
-def at_once(make_row: Callable[[Any], dict], jobs: Iterable[Any], workers: int) -> list[dict[str, Any]]:
-    with ProcessPoolExecutor(max(workers, 1), multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(make_row, jobs, chunksize=500))
-
-
 def rendered_row(job: tuple[int, list[str], set[str]]) -> dict[str, Any]:
     """The row of a number."""
     number, words, kept_out = job
@@ -127,46 +117,9 @@ def rendered_rows(tokenizer: Any, count: int, kept_out: set[str], workers: int) 
         {word for word in vocabulary if word.isascii() and word.isalpha() and 3 <= len(word) <= 10}
     )
     words = [word for word in words if word.lower() not in kept_out]
-    return at_once(rendered_row, ((number, words, kept_out) for number in range(count)), workers)
-
-
-class Formulas(NamedTuple):
-    """What formulas are made of: the real ones' pictures and normal labels, their parts, and labels that are read."""
-
-    real: list[tuple[Path, str]]
-    parts: list[str]
-    kept_out: set[str]
-
-
-def formula_row(job: tuple[int, float, Formulas]) -> dict[str, Any]:
-    """The row of a number, of which a share of all come before it: one of `BEGINNING`, then a formula like those known,
-    and of their parts, that may be the longer, the later it comes; or a real one."""
-    number, share, given = job
-    chance = random.Random(number)
-    share *= chance.random() if chance.random() < EASIER else 1
-    stage = int(share / BEGINNERS)
-    grown = (share - BEGINNERS * len(BEGINNING)) / (1 - BEGINNERS * len(BEGINNING))
-    if stage >= len(BEGINNING) and given.real and chance.random() < REAL:
-        path, text = chance.choice(given.real)
-        return real_row(path, apart(text), chance)
-    while True:
-        if stage < len(BEGINNING):
-            symbols, most = BEGINNING[stage]
-            text = "".join(chance.choices(symbols, k=chance.randint(1, most)))
-        else:
-            known = [label for _, label in given.real]
-            text = invent(chance, known, given.parts, int(SHORTEST + grown**2 * (LONGEST - SHORTEST)))
-        try:
-            picture = draw_formula(text, chance)
-        except ValueError:  # a label has commands that mathtext does not know
-            continue
-        if text not in given.kept_out:
-            return conversation(png(cut(picture, CELL, chance)), apart(text))
-
-
-def real_row(path: Path, text: str, chance: random.Random | None = None) -> dict[str, Any]:
-    with Image.open(path) as picture:
-        return conversation(png(cut(picture, CELL, chance)), text)
+    jobs = ((number, words, kept_out) for number in range(count))
+    with ProcessPoolExecutor(max(workers, 1), multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(rendered_row, jobs, chunksize=500))
 
 
 def folder_rows(folder: Path) -> list[dict[str, Any]]:
@@ -281,18 +234,28 @@ def lines(given: argparse.Namespace, tokenizer: Any) -> Task:
 
 
 def formulas(given: argparse.Namespace) -> Task:
-    began, count = time.perf_counter(), given.steps * given.batch
-    real, held_out, left_out = labelled(given.formulas, LONGEST)
-    made_of = Formulas(real, terms([text for _, text in real]), {text for _, text in held_out})
-    jobs = ((number, number / count, made_of) for number in range(count))
-    rows = at_once(formula_row, jobs, given.workers)
+    """Of the rows drawn as many as are trained on, evenly."""
+    _, held_out, left_out = labelled(given.formulas, LONGEST)
+    drawn = load_dataset("parquet", data_files=str(given.drawn / "*.parquet"), split="train")
+    drawn = drawn.cast_column("image", ImageFeature(decode=False))
+    count = given.steps * given.batch
+    if count > len(drawn):
+        raise SystemExit(
+            f"{given.drawn} has {len(drawn)} rows, {given.steps} steps of {given.batch} need {count}"
+        )
     print(
-        f"{count} rows, some of {len(real)} real formulas: {time.perf_counter() - began:.0f} s; "
-        f"{len(held_out)} held out; left out: {dict(left_out)}",
+        f"{count} of {len(drawn)} rows drawn; {len(held_out)} held out; left out: {dict(left_out)}",
         flush=True,
     )
-    asked = [real_row(*pair) for pair in held_out[: given.limit]]
+    chosen = drawn.select(i * len(drawn) // count for i in range(count))
+    rows = [conversation(row["image"], row["text"]) for row in chosen]
+    asked = [read_row(*pair) for pair in held_out[: given.limit]]
     return Task(rows, asked, in_order=True, max_length=448, max_new_tokens=160, form=normal)
+
+
+def read_row(path: Path, text: str) -> dict[str, Any]:
+    with Image.open(path) as picture:
+        return conversation(png(cut(picture, CELL)), text)
 
 
 def main() -> None:
@@ -303,6 +266,7 @@ def main() -> None:
     parser.add_argument("--ocr", type=Path, help="what is read; without it more rendered lines")
     parser.add_argument("--digits", type=Path, help="digits.npz, to train on and to read")
     parser.add_argument("--formulas", type=Path, help="metadata.jsonl (image, text, split) and its images")
+    parser.add_argument("--drawn", type=Path, help="with --formulas: what draw_formulas.py made, to train on")
     parser.add_argument("--out", type=Path, default=Path("reading"))
     parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--batch", type=int, default=64)
@@ -314,6 +278,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare images")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    if (given.formulas is None) != (given.drawn is None):
+        parser.error("--formulas and --drawn go together")
     family = "qwen2_5_vl" if given.formulas else "smolvlm"
     folder = make(family, given.smollm2, given.out / "random", side=given.side, seed=given.seed)
     model, processor = FastVisionModel.from_pretrained(

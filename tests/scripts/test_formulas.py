@@ -4,14 +4,18 @@ import argparse
 import importlib
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import load_dataset
+from PIL import Image
 
 BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
-MODULES = ("reading_curve", "formula_images", "formulas", "make_vlm")
+MODULES = ("reading_curve", "draw_formulas", "formula_images", "formulas", "make_vlm")
+needs_latex = pytest.mark.skipif(not (shutil.which("latex") and shutil.which("dvipng")), reason="needs LaTeX")
 
 
 @pytest.fixture(scope="module")
@@ -67,31 +71,51 @@ def test_made_formulas(bench):
     assert parts == sorted(cut)
     texts = [images.invent(random.Random(seed), known, parts, 60) for seed in range(60)]
     assert len(set(texts)) > 50
-    for seed, text in enumerate(texts):
-        assert text == formulas.normal(text) and 0 < len(text) <= 60
-        picture = images.cut(images.draw(text, random.Random(seed)), 16, random.Random(seed))
-        assert picture.mode == "L" and picture.width % 16 == picture.height % 16 == 0
-        grey = np.asarray(picture)
-        assert grey.min() < 160, text
-        edges = grey[0], grey[-1], grey[:, 0], grey[:, -1]
-        assert min(edge.min() for edge in edges) > 160, text  # nothing cut off
+    assert all(text == formulas.normal(text) and 0 < len(text) <= 60 for text in texts)
     swapped = {images.exchanged(r"\mathrm{vib}x+2", random.Random(seed)) for seed in range(99)}
     assert len(swapped) > 20 and all(one.startswith(r"\mathrm{vib}") for one in swapped)  # but no words
 
 
-def test_size_of_letters(bench):
-    """A letter is as large as in the real pictures, 7 pixels without ascenders, and little around it is left."""
+def test_sources(bench):
+    """Braces where LaTeX wants them; brackets around what is tall grow, most of the time, and no others."""
+    texts = [r"x_\min^\dagger(a+b)", r"(\frac{a}{b})[c]", r"(a_{(i})", r"(\frac{a}{b}]", "x^("]
+    made = [
+        {bench["formula_images"].source(text, random.Random(seed)) for seed in range(30)} for text in texts
+    ]
+    assert made[0] == {r"x_{\min}^{\dagger}(a+b)"}
+    assert made[1] == {r"(\frac{a}{b})[c]", r"\left(\frac{a}{b}\right)[c]"}
+    assert made[2:] == [{r"(a_{(i})"}, {r"(\frac{a}{b}]"}, {"x^{(}"}]
+    spaced = {bench["formula_images"].source("a=b", random.Random(seed)) for seed in range(60)}
+    assert {"a=b", r"a=\,b", r"a=\quad b"} < spaced
+
+
+@needs_latex
+def test_pictures(bench):
+    """What LaTeX takes is drawn whole, and what it does not is none; a letter is as large as in real pictures, 7 pixels
+    without ascenders."""
     images = bench["formula_images"]
-    drawn = images.draw("x", random.Random(0))
-    box = drawn.point(lambda level: 255 * (level < images.INK)).getbbox()
-    assert box[3] - box[1] in (7, 8)
-    for text, size in (("x", (16, 16)), ("x" * 40, (400, 16))):
-        picture = images.cut(images.draw(text, random.Random(0)), 16)
-        dark = np.asarray(picture) < images.INK
-        assert picture.size == size
-        assert dark.any(0).argmax() == dark.any(1).argmax() == images.MARGIN
-    with pytest.raises(ValueError, match="nosuch"):
-        images.draw(r"\nosuch", random.Random(0))
+    known = [r"E=mc^2+\frac{\mathrm{vib}}{T_{ij}'}.", r"\int_0^1dx\sqrt{\hat{\phi}(x)}-\{\lambda,Q\}=[a,b]"]
+    parts = images.terms(known)
+    texts = [images.invent(random.Random(seed), known, parts, 60) for seed in range(40)]
+    sources = [images.source(text, random.Random(0)) for text in ["x", "x" * 40, *texts]]
+    sources[5:5] = [r"\nosuch", r"a_\min", "b}"]
+    drawn = images.draw(sources, random.Random(0))
+    assert drawn[5:8] == [None] * 3 and None not in drawn[:5] + drawn[8:]
+    for picture in filter(None, drawn):
+        grey = np.asarray(images.cut(picture, 16, random.Random(0)))
+        assert grey.min() < 160 and grey.shape[0] % 16 == grey.shape[1] % 16 == 0
+        edges = grey[0], grey[-1], grey[:, 0], grey[:, -1]
+        assert min(edge.min() for edge in edges) > 160  # nothing cut off
+    for picture, size in zip(drawn, ((16, 16), (384, 16))):
+        box = picture.point(lambda level: 255 * (level < images.INK)).getbbox()
+        assert box[3] - box[1] in (7, 8)
+        grey = np.asarray(images.cut(picture, 16))
+        dark = grey < images.INK
+        assert grey.shape == size[::-1] and dark.any(0).argmax() == dark.any(1).argmax() == images.MARGIN
+
+
+def square():
+    return Image.new("L", (8, 8), 0)
 
 
 @pytest.fixture
@@ -100,7 +124,7 @@ def folder(bench, tmp_path):
     labels = [("7", "train"), (r"\left(7\right)\label{x}", "train"), ("3", "train"), ("x" * 151, "train")]
     labels += [(r"\matrix{1&2}", "train"), *((digit, "test") for digit in "01234589"), (r"a\\b", "test")]
     for number in range(len(labels)):
-        bench["formula_images"].draw("1", random.Random(0)).save(tmp_path / f"{number}.png")
+        square().save(tmp_path / f"{number}.png")
     rows = [{"image": f"{n}.png", "text": text, "split": split} for n, (text, split) in enumerate(labels)]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return tmp_path
@@ -125,21 +149,51 @@ def texts_of(rows):
     return [row["messages"][1]["content"][0]["text"] for row in rows]
 
 
-def test_what_formulas_are_trained_on(bench, folder, monkeypatch):
+def test_what_is_drawn(bench, folder, monkeypatch):
     """Digits, then letters, then formulas that grow, now and then as easy as before; real ones; none that is read."""
-    curve = bench["reading_curve"]
-    monkeypatch.setattr(curve, "at_once", lambda make_row, jobs, workers: [*map(make_row, jobs)])
-    monkeypatch.setattr(curve, "REAL", 0.5)
-    task = curve.formulas(argparse.Namespace(formulas=folder, workers=0, limit=5, steps=60, batch=10))
-    said = texts_of(task.rows)
+    drawing, formulas = bench["draw_formulas"], bench["formulas"]
+    refused = []
+
+    def draw(sources, chance):
+        refused.append(len(sources))
+        return [None if len(refused) % 2 and i % 2 else square() for i in range(len(sources))]
+
+    monkeypatch.setattr(drawing, "draw", draw)
+    monkeypatch.setattr(drawing, "REAL", 0.5)
+    real, held_out, _ = formulas.labelled(folder, 150)
+    given = drawing.Formulas(real, [], {text for _, text in held_out})
+    rows = [
+        row for first in range(0, 600, 60) for row in drawing.block((range(first, first + 60), 600, given))
+    ]
+    said = [row["text"] for row in rows]
     texts = [text.replace(" ", "") for text in said]
-    assert (
-        len(texts) == 600 and task.form is bench["formulas"].normal and texts_of(task.held_out) == [*"01234"]
-    )
+    assert len(texts) == 600 and refused[:2] == [60, 30]  # those that LaTeX refused are other ones then
     assert not {*"01234589"} & set(texts) and said.count("( 7 )") == texts.count("(7)") > 50
     assert set(texts[:24]) == {"6", "7"}  # what is not read of the digits
     assert all(text.isdigit() for text in texts[:48]) and any(text.isalpha() for text in texts[48:72])
-    formulas = texts[72:]
-    assert 150 < formulas.count("7") + formulas.count("(7)") < 350
+    assert 150 < texts[72:].count("7") + texts[72:].count("(7)") < 400
     assert any(len(text) == 2 and text.isdigit() for text in texts[300:])
     assert max(map(len, texts[:100])) < 15 < 60 < max(map(len, texts[500:]))
+
+
+def test_what_is_trained_on(bench, folder, tmp_path, monkeypatch):
+    """Of the rows drawn as many as steps take, in their order; a second call leaves files as they are."""
+    drawing, curve = bench["draw_formulas"], bench["reading_curve"]
+    made = [drawing.row(drawing.Planned(str(number)), square(), random.Random(0)) for number in range(50)]
+    monkeypatch.setattr(drawing, "rows", lambda numbers, *_: (made[number] for number in numbers))
+    monkeypatch.setattr(drawing, "SHARD", 20)
+    drawn = tmp_path / "drawn"
+    drawing.write(drawn, 50, drawing.Formulas([], [], set()), 1)
+    assert sorted(path.name for path in drawn.iterdir()) == [f"0000{i}.parquet" for i in range(3)]
+    monkeypatch.setattr(drawing, "rows", lambda *_: 1 / 0)
+    drawing.write(drawn, 50, drawing.Formulas([], [], set()), 1)
+    texts = load_dataset("parquet", data_files=str(drawn / "*.parquet"), split="train")["text"]
+    assert [text.replace(" ", "") for text in texts] == [str(number) for number in range(50)]
+
+    given = argparse.Namespace(formulas=folder, drawn=drawn, limit=5, steps=5, batch=5)
+    task = curve.formulas(given)
+    answers = [row["messages"][1]["content"][0]["text"].replace(" ", "") for row in task.rows]
+    assert answers == [str(number) for number in range(0, 50, 2)] and task.form is bench["formulas"].normal
+    assert [row["messages"][1]["content"][0]["text"] for row in task.held_out] == [*"01234"]
+    with pytest.raises(SystemExit, match="50 rows, 11 steps of 5 need 55"):
+        curve.formulas(argparse.Namespace(formulas=folder, drawn=drawn, limit=5, steps=11, batch=5))

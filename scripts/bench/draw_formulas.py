@@ -1,0 +1,139 @@
+"""Pictures of formulas to learn reading from, as a folder of Parquet files: what reading_curve.py --drawn trains on.
+
+    python scripts/bench/draw_formulas.py LATEX_OCR OUT --count 400000 --workers 2
+
+Digits, then letters, then formulas made at random (see formula_images.py) that grow, and the folder's own, of which
+none that it holds out (see formulas.labelled). A row is a picture and its label, with a space between any two symbols.
+Needs LaTeX (TeX Live's texlive-latex-base and dvipng). What is there already is left as it is, so that a second call
+goes on.
+"""
+
+import argparse
+import io
+import multiprocessing
+import os
+import random
+import string
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from formula_images import cut, draw, invent, source, terms
+from formulas import apart, labelled
+from PIL import Image
+from tqdm import tqdm
+
+DIGITS, LETTERS = string.digits, string.ascii_letters
+# What the first formulas are made of, and how many symbols at most.
+BEGINNING = [(DIGITS, 1), (DIGITS, 4), (DIGITS + LETTERS, 4)]
+BEGINNERS = 0.04  # of the rows, for each
+SHORTEST, LONGEST = 6, 150  # characters of the formulas after them first and last, at most
+EASIER = 0.25  # of the rows are as an earlier one, so that what was learned is not forgotten
+REAL = 0.08  # of the rows are the folder's own, once formulas have begun
+CELL = 16  # pixels of an image token's side
+BLOCK, SHARD = 1000, 50000  # rows of a run of LaTeX, and of a file
+FEATURES = Features({"image": ImageFeature(), "text": Value("string")})
+
+
+class Formulas(NamedTuple):
+    """What formulas are made of: the real ones' pictures and normal labels, their parts, and labels that are read."""
+
+    real: list[tuple[Path, str]]
+    parts: list[str]
+    kept_out: set[str]
+
+
+class Planned(NamedTuple):
+    """A row's label, and its picture where that is a real one."""
+
+    text: str
+    path: Path | None = None
+
+
+def plan(share: float, given: Formulas, chance: random.Random) -> Planned:
+    """A row of which a share of all come before it: one of `BEGINNING`, then a formula like those known, and of their
+    parts, that may be the longer, the later it comes; or a real one."""
+    share *= chance.random() if chance.random() < EASIER else 1
+    stage = int(share / BEGINNERS)
+    grown = (share - BEGINNERS * len(BEGINNING)) / (1 - BEGINNERS * len(BEGINNING))
+    if stage >= len(BEGINNING) and given.real and chance.random() < REAL:
+        path, text = chance.choice(given.real)
+        return Planned(text, path)
+    known = [label for _, label in given.real]
+    while True:
+        if stage < len(BEGINNING):
+            symbols, most = BEGINNING[stage]
+            text = "".join(chance.choices(symbols, k=chance.randint(1, most)))
+        else:
+            text = invent(chance, known, given.parts, int(SHORTEST + grown**2 * (LONGEST - SHORTEST)))
+        if text not in given.kept_out:
+            return Planned(text)
+
+
+def block(job: tuple[range, int, Formulas]) -> list[dict[str, Any]]:
+    """The rows of these numbers, of a count of all."""
+    numbers, count, given = job
+    chance = random.Random(numbers.start)
+    planned = [plan(number / count, given, chance) for number in numbers]
+    pictures: dict[int, Image.Image] = {}
+    while missing := [i for i, one in enumerate(planned) if one.path is None and i not in pictures]:
+        for i, picture in zip(
+            missing, draw([source(planned[i].text, chance) for i in missing], chance), strict=True
+        ):
+            if picture is None:  # labels have commands that LaTeX does not know
+                planned[i] = plan(numbers[i] / count, given, chance)
+            else:
+                pictures[i] = picture
+    return [row(one, pictures.get(i), chance) for i, one in enumerate(planned)]
+
+
+def row(planned: Planned, picture: Image.Image | None, chance: random.Random) -> dict[str, Any]:
+    file = io.BytesIO()
+    made = cut(picture or Image.open(planned.path), CELL, chance)
+    made.point(lambda level: round(level / 17) * 17).save(file, "PNG")  # 16 levels of grey: half the bytes
+    return {"image": {"bytes": file.getvalue(), "path": None}, "text": apart(planned.text)}
+
+
+def rows(numbers: range, count: int, given: Formulas, workers: int) -> Iterator[dict[str, Any]]:
+    """The rows of these numbers, in their order."""
+    jobs = [(numbers[i : i + BLOCK], count, given) for i in range(0, len(numbers), BLOCK)]
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for made in pool.map(block, jobs):
+            yield from made
+
+
+def write(out: Path, count: int, given: Formulas, workers: int) -> None:
+    """Files of `SHARD` rows; those that are there are left as they are."""
+    out.mkdir(parents=True, exist_ok=True)
+    for first in range(0, count, SHARD):
+        path = out / f"{first // SHARD:05d}.parquet"
+        numbers = range(first, min(first + SHARD, count))
+        if path.exists():
+            continue
+        found = [*tqdm(rows(numbers, count, given, workers), path.name, len(numbers), unit="row")]
+        columns = {name: [one[name] for one in found] for name in FEATURES}
+        part = path.with_suffix(f".{os.getpid()}")
+        Dataset.from_dict(columns, features=FEATURES).to_parquet(part)
+        part.rename(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("formulas", type=Path, help="metadata.jsonl (image, text, split) and its images")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--count", type=int, default=400000, help="rows")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    real, held_out, left_out = labelled(args.formulas, LONGEST)
+    print(f"{len(real)} real formulas, {len(held_out)} held out, left out: {dict(left_out)}")
+    texts = [text for _, text in real]
+    write(args.out, args.count, Formulas(real, terms(texts), {text for _, text in held_out}), args.workers)
+
+
+if __name__ == "__main__":
+    main()
