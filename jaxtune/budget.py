@@ -61,8 +61,12 @@ class Choice(NamedTuple):
         names = list(self.needs)
         at = names.index(str(self.remat))
         line = f"remat={self.remat}: {self.needs[names[at]] / 1e9:.1f} GB of {self.budget / 1e9:.1f} GB"
+        if self.away:
+            line += f", {self.away / 1e9:.1f} GB in host memory"
         others = [
-            f"{names[i]} {self.needs[names[i]] / 1e9:.1f} GB" for i in (at - 1, at + 1) if 0 <= i < len(names)
+            f"{names[i]} about {self.needs[names[i]] / 1e9:.1f} GB"
+            for i in (at - 1, at + 1)
+            if 0 <= i < len(names)
         ]
         return line + (f" (others: {', '.join(others)})" if others else "")
 
@@ -132,7 +136,7 @@ class PlannedStep:
       make_step: Remat -> the jitted step.
       model: gives its config and the dtype of activations.
       remat: "auto" or what Remat.parse takes.
-      budget_gb: memory of each device to stay under, in GB; None: what is free.
+      budget_gb: memory of each device to stay under, in GB; None, or more than is free: what is free.
       announce: gets one line for each shape that "auto" decides about.
       layout: of the arguments.
     """
@@ -176,25 +180,30 @@ class PlannedStep:
         """The compiled step for arguments of these shapes."""
         if self._fixed is not None:
             return self._lowered(self._fixed, arguments)
+        free = cluster.smallest(free_bytes(arguments))
+        asked = None if self._budget_gb is None else int(self._budget_gb * 1e9)
         choice = choose(
             lambda remat: self._lowered(remat, arguments),
             self._config,
             arguments,
             itemsize=self._itemsize,
-            budget=cluster.smallest(free_bytes(arguments))
-            if self._budget_gb is None
-            else int(self._budget_gb * 1e9),
+            budget=free if asked is None else min(asked, free),
             host=cluster.smallest(free_on_host(self._on_host)) if jax.default_backend() == "gpu" else 0,
             fp8=self._fp8,
             devices=self._layout.size,
-            asked=self._budget_gb is not None,
+            asked=asked is not None and asked <= free,
         )
         if choice.away > max(self._on_host, default=0):
             self._on_host.append(choice.away)
         _, rows, length = arguments[3]["input_ids"].shape
         on_each = f" on each of {self._layout.size} devices" if self._layout.size > 1 else ""
+        more = (
+            ""
+            if asked is None or asked <= free
+            else f"; memory_budget_gb={self._budget_gb:g} is more than is free"
+        )
         if cluster.is_first():
-            self._announce(f"{rows // self._layout.size} x {length} tokens{on_each}: {choice}")
+            self._announce(f"{rows // self._layout.size} x {length} tokens{on_each}: {choice}{more}")
         return choice.compiled or self._lowered(choice.remat, arguments)
 
     def _lowered(self, remat: Remat, arguments: tuple):
@@ -294,9 +303,9 @@ def _size(tree: Any) -> int:
 
 @cache
 def _sources() -> str:
-    """A digest of jaxtune's own code: what a step needs changes with it."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
+    """A digest of jaxtune's own code and settings of XLA: what a step needs changes with them."""
+    folder, digest = Path(__file__).parent, hashlib.sha256(os.environ.get("XLA_FLAGS", "").encode())
+    for file in sorted([*folder.rglob("*.py"), *folder.rglob("*.pbtxt")]):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

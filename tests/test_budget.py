@@ -76,7 +76,7 @@ def test_the_fastest_that_fits_is_taken(tried, wanted):
 def test_the_line_names_the_neighbours(tried):
     line = str(plan(tried, need("attention+gate_up")))
     assert line.startswith("remat=attention+gate_up: ")
-    assert "attention+qkv+gate_up " in line and "attention+qkv 0" in line
+    assert "attention+qkv+gate_up about " in line and "attention+qkv about 0" in line
 
 
 def test_the_answer_is_kept(tried):
@@ -96,7 +96,9 @@ def test_the_answer_is_forgotten_when_the_code_changes(tried, monkeypatch):
 
 def test_layer_inputs_go_to_the_host_when_nothing_else_fits(tried):
     inputs = kept_bytes(LEAST, CONFIG, 4 * 512, 2)[1]
-    assert str(plan(tried, need("all") - 1, host=inputs).remat) == "all+offload"
+    choice = plan(tried, need("all") - 1, host=inputs)
+    assert str(choice.remat) == "all+offload" and choice.away == inputs
+    assert f", {inputs / 1e9:.1f} GB in host memory (others: " in str(choice)
     with pytest.raises(MemoryError, match=r"less with \d\.\d\d GB in host memory, of which"):
         plan(tried, need("all") - 1, host=inputs - 1)
 
@@ -196,14 +198,29 @@ def test_too_little_memory_says_how_much_is_needed(tried):
         plan(tried, 1000)
 
 
-def test_too_small_a_budget_is_named(tried):
+def planned(budget_gb, announce):
     def make_step(remat):
         return SimpleNamespace(lower=lambda *_: SimpleNamespace(compile=lambda: compiled(remat)))
 
     model = SimpleNamespace(module=SimpleNamespace(config=CONFIG, fp8=False), dtype=jnp.bfloat16)
-    step = PlannedStep(make_step, model, "auto", budget_gb=0.01, announce=lambda _: None)
+    return PlannedStep(make_step, model, "auto", budget_gb=budget_gb, announce=announce)
+
+
+def test_too_small_a_budget_is_named(tried):
     with pytest.raises(MemoryError, match=r"GB and memory_budget_gb is 0\.01\. Raise memory_budget_gb, make"):
-        step.compile(ARGUMENTS)
+        planned(0.01, print).compile(ARGUMENTS)
+
+
+def test_a_budget_beyond_what_is_free_is_what_is_free(tried, monkeypatch):
+    lines = []
+    monkeypatch.setattr(budget, "free_bytes", lambda _: need("attention"))
+    assert str(planned(1000, lines.append).compile(ARGUMENTS).remat) == "attention"
+    assert "remat=attention: " in lines[0] and lines[0].endswith(
+        "; memory_budget_gb=1000 is more than is free"
+    )
+    monkeypatch.setattr(budget, "free_bytes", lambda _: 1000)
+    with pytest.raises(MemoryError, match=r"0\.00 GB are free\. Make per_device"):
+        planned(1000, lines.append).compile(ARGUMENTS)
 
 
 def test_a_step_is_compiled_once_for_each_shape():
