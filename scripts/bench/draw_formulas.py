@@ -30,7 +30,11 @@ DIGITS, LETTERS = string.digits, string.ascii_letters
 # What the first formulas are made of, and how many symbols at most.
 BEGINNING = [(DIGITS, 1), (DIGITS, 4), (DIGITS + LETTERS, 4)]
 BEGINNERS = 0.04  # of the rows, for each
-SHORTEST, LONGEST = 6, 150  # characters of the formulas after them first and last, at most
+SHORTEST, LONGEST = (
+    6,
+    150,
+)  # characters of the formulas after them at first and once GROWN of the rows are there
+GROWN = 0.6
 EASIER = 0.25  # of the rows are as an earlier one, so that what was learned is not forgotten
 REAL = 0.08  # of the rows are the folder's own, once formulas have begun
 CELL = 16  # pixels of an image token's side
@@ -58,7 +62,8 @@ def plan(share: float, given: Formulas, chance: random.Random) -> Planned:
     parts, that may be the longer, the later it comes; or a real one."""
     share *= chance.random() if chance.random() < EASIER else 1
     stage = int(share / BEGINNERS)
-    grown = (share - BEGINNERS * len(BEGINNING)) / (1 - BEGINNERS * len(BEGINNING))
+    begun = BEGINNERS * len(BEGINNING)
+    grown = min((share - begun) / (GROWN - begun), 1)
     if stage >= len(BEGINNING) and given.real and chance.random() < REAL:
         path, text = chance.choice(given.real)
         return Planned(text, path)
