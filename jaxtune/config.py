@@ -343,6 +343,8 @@ class LoadArguments:
     """Keep the frozen weights in dtype (LoRA); needs load_in_4bit false."""
     full_finetuning: bool = False
     """Train every weight, without LoRA; needs load_in_4bit false."""
+    text_only: bool = False
+    """Of a vision-language model its text model alone, without tower and processor."""
     revision: str | None = None
     """Branch, tag or commit of the repository."""
     token: str | None = dataclasses.field(default=None, repr=False)

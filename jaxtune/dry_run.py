@@ -33,7 +33,7 @@ from jaxtune.data import (
 from jaxtune.data.responses import text_tokenizer
 from jaxtune.data.statistics import IMAGE
 from jaxtune.devices import STEP_ROWS, WHOLE, Layout, device_bytes
-from jaxtune.fast import as_dtype, in_fp8, layout_for
+from jaxtune.fast import as_dtype, in_fp8, layout_for, side_of
 from jaxtune.job import load_rows, make_console, make_table, targets, vision_collator, with_chat_template
 from jaxtune.lora import LoraConfig, attach, chosen_targets, read_adapter, train_everything
 from jaxtune.models import build
@@ -72,6 +72,7 @@ def dry_run(job: Job, console: Console | None = None) -> None:
         local_files_only=job.model.local_files_only,
         cache_dir=job.model.cache_dir,
     )
+    checkpoint = side_of(checkpoint, job.model.text_only)
     module = model_of_shapes(checkpoint, job)
     rows, held_out = load_rows(job)
     host = images.family(checkpoint.config)
@@ -106,7 +107,7 @@ def model_of_shapes(checkpoint: hub.Checkpoint, job: Job) -> CausalLM:
     if job.model.full_finetuning:
         train_everything(module)
     elif checkpoint.adapter is not None:
-        attach(module, read_adapter(checkpoint.adapter)[0])
+        attach(module, read_adapter(checkpoint.adapter, checkpoint.text_side)[0])
     else:
         fields: dict[str, Any] = dataclasses.asdict(job.lora)
         fields["modules_to_save"] = job.lora.modules_to_save or ()

@@ -70,6 +70,13 @@ def as_dtype(dtype) -> Any:
     return DTYPES[name]
 
 
+def side_of(checkpoint: hub.Checkpoint, text_only: bool) -> hub.Checkpoint:
+    """A checkpoint under the names of `models`, or with text_only the text model in it."""
+    checkpoint = checkpoint.renamed(models.renames(checkpoint.config))
+    part = models.text_side_of(checkpoint.config) if text_only else None
+    return checkpoint if part is None else checkpoint.text_part(*part)
+
+
 def in_fp8(compute_dtype: str | None, dtype, *, nf4: bool) -> bool:
     """Whether products with frozen weights are taken in 8-bit floats.
 
@@ -193,9 +200,7 @@ class FastLanguageModel:
             model_name, revision=revision, token=token, local_files_only=local_files_only, cache_dir=cache_dir,
             gguf_file=gguf_file,
         )  # fmt: skip
-        checkpoint = checkpoint.renamed(models.renames(checkpoint.config))
-        if text_only and (text_model := models.text_side_of(checkpoint.config)) is not None:
-            checkpoint = checkpoint.text_part(*text_model)
+        checkpoint = side_of(checkpoint, text_only)
         config = checkpoint.config
         text = config.get_text_config()
         if rope_scaling is not None:

@@ -97,3 +97,17 @@ def test_reading_refuses_in_one_line(model_dir, data, tmp_path, capsys):
         reading.main([*given, "--batch_size", "0"])
     assert stop.value.code == 2
     assert reading.main([str(tmp_path / "none"), "--data", str(data), "--instruction", "x"]) == 2
+
+
+def test_the_text_model_alone(model_dir, tmp_path, capsys):
+    rows = [{"prompt": f"Count to {n}.", "completion": str(n)} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = (
+        f"--model_name {model_dir} --text_only --dataset {tmp_path}/rows.jsonl --output_dir {tmp_path}/out"
+    )
+    command += " --max_length 64 --per_device_train_batch_size 2 --max_steps 1 --save_strategy no"
+    assert train.main([*command.split(), "--dry_run"]) == 0
+    assert "model (qwen2)" in capsys.readouterr().out
+    assert train.main(command.split()) == 0
+    targets = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())["target_modules"]
+    assert targets and all(name.startswith("model.language_model.layers.") for name in targets)
