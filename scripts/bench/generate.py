@@ -99,15 +99,6 @@ def make_model(args: argparse.Namespace):
     return model
 
 
-def read_bandwidth() -> float:
-    """Bytes a second that a kernel reads which writes nothing, as a decode step next to does."""
-    import jax
-    import jax.numpy as jnp
-
-    big = jax.random.normal(jax.random.key(0), (1 << 30,), jnp.bfloat16)
-    return 2 * big.size / measuring.seconds_a_call(lambda x: x.reshape(1 << 13, -1).max(1), big)
-
-
 def floor_ms(model, weights, rows: int, groups: int, prompt: int, own: int, ceilings) -> float:
     """Of a decode step: weights and products, and caches of which `own` columns a row are filled."""
     from jaxtune.generate import plan
@@ -309,11 +300,11 @@ def main() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
     if args.profile:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
+    here = measuring.ceilings_here()
     import jax
 
-    gpu = jax.devices()[0].platform == "gpu"
-    ceilings = measuring.ceilings_here()._replace(bandwidth=read_bandwidth()) if gpu else roofline.H200
-    where = f"reads at {ceilings.bandwidth / 1e12:.2f} TB/s" if gpu else "floors below are an H200's"
+    ceilings = here._replace(bandwidth=here.read) if here else roofline.H200
+    where = f"reads at {here.read / 1e12:.2f} TB/s" if here else "floors below are an H200's"
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {where}\n{HEADER}", flush=True)
     model, results = make_model(args), []
     for kind in args.weights:

@@ -311,7 +311,9 @@ def main() -> None:
     if args.profile:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
     ceilings = measuring.ceilings_here()
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {ceilings}")
+    if ceilings is None:
+        parser.error(f"needs a GPU; this machine has {jax.devices()[0].device_kind}")
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {ceilings.said()}")
     sizes = {"matrix": [0], "decode": args.decode_rows, "decode_attention": args.decode_rows}
     results = []
     for kind in args.only:

@@ -6,7 +6,7 @@
     python scripts/bench/step.py --model 70b --batch 1x8192 --remat auto --devices 2 --layout fsdp
     python scripts/bench/step.py --compile_for_h200        # no GPU needed, only jax[cuda13]: memory and the floor
 
-On a GPU, first the ceilings of that very machine (copy, bf16 product), then for each batch and each choice of `remat`:
+On a GPU, first the ceilings of that very machine (copy, products), then for each batch and each choice of `remat`:
 median and spread of the step, tokens/s, memory forecast and peak, and the floor: what each kind of kernel must cost at
 those ceilings (roofline.py). --profile adds what each kind took and the kernels furthest above their floor; the step
 then runs without CUDA graphs, which hide the names (about 1 % slower). A batch that does not fit is tried again with
@@ -314,7 +314,7 @@ def run(bench: Bench, result: Result, compiled, batch) -> None:
         bench.trainable, bench.state, metrics = compiled(bench.trainable, bench.state, bench.base, batch, key)
         return float(metrics["loss"])
 
-    for _ in range(min(2, bench.args.steps // 2)):
+    for _ in range(max(1, min(2, bench.args.steps // 2))):
         step()
     times = []
     for _ in range(bench.args.steps):
@@ -378,24 +378,20 @@ def without_a_gpu(args: argparse.Namespace) -> None:
 
 
 def on_this_device(args: argparse.Namespace) -> None:
+    ceilings = measuring.ceilings_here()
     import jax
 
     device = jax.devices()[0]
-    gpu = device.platform == "gpu"
     if len(jax.devices()) < args.devices:
         raise SystemExit(
             f"--devices {args.devices}: this machine has {len(jax.devices())} ({device.device_kind})"
         )
-    if args.profile and not gpu:
+    if args.profile and ceilings is None:
         raise SystemExit(f"--profile needs a GPU; this machine has {device.device_kind}")
-    ceilings = measuring.ceilings_here() if gpu else roofline.H200
-    measured = (
-        f"copy {ceilings.bandwidth / 1e12:.2f} TB/s, products of bf16 {ceilings.bf16 / 1e12:.0f} and of fp8 "
-        f"{ceilings.fp8 / 1e12:.0f} TFLOP/s"
-    )
-    print(f"{device.device_kind}, jax {jax.__version__}: {measured if gpu else 'floors below are an H200s'}")
+    said = "floors below are an H200's" if ceilings is None else ceilings.said()
+    print(f"{device.device_kind}, jax {jax.__version__}: {said}", flush=True)
     bench, results = Bench(args), []
-    bench.ceilings = ceilings
+    bench.ceilings = ceilings or roofline.H200
     for layout in args.layout:
         bench.lay_out(layout, jax.devices()[: args.devices])
         try:

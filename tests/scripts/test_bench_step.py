@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
@@ -60,6 +61,22 @@ def test_chunks_of_the_loss_are_those_of_the_machine_traced_for(step):
     assert step.loss_chunks("2x1024") == 8
     with target.tracing_for((9, 0)):
         assert [step.loss_chunks(name) for name in ("1x256", "2x1024", "4x2048", "3x2000")] == [1, 4, 8, 8]
+
+
+@pytest.mark.parametrize(("timed", "ran"), [(1, 2), (2, 3), (10, 12)])
+def test_steps_are_timed_after_one_or_two_others(step, timed, ran):
+    class Bench:
+        args = step.arguments(["--steps", str(timed)])
+        trainable = state = base = None
+
+    losses = iter(range(100))
+
+    def compiled(trainable, state, base, batch, key):
+        return trainable, state, {"loss": next(losses)}
+
+    result = step.Result("1x8", "none", "data", 1, 1.0, 2.0, 0.0, {})
+    step.run(Bench, result, compiled, {"input_ids": np.zeros((1, 1, 8))})
+    assert result.loss == ran - 1 and result.spread_ms[0] <= result.median_ms <= result.spread_ms[1]
 
 
 def test_each_result_is_kept(step, tmp_path):
