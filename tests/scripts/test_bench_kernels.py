@@ -101,7 +101,9 @@ def test_the_plain_loss_takes_the_rows_that_fit(small, monkeypatch):
 
 
 @pytest.mark.parametrize(("ours", "error"), [("gated_mlp", 2e-2), ("fp8_gated_mlp", 0.2)])
-def test_plain_layers_say_what_the_mlp_does(small, ours, error):
+def test_plain_layers_say_what_the_mlp_does(small, monkeypatch, ours, error):
+    draw = small.random  # larger: silu of small numbers is half of them, and gate and up might be swapped
+    monkeypatch.setattr(small, "random", lambda seed, *shape: 10 * draw(seed, *shape))
     found = by_name(small.mlp_cases(256))
     for end in ("", ", both ways"):
         assert relative(found[f"mlp: {ours}{end}"], found[f"mlp: three plain layers{end}"]) < error
