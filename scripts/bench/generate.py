@@ -2,6 +2,7 @@
 
     python scripts/bench/generate.py --sequences 8 64 256 512 --weights merged      # Llama-3.1-8B, 512 + 1,024 tokens
     python scripts/bench/generate.py --sequences 1 8 --group 1 --weights auto lora  # batch inference
+    python scripts/bench/generate.py --sequences 8 64 --plain decode_attention      # attention by XLA alone (plain.py)
     python scripts/bench/generate.py --sequences 256 --profile                      # where a decode step's time goes
     python scripts/bench/generate.py --compile_for_h200                             # no GPU needed, only jax[cuda13]
 
@@ -26,6 +27,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import measuring
+import plain
 import roofline
 import step
 
@@ -45,11 +47,13 @@ class Result:
     peak_gb: float
     compile_s: float
     waves: int
+    plain: str
     took_ms: dict[str, float] | None = None
     kernels: list[dict[str, Any]] | None = None
 
     def line(self) -> str:
         steps = "  ".join(f"{n}: {ms:.2f} ({self.floor_ms[n]:.2f})" for n, ms in self.step_ms.items())
+        steps += f"  plain {self.plain}" if self.plain else ""
         memory = f"{self.predicted_gb:9.2f} {self.peak_gb:7.2f}"
         return (
             f"{self.sequences:5d} {self.weights:7s} {self.tokens_per_second:9.0f} {min(self.seconds):8.2f} "
@@ -75,6 +79,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16, help="of the adapter")
     parser.add_argument("--steps", type=int, default=48, help="decode steps timed at each width")
     parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--plain", choices=("decode_attention",), default="", help="left to XLA in this run")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--compile_for_h200", action="store_true")
     parser.add_argument("--out", default=".", help="folder for generate.json and the programs' HLO")
@@ -97,15 +102,6 @@ def make_model(args: argparse.Namespace):
                   max_seq_length=args.prompt + args.new, recipe=None)  # fmt: skip
     model.lora = lora.LoraConfig(r=args.rank)
     return model
-
-
-def read_bandwidth() -> float:
-    """Bytes a second that a kernel reads which writes nothing, as a decode step next to does."""
-    import jax
-    import jax.numpy as jnp
-
-    big = jax.random.normal(jax.random.key(0), (1 << 30,), jnp.bfloat16)
-    return 2 * big.size / measuring.seconds_a_call(lambda x: x.reshape(1 << 13, -1).max(1), big)
 
 
 def floor_ms(model, weights, rows: int, groups: int, prompt: int, own: int, ceilings) -> float:
@@ -194,7 +190,7 @@ def measure(
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
         return Result(
             sequences, engine.weights, found.num_tokens / min(seconds), tuple(seconds), prefill, took, floors,
-            (model.memory_bytes() + copy + need) / 1e9, peak / 1e9, sum(compiled), waves, *profiled,
+            (model.memory_bytes() + copy + need) / 1e9, peak / 1e9, sum(compiled), waves, args.plain, *profiled,
         )  # fmt: skip
 
 
@@ -256,7 +252,7 @@ def compiled_step(bench: step.Bench, kind: str, rows: int, args: argparse.Namesp
         return merged(model) if kind == "merged" else stored(model, read_codes=reads_codes(model, rows))
 
     spec = steps.Spec(c, dtype, Sampling(do_sample=True, top_k=args.top_k, top_p=args.top_p))
-    with target.tracing_for((9, 0)):
+    with target.tracing_for((9, 0)), plain.plain(args.plain):
         weights = jax.eval_shape(make, bench.base, bench.trainable)
         weights = jax.tree.map(lambda x: leaf(*x.shape, dtype=x.dtype), weights)
         state = steps.State(caches(rows, plan.bucket(args.new, plan.OWN_COLUMNS)), leaf(rows), leaf(), None)
@@ -289,7 +285,8 @@ def without_a_gpu(args: argparse.Namespace) -> None:
             began = time.perf_counter()
             compiled = compiled_step(bench, kind, rows, args, place)
             text, took = compiled.as_text(), time.perf_counter() - began
-            (Path(args.out) / f"decode_{rows}_{kind}.hlo.txt").write_text(text)
+            name = f"decode_{rows}_{kind}" + (f"_plain_{args.plain}" if args.plain else "")
+            (Path(args.out) / f"{name}.hlo.txt").write_text(text)
             kernels = roofline.kernels(text, roofline.H200)
             kinds = {name: round(value / 16 * 1e3, 3) for name, value in roofline.by_kind(kernels).items()}
             print(
@@ -309,16 +306,17 @@ def main() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
     if args.profile:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
+    here = measuring.ceilings_here()
     import jax
 
-    gpu = jax.devices()[0].platform == "gpu"
-    ceilings = measuring.ceilings_here()._replace(bandwidth=read_bandwidth()) if gpu else roofline.H200
-    where = f"reads at {ceilings.bandwidth / 1e12:.2f} TB/s" if gpu else "floors below are an H200's"
+    ceilings = here._replace(bandwidth=here.read) if here else roofline.H200
+    where = f"reads at {here.read / 1e12:.2f} TB/s" if here else "floors below are an H200's"
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {where}\n{HEADER}", flush=True)
     model, results = make_model(args), []
     for kind in args.weights:
         for sequences in args.sequences:
-            results.append(measure(model, kind, sequences, args, ceilings))
+            with plain.plain(args.plain):
+                results.append(measure(model, kind, sequences, args, ceilings))
             show(results[-1])
             (Path(args.out) / "generate.json").write_text(
                 json.dumps([dataclasses.asdict(result) for result in results], indent=1)

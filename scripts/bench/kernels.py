@@ -2,22 +2,27 @@
 
     python scripts/bench/kernels.py [--rows 4096 8192] [--only linear attention]
 
-The limit of a line is the larger of its bytes over the copy bandwidth and its operations over the rate of a bf16
-product, both measured first on the same machine. Shapes are Llama-3.1-8B's. `plain` is a kernel's reference in XLA,
+The limit of a line is the larger of its bytes over the copy bandwidth and its operations over the rate of products of
+its dtype, both measured first on the same machine. Shapes are Llama-3.1-8B's. `plain` is a kernel's reference in XLA,
 `shipped` what jaxtune runs on this GPU: the kernel on an H100 or H200. `decode` and `decode_attention` are the few rows
 of generation (--decode_rows; a minute and more for each). They and `matrix` are chained in one program over weights or
 caches that rotate, so that none is left in the cache and no launch from Python is timed. --profile adds the kernels
 that a line consists of and the gaps between them, without CUDA graphs, which hide the names: a line then takes longer.
+
+Plain attention is left out where its scores do not fit into the GPU's memory, and the plain loss takes as many rows as
+do; for the rest give fewer --rows to a small GPU.
 """
 
 import argparse
 import collections
 import json
+import math
 import os
 import re
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,8 +33,10 @@ import numpy as np
 import overlap
 
 from jaxtune.kernels import decode_attention, fp8, linear, nf4_matrix, swiglu, swiglu8
-from jaxtune.kernels.attention import cudnn_attention
+from jaxtune.kernels.attention import cudnn_attention, masked_attention
 from jaxtune.kernels.cross_entropy import Options, fused_cross_entropy, token_log_probs
+from jaxtune.kernels.fp8_mlp import fp8_gated_mlp
+from jaxtune.kernels.gated_mlp import gated_mlp
 from jaxtune.kernels.linear import Adapter, adapted_linear, dense, reference
 from jaxtune.kernels.nf4_matmul import fold
 from jaxtune.quant import NF4, dequantize_absmax
@@ -47,6 +54,7 @@ class Case(NamedTuple):
     flops: float
     moved: float
     repeats: int = 1  # how often a call does it
+    rate: str = "bf16"  # the ceiling of its products
 
 
 def random(seed: int, *shape: int, dtype=jnp.bfloat16) -> jax.Array:
@@ -87,23 +95,67 @@ def differentiated(function: Callable) -> Callable:
     return both
 
 
+def room() -> float:
+    """Bytes of this GPU that programs may have."""
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+
+
+def layer_cases(
+    name: str, product: Callable, dy, arguments: tuple, flops: float, rate: str = "bf16"
+) -> Iterator[Case]:
+    """A product of (x, weights, adapters) forward, and with the gradients of x and the adapters for a given dy."""
+
+    def step(dy, x, weights, adapters):
+        return differentiated(lambda x, adapters: product(x, weights, adapters))(dy, x, adapters)
+
+    moved = float(sum(leaf.nbytes for leaf in jax.tree.leaves((arguments[:2], dy))))
+    yield Case(name, product, arguments, flops, moved, rate=rate)
+    yield Case(f"{name}, both ways", step, (dy, *arguments), 2 * flops, 2 * moved, rate=rate)
+
+
 def linear_cases(rows: int) -> Iterator[Case]:
     for name, (width, outs) in GROUPS.items():
         total = sum(outs)
         weights, adapters = layers(width, outs)
-        stored = sum(leaf.nbytes for weight in weights for leaf in weight if leaf is not None)
-        x, dy, w = random(1, rows, width), random(2, rows, total), random(3, total, width)
+        stored = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+        x, w = random(1, rows, width), random(3, total, width)
+        dys = [random(2 + i, rows, out) for i, out in enumerate(outs)]
+        dy, arguments, flops = (
+            jnp.concatenate(dys, axis=1),
+            (x, weights, adapters),
+            2.0 * rows * total * width,
+        )
         yield Case(f"{name}: dequantise", lambda weights: [dense(w, jnp.bfloat16) for w in weights],
                    (weights,), 0, stored + 2 * total * width)  # fmt: skip
-        flops, moved = 2.0 * rows * total * width, 2 * (x.size + dy.size) + stored
+        moved = 2.0 * (x.size + dy.size) + stored
         yield Case(f"{name}: dense product", lambda x, w: x @ w.T, (x, w), flops, moved)
-        for label, product in (("two products", reference), ("joined", adapted_linear)):
-            yield Case(f"{name}: {label}", product, (x, weights, adapters), flops, moved)
+        yield from layer_cases(f"{name}: two products", reference, dy, arguments, flops)
+        yield from layer_cases(f"{name}: joined", adapted_linear, dy, arguments, flops)
+        yield from layer_cases(f"{name}: fp8", fp8.fp8_linear, dys, arguments, flops, "fp8")
 
-            def step(dy, x, weights, adapters, product=product):
-                return differentiated(lambda x, a: product(x, weights, a))(dy, x, adapters)
 
-            yield Case(f"{name}: {label}, both ways", step, (dy, x, weights, adapters), 2 * flops, 2 * moved)
+def three_layers(x: jax.Array, weights: tuple, adapters: tuple) -> jax.Array:
+    """The plain version of an MLP."""
+    gate, up = jnp.split(reference(x, weights[:2], adapters[:2]), 2, axis=-1)
+    return reference(jax.nn.silu(gate) * up, weights[2:], adapters[2:])
+
+
+def mlp_cases(rows: int) -> Iterator[Case]:
+    """With gate and up kept for the backward pass."""
+    first, last = layers(*GROUPS["gate_up"]), layers(*GROUPS["down"])
+    arguments = (random(1, rows, D), first[0] + last[0], first[1] + last[1])
+    dy, flops = random(2, rows, D), 6.0 * rows * D * F
+    yield from layer_cases("mlp: three plain layers", three_layers, dy, arguments, flops)
+    yield from layer_cases("mlp: gated_mlp", gated_mlp, dy, arguments, flops)
+    yield from layer_cases("mlp: fp8_gated_mlp", fp8_gated_mlp, dy, arguments, flops, "fp8")
+
+
+def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, documents: int) -> jax.Array:
+    """Of rows of so many documents of one length, with the scores of all pairs of tokens."""
+    token = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
+    document, position = jnp.divmod(token, q.shape[1] // documents)
+    return masked_attention(q, k, v, q_positions=position, kv_positions=position, q_segments=document,
+                            kv_segments=document, window=None)  # fmt: skip
 
 
 def attention_cases(rows: int) -> Iterator[Case]:
@@ -113,12 +165,22 @@ def attention_cases(rows: int) -> Iterator[Case]:
             np.int32
         )
         given = starts if documents > 1 else None
-        call = lambda q, k, v, given=given: cudnn_attention(q, k, v, given, None)  # noqa: E731
+        versions = {"cuDNN": lambda q, k, v, given=given: cudnn_attention(q, k, v, given, None)}
+        scores = 4.0 * batch * HEADS * tokens**2
+        if 6 * scores <= room():  # backwards XLA holds several such arrays
+            versions["plain"] = partial(plain_attention, documents=documents)
         flops = 2.0 * batch * HEADS * tokens * (tokens / documents) * H
         moved = 2.0 * 2 * (q.size + k.size)
-        name = f"attention {batch}x{tokens}, {documents} documents"
-        yield Case(name, call, (q, k, v), flops, moved)
-        yield Case(f"{name}, both ways", differentiated(call), (q, q, k, v), 3.5 * flops, 3 * moved)
+        for label, call in versions.items():
+            name = f"attention {batch}x{tokens}, {documents} documents: {label}"
+            yield Case(name, call, (q, k, v), flops, moved)
+            yield Case(f"{name}, both ways", differentiated(call), (q, q, k, v), 3.5 * flops, 3 * moved)
+
+
+def plain_log_probs(hidden: jax.Array, head: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`token_log_probs` by all logits at once."""
+    log_p = jax.nn.log_softmax((hidden @ head.T).astype(jnp.float32))
+    return jnp.take_along_axis(log_p, labels[:, None], 1)[:, 0], -jnp.sum(jnp.exp(log_p) * log_p, axis=1)
 
 
 def loss_cases(rows: int) -> Iterator[Case]:
@@ -137,13 +199,26 @@ def loss_cases(rows: int) -> Iterator[Case]:
     def log_probs(h, w, y):
         return token_log_probs(h, w, y, Options())
 
+    def both_ways(log_probs):
+        return jax.grad(lambda h, w, y: jnp.sum(log_probs(h, w, y)[0] ** 2))
+
     for chunk in (512, 1024, 2048):
         yield Case(f"loss, chunks of {chunk}", loss(Options(chunk=chunk)), arguments, 2 * product, moved)
     some = (hidden, head, jnp.where(jnp.arange(rows) % 4 == 0, labels, -100))
     yield Case("loss, a quarter labelled", loss(Options()), some, product / 2, moved)
     yield Case("log-probabilities", log_probs, arguments, product, moved - 2.0 * hidden.size)
-    step = jax.grad(lambda h, w, y: jnp.sum(log_probs(h, w, y)[0] ** 2))
-    yield Case("log-probabilities, both ways", step, arguments, 3 * product, moved)
+    yield Case("log-probabilities, both ways", both_ways(log_probs), arguments, 3 * product, moved)
+
+    fit = rows
+    while 6 * 4 * fit * VOCAB > room():  # bytes: logits in float32 and what is made of them
+        fit //= 2
+    few, product = (hidden[:fit], head, labels[:fit]), 2.0 * fit * D * VOCAB
+    plain_loss = jax.grad(lambda h, w, y: -jnp.sum(plain_log_probs(h, w, y)[0]))
+    moved = 2.0 * (2 * fit * D + head.size)
+    name = f"plain, {fit} rows"
+    yield Case(f"loss, {name}", plain_loss, few, 2 * product, moved)
+    yield Case(f"log-probabilities, {name}", plain_log_probs, few, product, moved - 2.0 * fit * D)
+    yield Case(f"log-probabilities, both ways, {name}", both_ways(plain_log_probs), few, 2 * product, moved)
 
 
 def pair(name: str, plain: Callable, shipped: Callable, arguments: tuple) -> Iterator[Case]:
@@ -256,6 +331,7 @@ def decode_attention_cases(rows: int) -> Iterator[Case]:
 
 CASES = {
     "linear": linear_cases,
+    "mlp": mlp_cases,
     "matrix": matrix_cases,
     "swiglu": swiglu_cases,
     "attention": attention_cases,
@@ -311,14 +387,16 @@ def main() -> None:
     if args.profile:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
     ceilings = measuring.ceilings_here()
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {ceilings}")
+    if ceilings is None:
+        parser.error(f"needs a GPU; this machine has {jax.devices()[0].device_kind}")
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {ceilings.said()}")
     sizes = {"matrix": [0], "decode": args.decode_rows, "decode_attention": args.decode_rows}
     results = []
     for kind in args.only:
         for rows in sizes.get(kind, args.rows):
             for case in CASES[kind](rows):
                 median, low, high = timed(case)
-                limit = max(case.moved / ceilings.bandwidth, case.flops / ceilings.bf16) * 1e6
+                limit = max(case.moved / ceilings.bandwidth, case.flops / getattr(ceilings, case.rate)) * 1e6
                 results.append(
                     {"rows": rows, "name": case.name, "us": median, "low": low, "high": high, "limit": limit}
                 )

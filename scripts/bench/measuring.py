@@ -1,8 +1,16 @@
-"""What the benchmarks measure on a GPU: its ceilings, and what each kind of kernel took in a profiled call."""
+"""What the benchmarks measure on a GPU: its ceilings, and what each kind of kernel took in a profiled call.
+
+python scripts/bench/measuring.py        # the ceilings alone, the last line as JSON
+"""
 
 import collections
+import json
+import math
+import os
 import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -11,9 +19,18 @@ from typing import Any
 import overlap
 import roofline
 
+# (rows, in, out) of the products of a step of Llama-3.1-8B; of the head a chunk of the loss
+PRODUCTS = {
+    "gate/up": (8192, 4096, 28672),
+    "down": (8192, 14336, 4096),
+    "q/k/v": (8192, 4096, 6144),
+    "o": (8192, 4096, 4096),
+    "head": (1024, 4096, 128256),
+}
 
-def call_seconds(call, *args) -> list[float]:
-    """Of 7 runs of 20 queued calls each: what a call took."""
+
+def call_seconds(call, *args, queued: int = 20) -> list[float]:
+    """Of 7 runs of so many queued calls each: what a call took."""
     import jax
 
     call = jax.jit(call)
@@ -21,10 +38,10 @@ def call_seconds(call, *args) -> list[float]:
     times = []
     for _ in range(7):
         began = time.perf_counter()
-        for _ in range(20):
-            last = call(*args)
-        jax.block_until_ready(last)
-        times.append((time.perf_counter() - began) / 20)
+        for _ in range(queued - 1):
+            call(*args)
+        jax.block_until_ready(call(*args))
+        times.append((time.perf_counter() - began) / queued)
     return times
 
 
@@ -32,24 +49,74 @@ def seconds_a_call(call, *args) -> float:
     return statistics.median(call_seconds(call, *args))
 
 
-def ceilings_here() -> roofline.Ceilings:
-    """Copy bandwidth and product rates of this GPU on random data."""
-    import jax
-    import jax.numpy as jnp
+def ceilings_here() -> roofline.Ceilings | None:
+    """Of this machine's GPU, on random data; None where there is none.
 
-    big = jax.random.normal(jax.random.key(0), (1 << 29,), jnp.bfloat16)
-    copied = 4 * big.size / seconds_a_call(lambda x: x + 1, big)
-    a, b = (
-        jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
-        for i, shape in ((1, (8192, 4096)), (2, (14336, 4096)))
-    )
-    product = lambda a, b: jnp.dot(a, b.T, preferred_element_type=jnp.bfloat16)  # noqa: E731
-    work = 2 * 8192 * 4096 * 14336
-    rates = [
-        work / seconds_a_call(product, a.astype(kind), b.astype(kind))
-        for kind in (jnp.bfloat16, jnp.float8_e4m3fn)
-    ]
-    return roofline.Ceilings()._replace(bandwidth=copied, bf16=rates[0], fp8=rates[1])
+    A process of its own measures them, so that the peak memory of this one is that of what it runs; it has the GPU's
+    memory to itself if JAX has not begun here.
+    """
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    command = [sys.executable, str(Path(__file__).resolve())]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"measuring this machine's ceilings failed:\n{done.stderr}")
+    *said, found = done.stdout.splitlines()
+    for line in said:
+        print(line, flush=True)
+    rates = json.loads(found)
+    return None if rates is None else roofline.Ceilings(**rates)
+
+
+def draw(shape: tuple[int, ...], dtype: str):
+    """In pieces, since a GPU's random numbers take 16 bytes each while they are made."""
+    import jax
+
+    keys = jax.random.split(jax.random.key(0), shape[0])
+    row = lambda key: jax.random.normal(key, shape[1:], "bfloat16").astype(dtype)  # noqa: E731
+    return jax.lax.map(row, keys, batch_size=256)
+
+
+def random(shape: tuple[int, ...], dtype: str = "bfloat16"):
+    import jax
+
+    return jax.jit(draw, static_argnums=(0, 1))(shape, dtype)
+
+
+def forward(x, w):
+    """x [N, in], w [out, in] -> [N, out]."""
+    import jax
+
+    return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type="bfloat16")
+
+
+def back(dy, w):
+    """dy [N, out], w [out, in] -> [N, in]."""
+    return dy @ w
+
+
+def product_rates(eight: bool, room: float) -> dict[str, float]:
+    """Operations/s of a step's products of 16 bits, or of `eight`, whose arrays are at most `room` bytes.
+
+    A tenth of a second of each, three times: in the first round XLA chooses kernels, in the second the card settles at
+    its power limit, as it does in a step; the third counts.
+    """
+    rates = {}
+    for name, (rows, width, out) in 3 * [*PRODUCTS.items()]:
+        if 2 * (rows * width + width * out + rows * out) > room or (eight and name == "head"):
+            continue
+        work = 2 * rows * width * out
+        kinds = ("float8_e4m3fn", "float8_e5m2") if eight else ("bfloat16", "bfloat16")  # forward, back
+        x, dy, w = (
+            random((rows, width), kinds[0]),
+            random((rows, out), kinds[1]),
+            random((out, width), kinds[0]),
+        )
+        # in 8 bits both sides are contracted along their last axis
+        turned = (forward, dy, w.T.copy()) if eight else (back, dy, w)
+        for way, call in (("forward", (forward, x, w)), ("back", turned)):
+            times = call_seconds(*call, queued=math.ceil(1e13 / work))
+            rates[f"{name} {way}"] = work / statistics.median(times)
+    return rates
 
 
 def profile(
@@ -105,3 +172,31 @@ def show_profile(took: dict[str, float], floor: dict[str, float], kernels: list[
             f"          {row['ms']:8.2f} ms, floor {row['floor']:8.2f}  {row['launches']:5d} x  {row['kind']:13s} "
             f"{row['kernel'][:40]:40s} {row['op'][-60:]}"
         )
+
+
+def main() -> None:
+    """For `ceilings_here`: the last line is JSON, null where there is no GPU."""
+    import jax
+
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        print("null")
+        return
+    room = device.memory_stats()["bytes_limit"] / 4
+    copied, read = (random((8192, int(min(most, room / 4)) // 8192)) for most in (1 << 29, 1 << 30))
+    found: dict[str, float] = {
+        "bandwidth": 2 * copied.nbytes / seconds_a_call(lambda x: x + 1, copied),
+        "read": read.nbytes / seconds_a_call(lambda x: x.max(1), read),
+    }
+    del copied, read
+    for name, eight in (("bf16", False), ("fp8", True)):
+        rates = product_rates(eight, room)
+        best = max(rates, key=lambda way: rates[way])
+        found[name] = rates[best]
+        each = ", ".join(f"{way} {rate / 1e12:.0f}" for way, rate in rates.items())
+        print(f"products of {name}, TFLOP/s: {each}; the ceiling is {best}")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

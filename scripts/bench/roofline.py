@@ -33,8 +33,8 @@ SKINNY = 64  # a product with a side this short is an adapter's
 
 
 class Ceilings(NamedTuple):
-    """bytes/s, operations/s of bf16 products, of fp8 products, of attention, and bytes/s
-    that a GPU gets from others of its host, and from or to the host's memory."""
+    """bytes/s, operations/s of bf16 products, of fp8 products, of attention, bytes/s
+    that a GPU gets from others of its host, from or to the host's memory, and of kernels that only read."""
 
     bandwidth: float = 4.3e12
     bf16: float = 800e12
@@ -42,6 +42,13 @@ class Ceilings(NamedTuple):
     attention: float = 580e12
     link: float = 450e9  # NVLink 4, one direction
     host: float = 55e9  # PCIe 5
+    read: float = 4.3e12
+
+    def said(self) -> str:
+        return (
+            f"copy {self.bandwidth / 1e12:.2f} TB/s, products of bf16 {self.bf16 / 1e12:.0f} and of fp8 "
+            f"{self.fp8 / 1e12:.0f} TFLOP/s"
+        )
 
 
 # As one did at best: only reading, and products before it drew 700 W. In a long run, see docs/benchmarks.md: 3.25 TB/s

@@ -4,16 +4,17 @@
     python scripts/bench/step.py --batch 4x2048 --remat none --profile
     python scripts/bench/step.py --batch 4x2048 --remat none --devices 4 --layout data fsdp
     python scripts/bench/step.py --model 70b --batch 1x8192 --remat auto --devices 2 --layout fsdp
+    python scripts/bench/step.py --batch 4x2048 --remat none --plain linear mlp linear+mlp
     python scripts/bench/step.py --compile_for_h200        # no GPU needed, only jax[cuda13]: memory and the floor
 
-On a GPU, first the ceilings of that very machine (copy, bf16 product), then for each batch and each choice of `remat`:
+On a GPU, first the ceilings of that very machine (copy, products), then for each batch and each choice of `remat`:
 median and spread of the step, tokens/s, memory forecast and peak, and the floor: what each kind of kernel must cost at
 those ceilings (roofline.py). --profile adds what each kind took and the kernels furthest above their floor; the step
 then runs without CUDA graphs, which hide the names (about 1 % slower). A batch that does not fit is tried again with
 half the rows, then half the tokens; its line says so. step.json has what was measured so far.
 Peaks are the process's so far: give batches and choices in the order of their size. On several GPUs the batch is that
 of each; `data` is a copy of the base on each, `fsdp` one over all, 2x4 two copies, each over four. What collectives
-leave on a GPU in a step is said by kind and dtype.
+leave on a GPU in a step is said by kind and dtype. --plain runs each step again with parts left to XLA (plain.py).
 """
 
 import argparse
@@ -29,6 +30,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import measuring
+import plain
 import roofline
 
 # hidden, ffn, layers, heads, kv heads, head_dim, vocabulary, tied
@@ -74,11 +76,13 @@ class Result:
     took_ms: dict[str, float] | None = None
     kernels: list[dict[str, Any]] | None = None
     scaled_from: str | None = None  # the batch asked for, where it did not fit
+    plain: str = ""  # what was left to XLA
 
     def line(self) -> str:
         floor = sum(self.floor_ms.values())
         what = f"{self.batch:>9s} {self.layout:5s} {self.remat:22s}"
-        scaled = f"  scaled to memory from {self.scaled_from}" if self.scaled_from else ""
+        scaled = f"  plain {self.plain}" if self.plain else ""
+        scaled += f"  scaled to memory from {self.scaled_from}" if self.scaled_from else ""
         text = f"{what} needs {self.needs_gb:7.2f} GB  floor {floor:8.1f} ms"
         if self.median_ms is None or self.spread_ms is None:
             return text + scaled
@@ -115,6 +119,9 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--optim", default="adamw_8bit")
     parser.add_argument("--rank", type=positive, default=16)
     parser.add_argument("--steps", type=positive, default=10)
+    parser.add_argument(
+        "--plain", nargs="+", default=[], help="linear, mlp, linear+mlp: beside the shipped step"
+    )
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--compile_for_h200", action="store_true")
     parser.add_argument("--devices", type=positive, default=1)
@@ -146,6 +153,12 @@ def check(args: argparse.Namespace) -> None:
             )
     for name in args.layout:
         mesh_shape(name, args.devices)
+    if args.plain and "auto" in args.remat:  # which remembers what a step of these shapes needs, as shipped
+        raise ValueError("--plain compares steps of one policy; name it in place of --remat auto")
+    for name in args.plain:
+        plain.check(name, ("linear", "mlp"))
+        if "linear" in name and args.compute_dtype == "fp8":
+            raise ValueError(f"--plain {name}: linear layers in fp8 have no plain version; --plain mlp has")
     if args.compile_for_h200 and args.profile:
         raise ValueError("--profile runs the step, which --compile_for_h200 only compiles; leave one out")
 
@@ -198,6 +211,7 @@ class Bench:
             max_position_embeddings=131072, rope_theta=500000.0,
         )  # fmt: skip
         self.ceilings, self.layout, self.layout_name = roofline.H200, ONE_DEVICE, "data"
+        self.plain = ""
         self.args, self.config = args, config
         self.module = models.build(config, jnp.bfloat16, nf4=True, fp8=args.compute_dtype == "fp8")
         lora.attach(self.module, lora.LoraConfig(r=args.rank))
@@ -285,7 +299,8 @@ def measure(bench: Bench, name: str, remat: str, compiled, seconds: float, ceili
     out = Path(bench.args.out)
     text, devices = compiled.as_text(), bench.layout.size
     several = f"_{bench.layout_name}_{devices}" if devices > 1 else ""
-    (out / f"step_{name}_{remat.replace('+', '_')}{several}.hlo.txt").write_text(text)
+    left = f"_plain_{bench.plain}" if bench.plain else ""
+    (out / f"step_{name}_{remat}{left}{several}.hlo.txt".replace("+", "_")).write_text(text)
     floor = roofline.by_kind(roofline.kernels(text, ceilings, loss_chunks(name), bench.args.documents))
     traffic = {" ".join(kind): round(count / 1e6, 3) for kind, count in roofline.traffic(text).items()}
     host = compiled.memory_analysis().host_temp_size_in_bytes / 1e9
@@ -300,7 +315,7 @@ def measure(bench: Bench, name: str, remat: str, compiled, seconds: float, ceili
         host,
         milliseconds,
     )
-    result.traffic_mb = traffic or None
+    result.traffic_mb, result.plain = traffic or None, bench.plain
     return result
 
 
@@ -314,7 +329,7 @@ def run(bench: Bench, result: Result, compiled, batch) -> None:
         bench.trainable, bench.state, metrics = compiled(bench.trainable, bench.state, bench.base, batch, key)
         return float(metrics["loss"])
 
-    for _ in range(min(2, bench.args.steps // 2)):
+    for _ in range(max(1, min(2, bench.args.steps // 2))):
         step()
     times = []
     for _ in range(bench.args.steps):
@@ -364,9 +379,9 @@ def without_a_gpu(args: argparse.Namespace) -> None:
         whole = (placed(leaves, WHOLE) for leaves in (bench.trainable, bench.state, jax.random.key(0)))
         trainable, state, key = whole
         batch = placed(bench.batch(*batch_shape(name)), STEP_ROWS)
-        for remat in args.remat:
+        for remat, bench.plain in itertools.product(args.remat, ["", *args.plain]):
             began = time.perf_counter()
-            with target.tracing_for((9, 0)):
+            with target.tracing_for((9, 0)), plain.plain(bench.plain):
                 step: Any = make_train_step(
                     bench.model, bench.optimizer, remat=Remat.parse(remat), layout=bench.layout
                 )
@@ -378,24 +393,20 @@ def without_a_gpu(args: argparse.Namespace) -> None:
 
 
 def on_this_device(args: argparse.Namespace) -> None:
+    ceilings = measuring.ceilings_here()
     import jax
 
     device = jax.devices()[0]
-    gpu = device.platform == "gpu"
     if len(jax.devices()) < args.devices:
         raise SystemExit(
             f"--devices {args.devices}: this machine has {len(jax.devices())} ({device.device_kind})"
         )
-    if args.profile and not gpu:
+    if args.profile and ceilings is None:
         raise SystemExit(f"--profile needs a GPU; this machine has {device.device_kind}")
-    ceilings = measuring.ceilings_here() if gpu else roofline.H200
-    measured = (
-        f"copy {ceilings.bandwidth / 1e12:.2f} TB/s, products of bf16 {ceilings.bf16 / 1e12:.0f} and of fp8 "
-        f"{ceilings.fp8 / 1e12:.0f} TFLOP/s"
-    )
-    print(f"{device.device_kind}, jax {jax.__version__}: {measured if gpu else 'floors below are an H200s'}")
+    said = "floors below are an H200's" if ceilings is None else ceilings.said()
+    print(f"{device.device_kind}, jax {jax.__version__}: {said}", flush=True)
     bench, results = Bench(args), []
-    bench.ceilings = ceilings
+    bench.ceilings = ceilings or roofline.H200
     for layout in args.layout:
         bench.lay_out(layout, jax.devices()[: args.devices])
         try:
@@ -406,8 +417,9 @@ def on_this_device(args: argparse.Namespace) -> None:
             raise SystemExit(
                 f"the weights of {args.model} do not fit this device ({device.device_kind}); try --model llama-3.2-1b"
             ) from None
-        for name, remat in itertools.product(args.batch, args.remat):
-            result = scaled(bench, name, remat)
+        for name, remat, bench.plain in itertools.product(args.batch, args.remat, ["", *args.plain]):
+            with plain.plain(bench.plain):
+                result = scaled(bench, name, remat)
             if result is not None:
                 results.append(result)
                 report(results, args.out)

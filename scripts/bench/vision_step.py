@@ -101,6 +101,7 @@ def jaxtune(args: argparse.Namespace) -> None:
         os.environ |= {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu"}  # on a machine with GPUs too
         os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
         os.environ |= {"JAXTUNE_COMPILE_CACHE": "0", "XLA_FLAGS": "--xla_gpu_autotune_level=0"}
+    ceilings = (measuring.ceilings_here() if args.profile else None) or roofline.H200
     import jax
 
     from jaxtune.budget import PlannedStep, peak_bytes
@@ -149,7 +150,6 @@ def jaxtune(args: argparse.Namespace) -> None:
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
         report(f"jaxtune, {name}", times, batch["input_ids"].size, peak)
         if args.profile:
-            ceilings = measuring.ceilings_here()
             chunks = step.loss_chunks("x".join(map(str, batch["input_ids"].shape[1:])))
             took, kernels = measuring.profile(one, compiled.as_text(), ceilings, chunks)
             floor = roofline.by_kind(roofline.kernels(compiled.as_text(), ceilings, chunks))

@@ -5,10 +5,12 @@ import json
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
-OURS = ("step", "measuring", "overlap", "roofline")
+OURS = ("step", "measuring", "overlap", "plain", "roofline")
 
 
 @pytest.fixture
@@ -40,6 +42,9 @@ def test_rows_are_halved_then_tokens(step):
         ("--layout 2x --devices 2", "--layout 2x: expected data, fsdp, or"),
         ("--layout data 2x4 --devices 4", "--layout 2x4 is not --devices 4"),
         ("--compile_for_h200 --profile", "leave one out"),
+        ("--plain linear+mpl", "--plain linear+mpl: expected some of linear, mlp, joined by +"),
+        ("--plain linear --compute_dtype fp8", "linear layers in fp8 have no plain version"),
+        ("--plain mlp --remat none auto", "name it in place of --remat auto"),
         ("--steps 0", "--steps: invalid positive value"),
     ],
 )
@@ -60,6 +65,44 @@ def test_chunks_of_the_loss_are_those_of_the_machine_traced_for(step):
     assert step.loss_chunks("2x1024") == 8
     with target.tracing_for((9, 0)):
         assert [step.loss_chunks(name) for name in ("1x256", "2x1024", "4x2048", "3x2000")] == [1, 4, 8, 8]
+
+
+def test_plain_parts_are_traced_beside_the_shipped_ones(step):
+    """A layer's q, k, v and o, then its MLP; what jit keeps of one design must not reach the next."""
+    from jaxtune.kernels import target
+    from jaxtune.models.remat import Remat
+    from jaxtune.step import make_train_step
+
+    bench = step.Bench(step.arguments(["--model", "tiny"]))
+    call = bench.trainable, bench.state, bench.base, bench.batch(1, 512), jax.random.key(0)
+
+    def program(design):
+        with target.tracing_for((9, 0)), step.plain.plain(design):
+            made = make_train_step(bench.model, bench.optimizer, remat=Remat.parse("none"))
+            text = str(made.trace(*call).jaxpr)
+        return text.count("dot_general"), text.count("swiglu")
+
+    (products, swiglu), linear, mlp, both, again = map(program, ("", "linear", "mlp", "linear+mlp", ""))
+    assert again == (products, swiglu) and swiglu > 0
+    assert linear[0] > products and linear[1] == swiglu and mlp[1] == both[1] == 0
+    # without the MLP of one operation gate, up and down are among the layers that `linear` changes
+    assert both[0] - mlp[0] > linear[0] - products
+
+
+@pytest.mark.parametrize(("timed", "ran"), [(1, 2), (2, 3), (10, 12)])
+def test_steps_are_timed_after_one_or_two_others(step, timed, ran):
+    class Bench:
+        args = step.arguments(["--steps", str(timed)])
+        trainable = state = base = None
+
+    losses = iter(range(100))
+
+    def compiled(trainable, state, base, batch, key):
+        return trainable, state, {"loss": next(losses)}
+
+    result = step.Result("1x8", "none", "data", 1, 1.0, 2.0, 0.0, {})
+    step.run(Bench, result, compiled, {"input_ids": np.zeros((1, 1, 8))})
+    assert result.loss == ran - 1 and result.spread_ms[0] <= result.median_ms <= result.spread_ms[1]
 
 
 def test_each_result_is_kept(step, tmp_path):
