@@ -21,6 +21,8 @@ rows=(
     "4x2048 auto --compute_dtype fp8"
 )
 export XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=${XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB:-68} # 131,072 tokens send 65 GB to the host
+export JAXTUNE_BENCH_CEILINGS=$out/ceilings.json # measured once
+mkdir -p "$out"
 failed=0
 for row in "${rows[@]}"; do
     read -r batch remat options <<<"$row"

@@ -32,7 +32,7 @@ def test_what_the_process_fails_by_is_shown(measuring, monkeypatch):
         measuring.ceilings_here()
 
 
-def test_its_last_line_is_taken_and_the_others_are_shown(measuring, monkeypatch, capsys):
+def test_its_last_line_is_taken_and_the_others_are_shown(measuring, monkeypatch, capsys, tmp_path):
     def run(command, env, **_):
         assert command[0] == sys.executable and env["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
         return subprocess.CompletedProcess(
@@ -43,6 +43,10 @@ def test_its_last_line_is_taken_and_the_others_are_shown(measuring, monkeypatch,
     here = measuring.ceilings_here()
     assert (here.bandwidth, here.read, here.link) == (3e12, 4e12, measuring.roofline.H200.link)
     assert capsys.readouterr().out == "the ceiling is o\n"
+    monkeypatch.setenv("JAXTUNE_BENCH_CEILINGS", str(tmp_path / "ceilings.json"))
+    assert measuring.ceilings_here() == here
+    monkeypatch.setattr(subprocess, "run", None)
+    assert measuring.ceilings_here() == here and "ceilings as in" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("eight", [False, True])
