@@ -23,14 +23,17 @@ def given(batch, kv, queries, h, columns):
     draws = Draws()
     arrays = [draws.normal(batch, kv, n, h, dtype=jnp.bfloat16) for n in (queries, columns, columns)]
     first = jax.random.randint(draws.next_key(), (batch,), 0, columns // 2)
-    return *arrays, first, first + jax.random.randint(draws.next_key(), (batch,), 1, columns // 2)
+    end = first + jax.random.randint(draws.next_key(), (batch,), 1, columns // 2)
+    return *arrays, first, end.at[0].set(columns).at[2:3].set(first[2:3])  # up to the last, and none
 
 
 def check(got, arguments):
     q, k, v, *bounds = arguments
-    want = reference(*(x.astype(jnp.float32) for x in (q, k, v)), *bounds)
+    with jax.default_matmul_precision("highest"):
+        want = reference(*(x.astype(jnp.float32) for x in (q, k, v)), *bounds)
     assert relative(got.out, want.out) <= BF16
-    np.testing.assert_allclose(got.lse, want.lse, atol=2e-2)  # approximate exponentials of bfloat16 products
+    # products of bfloat16 numbers are exact in float32, their sums and ex2.approx err by some 2**-20
+    np.testing.assert_allclose(got.lse, want.lse, atol=1e-3)
 
 
 SHAPES = [
