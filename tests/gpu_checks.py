@@ -78,7 +78,7 @@ def relative(got, want) -> float:
 
     What is got must be finite. Random rounding makes the worst slice of n numbers err less than 1.5 + 8/√n times as
     much as all (attention in bfloat16: 1.6 times for n = 1024; normal errors: 5 times for n = 1), so a slice's error
-    is divided by that; one wrong element in a row of 4096 then is 1.3e-2. A slice of small numbers counts as a mean one.
+    is divided by that; a wrong element in a row of 4096 then is 1.3e-2. A slice of small numbers counts as a mean one.
     """
     got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
     assert np.isfinite(got).all()

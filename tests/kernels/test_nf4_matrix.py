@@ -21,7 +21,8 @@ def shape(out, width, double_quant=True):
     return NF4(codes, jax.ShapeDtypeStruct((out, width // 64), jnp.uint8), scales, offset)
 
 
-QKV, GATE_UP, DOWN = ((4096, 4096), (1024, 4096), (1024, 4096)), ((14336, 4096),) * 2, ((4096, 14336),)
+QKV, O = ((4096, 4096), (1024, 4096), (1024, 4096)), ((4096, 4096),)
+GATE_UP, DOWN = ((14336, 4096),) * 2, ((4096, 14336),)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,9 @@ QKV, GATE_UP, DOWN = ((4096, 4096), (1024, 4096), (1024, 4096)), ((14336, 4096),
         (GATE_UP, (28672, 64), BF16, False, False),
         (DOWN, (64, 14336), BF16, True, False),
         (QKV, (6144, 192), E4M3, False, False),
+        (QKV, (4096, 256), E4M3, False, True),
+        (O, (4096, 64), E4M3, False, False),
+        (O, (4096, 128), E4M3, False, True),
         (GATE_UP, (4096, 192), E4M3, False, True),
         (DOWN, (14336, 128), E4M3, False, True),
         (DOWN, (64, 14336), E4M3, True, False),
