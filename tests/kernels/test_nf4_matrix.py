@@ -117,6 +117,11 @@ def load(ref, offset, kind, alignment):
     return ref.ravel().view(np.uint8)[offset[..., None] + np.arange(size)].view(kind)[..., 0]
 
 
+def load_words(ref, offset, count):
+    assert np.all(offset % (4 * count) == 0)
+    return [load(ref, offset + np.uint32(4 * i), np.uint32, 4) for i in range(count)]
+
+
 def packed(low, high, itemsize):
     pair = np.stack([low, high], -1).astype(BF16 if itemsize == 2 else E4M3)
     return pair.view(np.uint32 if itemsize == 2 else np.uint16)[..., 0]
@@ -136,7 +141,7 @@ def numpy_for_threads(monkeypatch):
         "_f32": lambda: np.float32,
         "int32": np.uint32,
         "_load": load,
-        "_load_words": lambda ref, offset, n: [load(ref, offset + np.uint32(4 * i), np.uint32, 4) for i in range(n)],
+        "_load_words": load_words,
         "_value": lambda table, word, nibble: table[(word >> np.uint32(4 * nibble)) & np.uint32(15)],
         "_packed": packed,
         "_store_words": Written.store,
