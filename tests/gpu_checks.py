@@ -76,9 +76,10 @@ def kernels_in(function: Callable, *arguments) -> int:
 def relative(got, want) -> float:
     """Norm of the difference over the norm: of all, or of the worst row, column, …, if that is far worse than all.
 
-    What is got must be finite. Random rounding makes the worst slice of n numbers err less than 1.5 + 8/√n times as
-    much as all (attention in bfloat16: 1.6 times for n = 1024; normal errors: 5 times for n = 1), so a slice's error
-    is divided by that; a wrong element in a row of 4096 then is 1.3e-2. A slice of small numbers counts as a mean one.
+    What is got must be finite. A slice of n numbers, of mean size if it is smaller, may err 2.5 + 8/√n times as much as
+    all: the worst of normal errors is 5 times as large for n = 1 and 1.1 times for n = 1024, but the gradient of the
+    query of a document's second token, rounded to bfloat16, was seen to err 3.5 times as much for n = 512. One wrong
+    number in a row of 4096 that is otherwise exact counts as 8e-3.
     """
     got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
     assert np.isfinite(got).all()
@@ -88,5 +89,5 @@ def relative(got, want) -> float:
         others = tuple(i for i in range(want.ndim) if i != axis)
         errors, squares = error.sum(others), square.sum(others)
         worst = np.sqrt((errors / np.maximum(squares, squares.mean())).max())
-        found.append(worst / (1.5 + 8 / np.sqrt(want.size / len(squares))))
+        found.append(worst / (2.5 + 8 / np.sqrt(want.size / len(squares))))
     return float(max(found))
