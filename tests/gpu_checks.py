@@ -67,8 +67,27 @@ def poisoned(function: Callable) -> Callable:
     return call
 
 
+def kernels_in(function: Callable, *arguments) -> int:
+    """How many of our kernels the program of a GPU calls, as it is before XLA compiles it."""
+    traced = jax.jit(lambda *given: function(*given)).trace(*arguments)
+    return traced.lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu")
+
+
 def relative(got, want) -> float:
-    """Norm of the difference over the norm; what is got must be finite."""
+    """Norm of the difference over the norm: of all, or of the worst row, column, …, if that is far worse than all.
+
+    What is got must be finite. A slice of n numbers, of mean size if it is smaller, may err 2.5 + 8/√n times as much as
+    all: the worst of normal errors is 5 times as large for n = 1 and 1.1 times for n = 1024, but the gradient of the
+    query of a document's second token, rounded to bfloat16, was seen to err 3.5 times as much for n = 512. One wrong
+    number in a row of 4096 that is otherwise exact counts as 8e-3.
+    """
     got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
     assert np.isfinite(got).all()
-    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+    error, square = (got - want) ** 2, want**2
+    found = [np.sqrt(error.sum() / square.sum())]
+    for axis in range(want.ndim):
+        others = tuple(i for i in range(want.ndim) if i != axis)
+        errors, squares = error.sum(others), square.sum(others)
+        worst = np.sqrt((errors / np.maximum(squares, squares.mean())).max())
+        found.append(worst / (2.5 + 8 / np.sqrt(want.size / len(squares))))
+    return float(max(found))

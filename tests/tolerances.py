@@ -13,6 +13,8 @@ SAMPLED_LOGPROBS = (
 )
 GPU_LOGITS = 2e-5  # the same on a GPU, float32 products: other summation orders
 BF16 = 6e-3  # bfloat16 kernels against float32 references, norm of the difference over the norm
+# Losses and log-probabilities from bfloat16 arrays, relative: products are exact in float32, the order of sums differs.
+BF16_LOSS_SUM = 1e-4
 LLAMA_CPP_LOGITS = 1e-4  # float32 logits of llama.cpp for a float32 .gguf file against transformers
 LLAMA_CPP_GELU = 2e-3  # the same where the MLP has GELU, which llama.cpp looks up in a table of 16-bit floats
 GGUF_BLOCKS = 0.98  # part of the K-quant blocks made in JAX that are those of the exact NumPy path, at least

@@ -28,7 +28,10 @@ _HIDDEN = -1e30  # a masked score
 
 
 class Attended(NamedTuple):
-    """Output normalised over the columns seen [B, K, M, h], and their log-sum-exp, float32 [B, K, M]; -inf: none."""
+    """Output normalised over the columns seen [B, K, M, h], and their log-sum-exp, float32 [B, K, M].
+
+    0 and -inf where none is seen.
+    """
 
     out: jax.Array
     lse: jax.Array
@@ -57,9 +60,9 @@ def reference(
 
 
 def merge(parts: list[Attended]) -> jax.Array:
-    """One softmax over the columns of all parts; at least one column is seen. [B, K, M, h] in their dtype."""
+    """One softmax over the columns of all parts; 0 where none sees any. [B, K, M, h] in their dtype."""
     lse = jnp.stack([part.lse for part in parts])
-    shares = jax.nn.softmax(lse, axis=0)
+    shares = jax.nn.softmax(jnp.maximum(lse, _HIDDEN), axis=0)  # finite where nothing is seen
     out = jnp.zeros(parts[0].out.shape, jnp.float32)
     for part, share in zip(parts, shares, strict=True):
         out += part.out.astype(jnp.float32) * share[..., None]
@@ -90,7 +93,7 @@ def decode_attention(
 
     Args:
       q: [B, K, M, h]. k, v: [B, K, S, h].
-      first, end: int32 [B], the columns that are seen: 0 <= first <= end <= S.
+      first, end: int32 [B], the columns that are seen: 0 <= first, end <= S; none where end <= first.
       softcap: scores become softcap·tanh(scores/softcap).
     """
     if not supported(q, k, softcap):
@@ -176,7 +179,7 @@ def _add_values_twin(acc: jax.Array, weights: jax.Array, values) -> jax.Array:
 def _my_chunks(first: jax.Array, end: jax.Array, splits: int) -> tuple[jax.Array, jax.Array]:
     """First and last + 1 chunk of the columns that this CTA reads."""
     part, before = lax.axis_index("part"), lax.div(first, CHUNK)
-    chunks = jnp.maximum(lax.div(end + CHUNK - 1, CHUNK) - before, 0)
+    chunks = jnp.where(first < end, lax.div(end + CHUNK - 1, CHUNK) - before, 0)
     return before + lax.div(part * chunks, splits), before + lax.div((part + 1) * chunks, splits)
 
 
@@ -238,9 +241,9 @@ def _attend(add_values, bounds, q, k, v, out, lse, *, q_s, stages: _Stages, lse_
     by_row = layout.reduce(1)
     start = full((ROWS, h), 0, layout), full((ROWS,), _HIDDEN, by_row), full((ROWS,), 0, by_row)
     acc, top, total = lax.fori_loop(begin, stop, chunk, start)
-    seen = jnp.maximum(total, 1e-37)  # a part without a column: 0, and a log-sum-exp that weighs nothing
+    seen = jnp.maximum(total, 1e-37)  # a part without a column: 0, and a log-sum-exp of -inf
     q_s[...] = (acc / lax.broadcast_in_dim(seen, acc.shape, [0])).astype(q_s.dtype)
-    lse_s[...] = top / _LOG2E + jnp.log(seen)
+    lse_s[...] = top / _LOG2E + jnp.log(total)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(q_s.at[pl.ds(0, rows)], out.at[part, batch, head, mine])
     plgpu.copy_smem_to_gmem(lse_s.at[pl.ds(0, rows)], lse.at[part, batch, head, mine])

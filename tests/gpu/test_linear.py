@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gpu_checks import Draws, poisoned, relative
+from gpu_checks import Draws, kernels_in, poisoned, relative
 from tolerances import BF16, FP8, FP8_GRADIENT
 
 from jaxtune.kernels import fp8, gated_mlp, linear, target
-from jaxtune.kernels.fp8_mlp import fp8_gated_mlp
+from jaxtune.kernels.fp8_mlp import _through, fp8_gated_mlp
 from jaxtune.kernels.keep import keeping
 from jaxtune.kernels.linear import Adapter, adapted_linear
-from jaxtune.quant import quantize_nf4
+from jaxtune.quant import dequantize_nf4, quantize_nf4
 
 pytestmark = pytest.mark.gpu
 TOKENS = 2, 512
@@ -33,8 +33,10 @@ def layers(draws, shapes, ranks):
     return weights, tuple(adapters)
 
 
-def errors(function, exact, draws, width, out, weights, adapters) -> tuple[float, float, list[float]]:
-    """Relative errors of y, of dx and of the adapters' gradients."""
+def errors(
+    function, exact, draws, width, out, weights, adapters, kernels
+) -> tuple[float, float, list[float]]:
+    """Relative errors of y, of dx and of the adapters' gradients; kernels: how many are called at least."""
     x, dy = (draws.normal(*TOKENS, size, dtype=jnp.bfloat16) for size in (width, out))
 
     def probe(product):
@@ -44,6 +46,7 @@ def errors(function, exact, draws, width, out, weights, adapters) -> tuple[float
 
         return run
 
+    assert kernels_in(probe(function), x, adapters, dy) >= kernels
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (x, adapters, dy))
     with jax.default_matmul_precision("highest"):
         want = probe(exact)(*wide)
@@ -56,8 +59,14 @@ def errors(function, exact, draws, width, out, weights, adapters) -> tuple[float
 def test_the_joined_product(width, outs, ranks):
     draws = Draws()
     weights, adapters = layers(draws, [(out, width) for out in outs], ranks)
-    y, dx, rest = errors(adapted_linear, linear.reference, draws, width, sum(outs), weights, adapters)
+    y, dx, rest = errors(
+        adapted_linear, linear.reference, draws, width, sum(outs), weights, adapters, kernels=2
+    )
     assert max(y, dx, *rest) <= BF16
+
+
+def joined8(x, weights, adapters):
+    return jnp.concatenate(fp8.fp8_linear(x, weights, adapters), axis=-1)
 
 
 @pytest.mark.parametrize("width, outs, ranks", [*LAYERS, (1024, (1024, 256, 256), (8, None, 4))])
@@ -65,18 +74,51 @@ def test_the_product_in_8_bits(width, outs, ranks):
     """The adapters' gradients are two 16-bit products in a row."""
     draws = Draws()
     weights, adapters = layers(draws, [(out, width) for out in outs], ranks)
-    joined = lambda x, w, a: jnp.concatenate(fp8.fp8_linear(x, w, a), axis=-1)  # noqa: E731
-    y, dx, rest = errors(joined, linear.reference, draws, width, sum(outs), weights, adapters)
+    y, dx, rest = errors(joined8, linear.reference, draws, width, sum(outs), weights, adapters, kernels=2)
     assert y <= FP8 and dx <= FP8_GRADIENT and max(rest) <= 2 * BF16
 
 
+def whole8(weights):
+    """The weights one below the other as their 8-bit numbers say them, float32."""
+    return jnp.concatenate([fp8.rounded(dequantize_nf4(w), fp8.E4M3, axis=None) for w in weights])
+
+
 def test_the_product_in_8_bits_is_that_of_the_rounded_numbers():
+    """Both ways. The adapter's part is about as large as the weights', so that what either loses is seen."""
     draws = Draws()
     weights, adapters = layers(draws, [(1024, 1024), (256, 1024)], (16, 16))
-    x = draws.normal(512, 1024, dtype=jnp.bfloat16)
+    adapters = jax.tree.map(lambda leaf: 2 * leaf, adapters)
+    x, dy = (draws.normal(512, width, dtype=jnp.bfloat16) for width in (1024, 1280))
+
+    def both_ways(x, dy):
+        y, vjp = jax.vjp(lambda x: joined8(x, weights, adapters), x)
+        return y, *vjp(dy)
+
     with jax.default_matmul_precision("highest"):
-        want = fp8.reference(x, weights, adapters)
-    for ours, theirs in zip(poisoned(fp8.fp8_linear)(x, weights, adapters), want, strict=True):
+        through = dy @ linear.joined_b(weights, adapters).T.astype(jnp.float32)
+        through = through @ linear.joined_a(adapters).T.astype(jnp.float32)
+        back = fp8.rounded(dy.astype(jnp.float32), fp8.E5M2) @ whole8(weights) + through
+        want = jnp.concatenate(fp8.reference(x, weights, adapters), axis=1), back
+    for ours, theirs in zip(poisoned(both_ways)(x, dy), want, strict=True):
+        assert relative(ours, theirs) <= BF16
+
+
+@pytest.mark.parametrize("kind", [fp8.E4M3, fp8.E5M2])
+def test_what_8_bit_numbers_give_to_an_adapter_in_the_same_product(kind):
+    """Forwards through down, backwards through gate and up. The adapter's product is rounded between its two."""
+    draws, backwards = Draws(), kind is fp8.E5M2
+    weights, _ = layers(draws, [(768, 1024), (256, 1024)], (None, None))
+    width = out = 1024
+    left = draws.normal(512, width).astype(kind.dtype)
+    scale = draws.powers_of_two(512, 1)
+    into, after = (0.2 * draws.normal(*shape, dtype=jnp.bfloat16) for shape in ((width, 16), (16, out)))
+    exact = left.astype(jnp.float32) * scale
+    with jax.default_matmul_precision("highest"):
+        inner = exact @ into.astype(jnp.float32)
+        w = whole8(weights)
+        want = exact @ (w if backwards else w.T) + inner @ after.astype(jnp.float32), inner
+    got = poisoned(lambda left, scale: _through(left, scale, weights, backwards, into, after))(left, scale)
+    for ours, theirs in zip(got, want, strict=True):
         assert relative(ours, theirs) <= BF16
 
 
@@ -114,7 +156,7 @@ def test_the_mlp(monkeypatch, ffn, way, ranks):
     weights, adapters = mlp(draws, 512, ffn, ranks)
     assert gated_mlp.supported(jax.ShapeDtypeStruct((*TOKENS, 512), jnp.bfloat16), weights, adapters)
     with keeping(frozenset({"gate_up"} if way == "kept" else ())):
-        found = errors(gated_mlp.gated_mlp, three_layers, draws, 512, 512, weights, adapters)
+        found = errors(gated_mlp.gated_mlp, three_layers, draws, 512, 512, weights, adapters, kernels=5)
     y, dx, rest = found
     assert max(y, dx, *rest) <= 2 * BF16
 
@@ -124,5 +166,5 @@ def test_the_mlp_in_8_bits(ranks):
     """As on a CPU: three products in a row, errors add in squares."""
     draws = Draws()
     weights, adapters = mlp(draws, 512, 1536, ranks)
-    y, dx, rest = errors(fp8_gated_mlp, three_layers, draws, 512, 512, weights, adapters)
+    y, dx, rest = errors(fp8_gated_mlp, three_layers, draws, 512, 512, weights, adapters, kernels=6)
     assert y <= 2 * FP8 and max(dx, *rest) <= 2 * FP8_GRADIENT

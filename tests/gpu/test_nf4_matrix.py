@@ -15,6 +15,23 @@ LEAST = {BF16: 0.0, E4M3: 2.0**-10}  # half a unit of the smallest numbers
 DIFFERING = 1e-3  # part of the elements that rounding a scale's sum once or twice may move to the neighbour
 
 
+KV, FFN = 1024, 14336  # of an 8B model
+OF_8B = [
+    ((4096, KV, KV), 4096, (4096 + 2 * KV, 64), BF16, False, False),
+    ((FFN, FFN), 4096, (2 * FFN, 64), BF16, False, False),
+    ((4096,), FFN, (64, FFN), BF16, True, False),
+    ((4096,), 4096, (4096, 64), E4M3, False, False),
+    ((4096, KV, KV), 4096, (4096, 256), E4M3, False, True),
+    ((FFN, FFN), 4096, (4096, 192), E4M3, False, True),
+    ((FFN, FFN), 4096, (64, 2 * FFN), E4M3, True, True),
+]
+
+
+@pytest.mark.parametrize("outs, width, extra, dtype, below, transposed", OF_8B)
+def test_layers_of_an_8b_model(outs, width, extra, dtype, below, transposed):
+    check(outs, width, extra, dtype, below, transposed, double_quant=True)
+
+
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize(
     "outs, width, extra, dtype, below, transposed",
@@ -29,6 +46,10 @@ DIFFERING = 1e-3  # part of the elements that rounding a scale's sum once or twi
     ],
 )
 def test_the_kernel_is_the_reference(outs, width, extra, dtype, below, transposed, double_quant):
+    check(outs, width, extra, dtype, below, transposed, double_quant)
+
+
+def check(outs, width, extra, dtype, below, transposed, double_quant):
     if target.capability() != (9, 0):
         pytest.skip(f"the kernel is for sm_90, this is {target.capability()}")
     draws = Draws()

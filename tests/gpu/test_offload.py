@@ -19,12 +19,16 @@ from jaxtune.step import make_train_step
 
 pytestmark = pytest.mark.gpu
 ROWS, TOKENS, STEPS = 4, 2048, 4
+WIDTH, LAYERS = 1024, 12
 
 
 def _trained(text: str, seed: int) -> dict[str, np.ndarray]:
-    """Adapters after a few large steps of SGD: each depends on the gradients of all before it."""
+    """Adapters after a few large steps of SGD: each depends on the gradients of all before it.
+
+    The compiled step holds the layers' inputs in host memory where they are to wait there: most of them at least.
+    """
     config = LlamaConfig(
-        hidden_size=1024, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
+        hidden_size=WIDTH, intermediate_size=2048, num_hidden_layers=LAYERS, num_attention_heads=8,
         num_key_value_heads=4, head_dim=128, vocab_size=512, max_position_embeddings=TOKENS,
     )  # fmt: skip
     module = models.build(config, jnp.bfloat16, nf4=True)
@@ -49,8 +53,12 @@ def _trained(text: str, seed: int) -> dict[str, np.ndarray]:
         SimpleNamespace(graphdef=nnx.graphdef(module), module=module), optimizer, remat=Remat.parse(text)
     )
     state = optimizer.init(trainable)
+    compiled = step.lower(trainable, state, base, batch, jax.random.key(0)).compile()
+    if text.endswith("offload"):
+        on_host = compiled.memory_analysis().host_temp_size_in_bytes
+        assert on_host > LAYERS * ROWS * TOKENS * WIDTH * jnp.bfloat16.dtype.itemsize / 2
     for n in range(STEPS):
-        trainable, state, _ = step(trainable, state, base, batch, jax.random.key(n))
+        trainable, state, _ = compiled(trainable, state, base, batch, jax.random.key(n))
     return jax.device_get(trainable)
 
 

@@ -104,6 +104,15 @@ def test_few_rows_compile_for_cuda(group, rows):
     assert text.count("custom_call @mosaic_gpu") == 1
 
 
+@pytest.mark.parametrize("rank, warpgroups", [(128, 1), (40, 1), (8, 2)])
+def test_other_ranks_compile_for_cuda(rank, warpgroups):
+    assert config_for(64, GROUPS["qkv"][1], rank).warpgroups == warpgroups
+    with target.tracing_for((9, 0)):
+        program = jax.jit(lambda *a: adapted_linear(*a)).trace(*shapes(64, *GROUPS["qkv"], rank))
+        text = program.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
 def test_what_is_supported():
     bf16, shape = jnp.bfloat16, [(4096, 4096)]
     assert not supported(8, bf16, shape, 16)  # no Hopper GPU here
