@@ -30,11 +30,8 @@ DIGITS, LETTERS = string.digits, string.ascii_letters
 # What the first formulas are made of, and how many symbols at most.
 BEGINNING = [(DIGITS, 1), (DIGITS, 4), (DIGITS + LETTERS, 4)]
 BEGINNERS = 0.04  # of the rows, for each
-SHORTEST, LONGEST = (
-    6,
-    150,
-)  # characters of the formulas after them at first and once GROWN of the rows are there
-GROWN = 0.6
+# Characters, at most, of the formulas after them: at first, and once this share of the rows is there.
+SHORTEST, LONGEST, GROWN = 6, 150, 0.6
 EASIER = 0.25  # of the rows are as an earlier one, so that what was learned is not forgotten
 REAL = 0.08  # of the rows are the folder's own, once formulas have begun
 CELL = 16  # pixels of an image token's side
@@ -111,10 +108,18 @@ def rows(numbers: range, count: int, given: Formulas, workers: int) -> Iterator[
 
 
 def write(out: Path, count: int, given: Formulas, workers: int) -> None:
-    """Files of `SHARD` rows; those that are there are left as they are."""
+    """Files of `SHARD` rows; those that are there are left as they are.
+
+    Raises:
+        FileExistsError: there are files of another count, whose formulas grow otherwise.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    if others := [path.name for path in out.glob("*.parquet") if not path.name.startswith(f"{count}-")]:
+        raise FileExistsError(
+            f"{out} has {others[0]}, not one of {count} rows; name another folder or its count"
+        )
     for first in range(0, count, SHARD):
-        path = out / f"{first // SHARD:05d}.parquet"
+        path = out / f"{count}-{first // SHARD:05d}.parquet"
         numbers = range(first, min(first + SHARD, count))
         if path.exists():
             continue

@@ -95,6 +95,11 @@ def differentiated(function: Callable) -> Callable:
     return both
 
 
+def size(tree) -> float:
+    """Bytes of arrays or shapes."""
+    return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)))
+
+
 def room() -> float:
     """Bytes of this GPU that programs may have."""
     return (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
@@ -108,7 +113,7 @@ def layer_cases(
     def step(dy, x, weights, adapters):
         return differentiated(lambda x, adapters: product(x, weights, adapters))(dy, x, adapters)
 
-    moved = float(sum(leaf.nbytes for leaf in jax.tree.leaves((arguments[:2], dy))))
+    moved = size((arguments[:2], dy))
     yield Case(name, product, arguments, flops, moved, rate=rate)
     yield Case(f"{name}, both ways", step, (dy, *arguments), 2 * flops, 2 * moved, rate=rate)
 
@@ -117,7 +122,7 @@ def linear_cases(rows: int) -> Iterator[Case]:
     for name, (width, outs) in GROUPS.items():
         total = sum(outs)
         weights, adapters = layers(width, outs)
-        stored = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+        stored = size(weights)
         x, w = random(1, rows, width), random(3, total, width)
         dys = [random(2 + i, rows, out) for i, out in enumerate(outs)]
         dy, arguments, flops = (
@@ -223,8 +228,7 @@ def loss_cases(rows: int) -> Iterator[Case]:
 
 def pair(name: str, plain: Callable, shipped: Callable, arguments: tuple) -> Iterator[Case]:
     """Both versions of what reads its arguments once and writes its results once."""
-    leaves = jax.tree.leaves((arguments, jax.eval_shape(plain, *arguments)))
-    moved = float(sum(leaf.size * leaf.dtype.itemsize for leaf in leaves))
+    moved = size((arguments, jax.eval_shape(plain, *arguments)))
     for label, call in (("plain", plain), ("shipped", shipped)):
         yield Case(f"{name}: {label}", call, arguments, 0, moved)
 
@@ -243,8 +247,7 @@ def matrix_pair(
         return nf4_matrix.nf4_matrix(weights, extra, scale=scale, **options)
 
     weights = frozen(width, outs)
-    leaves = jax.tree.leaves((weights, extra, jax.eval_shape(plain, extra, weights, scale)))
-    moved = float(sum(leaf.size * leaf.dtype.itemsize for leaf in leaves))
+    moved = size((weights, extra, jax.eval_shape(plain, extra, weights, scale)))
     sets = [(frozen(width, outs, copy), scale) for copy in range(1 + int(ROTATING / moved))]
     for label, call in (("plain", plain), ("shipped", shipped)):
         yield chained(call, sets, extra, 0, moved, f"matrix {group} {name}: {label}")

@@ -1,27 +1,15 @@
 """scripts/bench/kernels.py: its cases, traced for a GPU that is not there and without the memory of their shapes."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
 
 from jaxtune.kernels import target
 
-BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
-OURS = ("kernels", "measuring", "overlap", "roofline")
-
 
 @pytest.fixture
-def kernels(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    for name in OURS:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield importlib.import_module("kernels")
-    for name in OURS:
-        sys.modules.pop(name, None)
+def kernels(bench_module):
+    return bench_module("kernels")
 
 
 OURS_IN = (

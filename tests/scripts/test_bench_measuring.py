@@ -1,24 +1,14 @@
 """scripts/bench/measuring.py: a machine's ceilings come from a process of their own."""
 
-import importlib
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
-OURS = ("measuring", "overlap", "roofline")
-
 
 @pytest.fixture
-def measuring(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    for name in OURS:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield importlib.import_module("measuring")
-    for name in OURS:
-        sys.modules.pop(name, None)
+def measuring(bench_module):
+    return bench_module("measuring")
 
 
 def test_there_are_none_without_a_gpu(measuring, monkeypatch, capsys):

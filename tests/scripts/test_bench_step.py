@@ -1,26 +1,15 @@
 """scripts/bench/step.py checks its arguments, and knows what to try where a batch does not fit."""
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
-OURS = ("step", "measuring", "overlap", "plain", "roofline")
-
 
 @pytest.fixture
-def step(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    for name in OURS:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield importlib.import_module("step")
-    for name in OURS:
-        sys.modules.pop(name, None)
+def step(bench_module):
+    return bench_module("step")
 
 
 def test_rows_are_halved_then_tokens(step):

@@ -184,9 +184,11 @@ def test_what_is_trained_on(bench, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(drawing, "SHARD", 20)
     drawn = tmp_path / "drawn"
     drawing.write(drawn, 50, drawing.Formulas([], [], set()), 1)
-    assert sorted(path.name for path in drawn.iterdir()) == [f"0000{i}.parquet" for i in range(3)]
+    assert sorted(path.name for path in drawn.iterdir()) == [f"50-0000{i}.parquet" for i in range(3)]
     monkeypatch.setattr(drawing, "rows", lambda *_: 1 / 0)
     drawing.write(drawn, 50, drawing.Formulas([], [], set()), 1)
+    with pytest.raises(FileExistsError, match=r"50-0000\d.parquet, not one of 60 rows"):
+        drawing.write(drawn, 60, drawing.Formulas([], [], set()), 1)
     texts = load_dataset("parquet", data_files=str(drawn / "*.parquet"), split="train")["text"]
     assert [text.replace(" ", "") for text in texts] == [str(number) for number in range(50)]
 

@@ -35,10 +35,8 @@ def test_a_tiny_model(tmp_path):
         )
 
 
-def test_plain_decode_attention(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    from plain import plain
-
+def test_plain_decode_attention(bench_module):
+    plain = bench_module("plain").plain
     q, cache = (jax.ShapeDtypeStruct((2, 4, n, 64), jnp.bfloat16) for n in (1, 256))
     ends = jax.ShapeDtypeStruct((2,), jnp.int32)
 

@@ -1,21 +1,11 @@
 """What the benchmarks say of transfers beside compute, on small programs and on a profile's events."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
-
-BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
 
 
 @pytest.fixture
-def overlap(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    monkeypatch.delitem(sys.modules, "roofline", raising=False)
-    yield importlib.import_module("overlap")
-    for name in ("overlap", "roofline"):
-        sys.modules.pop(name, None)
+def overlap(bench_module):
+    return bench_module("overlap")
 
 
 PROGRAM = """HloModule step, is_scheduled=true
