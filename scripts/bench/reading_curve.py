@@ -247,7 +247,7 @@ def formulas(given: argparse.Namespace) -> Task:
         f"{count} of {len(drawn)} rows drawn; {len(held_out)} held out; left out: {dict(left_out)}",
         flush=True,
     )
-    chosen = drawn.select(i * len(drawn) // count for i in range(count))
+    chosen = drawn.select([i * len(drawn) // count for i in range(count)])
     rows = [conversation(row["image"], row["text"]) for row in chosen]
     asked = [read_row(*pair) for pair in held_out[: given.limit]]
     return Task(rows, asked, in_order=True, max_length=448, max_new_tokens=160, form=normal)
