@@ -20,6 +20,7 @@ FINER = 2  # times, then made smaller, as the real pictures are
 INK = 200  # grey levels below are ink
 DOCUMENT = r"\documentclass[12pt]{article}\usepackage{amsmath,amssymb}\begin{document}"
 WRONG = re.compile(r"^\./formulas\.tex:(\d+): ", re.MULTILINE)
+PAGE = re.compile(r"\[(\d+)(?: \((\d+)\))?")  # the picture's number, and the page's where it is another
 
 LATIN = list("abcdefghijklmnopqrstuvwxyz"), list("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 GREEK = (
@@ -157,33 +158,22 @@ def draw(sources: list[str], chance: random.Random) -> list[Image.Image | None]:
 
     Raises:
         FileNotFoundError: latex or dvipng is not there.
-        RuntimeError: LaTeX made another number of pictures.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pages = (rf"\shipout\hbox{{$\displaystyle {text}$}}" for text in sources)
-        (folder / "formulas.tex").write_text("\n".join([DOCUMENT, *pages, r"\end{document}"]))
+        # A page bears its formula's number: after a mistake LaTeX may set it later, or two on one page.
+        pages = (rf"\count0={i}\shipout\hbox{{$\displaystyle {text}$}}" for i, text in enumerate(sources))
+        end = rf"\count0={len(sources)}\end{{document}}"
+        (folder / "formulas.tex").write_text("\n".join([DOCUMENT, *pages, end]))
         latex = ["latex", "-interaction=nonstopmode", "-file-line-error", "formulas.tex"]
         said = subprocess.run(latex, cwd=folder, capture_output=True, text=True, errors="replace").stdout
         wrong = {int(line) - 2 for line in WRONG.findall(said)}
-        dvipng = [
-            "dvipng",
-            "-q",
-            "-D",
-            str(DPI * FINER),
-            "-T",
-            "tight",
-            "-z",
-            "1",
-            "-o",
-            "%d.png",
-            "formulas.dvi",
+        dvipng = f"dvipng -D {DPI * FINER} -T tight -z 1 -o %d.png formulas.dvi".split()
+        said = subprocess.run(dvipng, cwd=folder, capture_output=True, text=True, check=True).stdout
+        drawn = {int(page or picture): folder / f"{picture}.png" for picture, page in PAGE.findall(said)}
+        return [
+            _smaller(drawn[i], chance) if i in drawn and i not in wrong else None for i in range(len(sources))
         ]
-        subprocess.run(dvipng, cwd=folder, capture_output=True, check=True)
-        made = len([*folder.glob("*.png")])
-        if made != len(sources):
-            raise RuntimeError(f"LaTeX made {made} pictures of {len(sources)} formulas: {said[-300:]}")
-        return [None if i in wrong else _smaller(folder / f"{i + 1}.png", chance) for i in range(made)]
 
 
 def _smaller(path: Path, chance: random.Random) -> Image.Image:

@@ -13,7 +13,7 @@ TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|\S", re.DOTALL)
 UNSEEN = re.compile(  # with their arguments
     r"\\(?:label|[hv]space|tag)\*?\s*\{[^{}]*\}|\\[hv]skip\s*-?[\d.]+\s*[a-z]{2}|\\[hv]fill?\b|\$"
 )
-BREAKS = re.compile(r"(\s|\\\\)+$")  # at the end
+BREAKS = re.compile(r"[\s\\]+$")  # at the end
 TABLE = re.compile(r"\\begin|\\cr\b|&|\\p?matrix|\\cases|\\\\")
 SIZES = "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr bigm Bigm".split()
 STYLES = "displaystyle textstyle scriptstyle small scriptsize footnotesize tiny normalsize boldmath unboldmath it mit"

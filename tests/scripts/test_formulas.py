@@ -45,6 +45,7 @@ def bench():
         (r"{}^{*}T^\mu{}_\nu {x^2}^3", r"{}^*T^\mu{}_\nu{x^2}^3"),
         (r"%a 50\% %b", r"a50\%"),
         (r"x = 1 \nonumber\\", "x=1"),
+        (r"x = 1.\ ", "x=1."),
         (r"\frac{a}{b", r"\frac{a}{b}"),  # what a model may write
         (r"}x^", "x"),
         ("", ""),
@@ -91,16 +92,19 @@ def test_sources(bench):
 
 @needs_latex
 def test_pictures(bench):
-    """What LaTeX takes is drawn whole, and what it does not is none; a letter is as large as in real pictures, 7 pixels
-    without ascenders."""
+    """What LaTeX takes is drawn whole, and what it does not is none, whatever it does to the pages after it; a letter
+    is as large as in real pictures, 7 pixels without ascenders."""
     images = bench["formula_images"]
     known = [r"E=mc^2+\frac{\mathrm{vib}}{T_{ij}'}.", r"\int_0^1dx\sqrt{\hat{\phi}(x)}-\{\lambda,Q\}=[a,b]"]
     parts = images.terms(known)
     texts = [images.invent(random.Random(seed), known, parts, 60) for seed in range(40)]
     sources = [images.source(text, random.Random(0)) for text in ["x", "x" * 40, *texts]]
-    sources[5:5] = [r"\nosuch", r"a_\min", "b}"]
-    drawn = images.draw(sources, random.Random(0))
-    assert drawn[5:8] == [None] * 3 and None not in drawn[:5] + drawn[8:]
+    wrong = [r"\nosuch", r"a_\min", "b}", "y\\"]
+    sources[5:5] = wrong
+    drawn = images.draw([*sources, "x" * 40], random.Random(0))
+    end = 5 + len(wrong)
+    assert drawn[5:end] == [None] * len(wrong) and None not in drawn[:5] + drawn[end:]
+    assert abs(drawn[-1].width - drawn[1].width) <= 1  # not another's
     for picture in filter(None, drawn):
         grey = np.asarray(images.cut(picture, 16, random.Random(0)))
         assert grey.min() < 160 and grey.shape[0] % 16 == grey.shape[1] % 16 == 0
