@@ -2,8 +2,9 @@
 
     python scripts/bench/draw_formulas.py LATEX_OCR OUT --count 400000 --workers 2
 
-Digits, then letters, then formulas made at random (see formula_images.py) that grow, and the folder's own, of which
-none that it holds out (see formulas.labelled). A row is a picture and its label, with a space between any two symbols.
+Digits, then letters, then formulas made at random that grow, many of the parts of the folder's labels (see
+formula_images.py), none as it holds out (see formulas.labelled); of its pictures none. A row is a picture and its
+label, with a space between any two symbols.
 Needs LaTeX (TeX Live's texlive-latex-base and dvipng). What is there already is left as it is, so that a second call
 goes on.
 """
@@ -33,70 +34,57 @@ BEGINNERS = 0.04  # of the rows, for each
 # Characters, at most, of the formulas after them: at first, and once this share of the rows is there.
 SHORTEST, LONGEST, GROWN = 6, 150, 0.6
 EASIER = 0.25  # of the rows are as an earlier one, so that what was learned is not forgotten
-REAL = 0.08  # of the rows are the folder's own, once formulas have begun
 CELL = 16  # pixels of an image token's side
 BLOCK, SHARD = 1000, 50000  # rows of a run of LaTeX, and of a file
 FEATURES = Features({"image": ImageFeature(), "text": Value("string")})
 
 
 class Formulas(NamedTuple):
-    """What formulas are made of: the real ones' pictures and normal labels, their parts, and labels that are read."""
+    """What formulas are made of: known normal labels and their parts; and labels that are read, so not made."""
 
-    real: list[tuple[Path, str]]
+    known: list[str]
     parts: list[str]
     kept_out: set[str]
 
 
-class Planned(NamedTuple):
-    """A row's label, and its picture where that is a real one."""
-
-    text: str
-    path: Path | None = None
-
-
-def plan(share: float, given: Formulas, chance: random.Random) -> Planned:
-    """A row of which a share of all come before it: one of `BEGINNING`, then a formula like those known, and of their
-    parts, that may be the longer, the later it comes; or a real one."""
+def plan(share: float, given: Formulas, chance: random.Random) -> str:
+    """The label of a row of which a share of all come before it: one of `BEGINNING`, then a formula like those known,
+    and of their parts, that may be the longer, the later it comes."""
     share *= chance.random() if chance.random() < EASIER else 1
     stage = int(share / BEGINNERS)
     begun = BEGINNERS * len(BEGINNING)
     grown = min((share - begun) / (GROWN - begun), 1)
-    if stage >= len(BEGINNING) and given.real and chance.random() < REAL:
-        path, text = chance.choice(given.real)
-        return Planned(text, path)
-    known = [label for _, label in given.real]
     while True:
         if stage < len(BEGINNING):
             symbols, most = BEGINNING[stage]
             text = "".join(chance.choices(symbols, k=chance.randint(1, most)))
         else:
-            text = invent(chance, known, given.parts, int(SHORTEST + grown**2 * (LONGEST - SHORTEST)))
+            longest = int(SHORTEST + grown**2 * (LONGEST - SHORTEST))
+            text = invent(chance, given.known, given.parts, longest)
         if text not in given.kept_out:
-            return Planned(text)
+            return text
 
 
 def block(job: tuple[range, int, Formulas]) -> list[dict[str, Any]]:
     """The rows of these numbers, of a count of all."""
     numbers, count, given = job
     chance = random.Random(numbers.start)
-    planned = [plan(number / count, given, chance) for number in numbers]
+    texts = [plan(number / count, given, chance) for number in numbers]
     pictures: dict[int, Image.Image] = {}
-    while missing := [i for i, one in enumerate(planned) if one.path is None and i not in pictures]:
-        for i, picture in zip(
-            missing, draw([source(planned[i].text, chance) for i in missing], chance), strict=True
-        ):
+    while missing := [i for i in range(len(texts)) if i not in pictures]:
+        drawn = draw([source(texts[i], chance) for i in missing], chance)
+        for i, picture in zip(missing, drawn, strict=True):
             if picture is None:  # labels have commands that LaTeX does not know
-                planned[i] = plan(numbers[i] / count, given, chance)
+                texts[i] = plan(numbers[i] / count, given, chance)
             else:
                 pictures[i] = picture
-    return [row(one, pictures.get(i), chance) for i, one in enumerate(planned)]
+    return [row(text, pictures[i], chance) for i, text in enumerate(texts)]
 
 
-def row(planned: Planned, picture: Image.Image | None, chance: random.Random) -> dict[str, Any]:
+def row(text: str, picture: Image.Image, chance: random.Random) -> dict[str, Any]:
     file = io.BytesIO()
-    made = cut(picture or Image.open(planned.path), CELL, chance)
-    made.point(lambda level: round(level / 17) * 17).save(file, "PNG")  # 16 levels of grey: half the bytes
-    return {"image": {"bytes": file.getvalue(), "path": None}, "text": apart(planned.text)}
+    cut(picture, CELL, chance).save(file, "PNG")
+    return {"image": {"bytes": file.getvalue(), "path": None}, "text": apart(text)}
 
 
 def rows(numbers: range, count: int, given: Formulas, workers: int) -> Iterator[dict[str, Any]]:
@@ -142,7 +130,7 @@ def main() -> None:
     real, held_out, left_out = labelled(args.formulas, LONGEST)
     print(f"{len(real)} real formulas, {len(held_out)} held out, left out: {dict(left_out)}")
     texts = [text for _, text in real]
-    write(args.out, args.count, Formulas(real, terms(texts), {text for _, text in held_out}), args.workers)
+    write(args.out, args.count, Formulas(texts, terms(texts), {text for _, text in held_out}), args.workers)
 
 
 if __name__ == "__main__":

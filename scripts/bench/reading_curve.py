@@ -2,16 +2,17 @@
 
     python scripts/bench/reading_curve.py SMOLLM2_FOLDER --out reading --ocr FOLDER --workers 9
     python scripts/bench/reading_curve.py SMOLLM2_FOLDER --out digits --digits digits.npz --steps 600 --every 50
-    python scripts/bench/draw_formulas.py FOLDER DRAWN --count 384000
-    python scripts/bench/reading_curve.py SMOLLM2_FOLDER --out formulas --formulas FOLDER --drawn DRAWN --steps 6000 \
+    python scripts/bench/draw_formulas.py FOLDER DRAWN --count 512060
+    python scripts/bench/reading_curve.py SMOLLM2_FOLDER --out formulas --formulas FOLDER --drawn DRAWN --steps 8000 \
         --learning_rate 3e-4 --workers 15
     python scripts/bench/reading_curve.py SMOLLM2_FOLDER --steps 4 --batch 4 --rows 40 --limit 4 --side 64     # a CPU
 
 All weights are trained on lines that Pillow renders (words, sums, invoices, letters at random). Read are the images of
 --ocr, with metadata.jsonl (image, text); none of their texts is trained on. With --digits it trains on written digits
 (scikit-learn's: images uint8 [N, 8, 8] and labels) and reads of the last 400. With --formulas it trains on what
-draw_formulas.py made of the folder, in its order, easy ones first and none twice, and reads what the folder holds out;
-an answer has a space between any two symbols, and is compared with the label in the normal form of formulas.py.
+draw_formulas.py made, in its order, easy ones first and none twice, and reads the real pictures that the folder holds
+out, and the last that were drawn; an answer has a space between any two symbols, and is compared with the label in the
+normal form of formulas.py.
 Lines and digits are squares of SmolVLM, formulas keep their shape in Qwen2.5-VL. Writes curve.json and curve.png: the
 character error rate and the share of exact readings along the way; and readings.json, the last ones.
 Lines on one H200: six minutes.
@@ -24,7 +25,7 @@ import multiprocessing
 import random
 import string
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,16 +49,18 @@ import matplotlib.pyplot as plt
 DIGITS, LETTERS = string.digits, string.ascii_letters
 QUESTION = "Write out the text."
 HELD_OUT_DIGITS = 400
+ALIKE = 60  # of the formulas drawn are read
 DARK = [(0, 0, 0), (30, 40, 90), (110, 20, 20), (20, 80, 40), (60, 60, 60)]
 LIGHT = [(255, 255, 255), (255, 248, 225), (232, 240, 255), (238, 238, 238)]
 
 
 class Task(NamedTuple):
-    """Rows to train on, perhaps in this order, and to read; tokens of a row, and of an answer, at most; the form to
-    compare readings in."""
+    """Rows to train on, perhaps in this order, to read, and like those trained on to read too; tokens of a row, and of
+    an answer, at most; the form to compare readings in."""
 
     rows: list[dict]
     held_out: list[dict]
+    alike: Sequence[dict] = ()
     in_order: bool = False
     max_length: int = 160
     max_new_tokens: int = 24
@@ -141,8 +144,8 @@ class Curve:
     """Reads the images every so many steps, as a callback of the trainer, and writes the curve so far."""
 
     def __init__(self, model: Any, processor: Any, task: Task, every: int, out: Path):
-        self.model, self.processor, self.asked, self.out = model, processor, examples(task.held_out), out
-        self.every, self.max_new_tokens, self.form = every, task.max_new_tokens, task.form
+        self.model, self.processor, self.task, self.out, self.every = model, processor, task, out, every
+        self.asked, self.alike = examples(task.held_out), examples(task.alike)
         self.points: list[dict[str, float]] = []
         self.said: list[str] = []
         self.began = time.perf_counter()
@@ -155,18 +158,24 @@ class Curve:
 
     def read(self, step: int, loss: float | None) -> None:
         FastVisionModel.for_inference(self.model)
-        options = {"max_new_tokens": self.max_new_tokens, "batch_size": 100, "progress": False}
-        self.said = [*map(self.form, read_images(self.model, self.processor, self.asked, **options))]
-        rates = error_rates([one.reference for one in self.asked], self.said)
-        seconds = time.perf_counter() - self.began
-        point = {"step": step, "seconds": seconds, "loss": loss, "cer": rates.cer, "exact": rates.exact}
+        options = {"max_new_tokens": self.task.max_new_tokens, "batch_size": 100, "progress": False}
+        both = [*self.asked, *self.alike]
+        self.said = [*map(self.task.form, read_images(self.model, self.processor, both, **options))]
+        point = {"step": step, "seconds": time.perf_counter() - self.began, "loss": loss}
+        print(f"step {step:5d}, {point['seconds']:4.0f} s: loss {loss}", end="")
+        count = len(self.asked)
+        for name, asked, said in (
+            ("", self.asked, self.said[:count]),
+            ("alike_", self.alike, self.said[count:]),
+        ):
+            if asked:
+                rates = error_rates([self.task.form(one.reference) for one in asked], said)
+                point |= {f"{name}cer": rates.cer, f"{name}exact": rates.exact}
+                print(f", {name}CER {rates.cer:.1%}, {name}exact {rates.exact:.1%}", end="")
+        print(flush=True)
         self.points.append(point)
-        print(
-            f"step {step:5d}, {seconds:4.0f} s: loss {loss}, CER {rates.cer:.1%}, exact {rates.exact:.1%}",
-            flush=True,
-        )
         (self.out / "curve.json").write_text(json.dumps(self.points, indent=1))
-        pairs = [[one.reference, said] for one, said in zip(self.asked, self.said, strict=True)]
+        pairs = [[self.task.form(one.reference), said] for one, said in zip(both, self.said, strict=True)]
         (self.out / "readings.json").write_text(json.dumps(pairs, indent=1))
         draw(self.points, self.out / "curve.png")
         FastVisionModel.for_training(self.model)
@@ -213,6 +222,9 @@ def draw(points: list[dict[str, float]], path: Path) -> None:
     errors = [100 * min(point["cer"], 1.5) for point in points]
     axis.plot(steps, errors, "o-", ms=3, label="character errors")
     axis.plot(steps, [100 * point["exact"] for point in points], "s-", ms=3, label="read exactly")
+    if "alike_cer" in points[0]:
+        alike = [100 * min(point["alike_cer"], 1.5) for point in points]
+        axis.plot(steps, alike, "^:", ms=3, label="character errors, drawn ones")
     axis.set(xlabel="step", ylabel="%", ylim=(0, 155))
     axis.legend()
     figure.tight_layout()
@@ -234,23 +246,28 @@ def lines(given: argparse.Namespace, tokenizer: Any) -> Task:
 
 
 def formulas(given: argparse.Namespace) -> Task:
-    """Of the rows drawn as many as are trained on, evenly."""
+    """Of the rows drawn but the last as many as are trained on, evenly."""
     _, held_out, left_out = labelled(given.formulas, LONGEST)
     drawn = load_dataset("parquet", data_files=str(given.drawn / "*.parquet"), split="train")
     drawn = drawn.cast_column("image", ImageFeature(decode=False))
-    count = given.steps * given.batch
-    if count > len(drawn):
+    count, most = given.steps * given.batch, len(drawn) - ALIKE
+    if count > most:
         raise SystemExit(
-            f"{given.drawn} has {len(drawn)} rows, {given.steps} steps of {given.batch} need {count}"
+            f"{given.drawn} has {len(drawn)} rows, {given.steps} steps of {given.batch} and {ALIKE} to read need "
+            f"{count + ALIKE}"
         )
     print(
         f"{count} of {len(drawn)} rows drawn; {len(held_out)} held out; left out: {dict(left_out)}",
         flush=True,
     )
-    chosen = drawn.select([i * len(drawn) // count for i in range(count)])
-    rows = [conversation(row["image"], row["text"]) for row in chosen]
+    chosen = [i * most // count for i in range(count)]
+    rows = [
+        conversation(row["image"], row["text"]) for row in drawn.select([*chosen, *range(most, len(drawn))])
+    ]
     asked = [read_row(*pair) for pair in held_out[: given.limit]]
-    return Task(rows, asked, in_order=True, max_length=448, max_new_tokens=160, form=normal)
+    return Task(
+        rows[:count], asked, rows[count:], in_order=True, max_length=448, max_new_tokens=160, form=normal
+    )
 
 
 def read_row(path: Path, text: str) -> dict[str, Any]:
