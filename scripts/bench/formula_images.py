@@ -7,6 +7,7 @@ what is one.
 
 import random
 import re
+import string
 import subprocess
 import tempfile
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image, ImageOps
 MARGIN = 4  # pixels of white around a formula
 DPI = 100  # of letters in 12 points
 FINER = 2  # times, then made smaller, as the real pictures are
+FILTER = 4  # pixels of white around, for the filter that makes them smaller
 INK = 200  # grey levels below are ink
 DOCUMENT = r"\documentclass[12pt]{article}\usepackage{amsmath,amssymb}\begin{document}"
 WRONG = re.compile(r"^\./formulas\.tex:(\d+): ", re.MULTILINE)
@@ -33,6 +35,8 @@ GREEK = (
 )
 EXCHANGED = {symbol: kind for kind in (*LATIN, *GREEK, list("0123456789")) for symbol in kind}
 SIGNS = r"= = = = + + + - - - - , , \equiv \sim \simeq \rightarrow \leq > \approx \pm \times".split()
+SPACES = [r"\,"] * 12 + [r"\;"] * 12 + [r"\ "] * 8 + [r"\quad "] * 3 + [r"\!"] * 2 + [r"\qquad "]
+DIGITS_AND_LETTERS = string.digits + string.ascii_letters
 CLOSING = {"(": ")", "[": "]", r"\{": r"\}"}
 
 
@@ -128,13 +132,18 @@ def term(chance: random.Random, depth: int = 0) -> str:
 
 
 def source(text: str, chance: random.Random) -> str:
-    """A normal label for LaTeX: now and then wider spaces, and brackets that grow."""
+    """A normal label for LaTeX: brackets that grow, and in half of all spaces as often as in real labels."""
     tokens: list[str] = []
     opened: list[list[int]] = [[]]  # of every group that is open: its open brackets
+    spacious = chance.random() < 0.5
     for token in TOKEN.findall(text):
         if tokens[-1:] in (["^"], ["_"]) and token != "{":
             tokens.append(f"{{{token}}}")
             continue
+        if spacious and tokens and _apart(tokens[-1], token):
+            likely = 0.35 if token in (",", ".") or tokens[-1] == "," else 0.03
+            while chance.random() < likely:
+                tokens.append(chance.choice(SPACES))
         tokens.append(token)
         if token == "{":
             opened.append([])
@@ -147,9 +156,14 @@ def source(text: str, chance: random.Random) -> str:
             tall = {r"\frac", r"\sum", r"\prod", r"\int"} & set(tokens[first:])
             if tall and CLOSING[tokens[first]] == token and chance.random() < 0.8:
                 tokens[first], tokens[-1] = rf"\left{tokens[first]}", rf"\right{token}"
-        elif token in (",", "=") and chance.random() < 0.2:
-            tokens[-1] += chance.choice([r"\,", r"\;", r"\ ", r"\quad "])
     return written(tokens)
+
+
+def _apart(before: str, after: str) -> bool:
+    """Whether a space may stand between two tokens: no argument or index begins, and none is taken from its symbol."""
+    return (
+        before[-1:] in ")]}=,+-" + DIGITS_AND_LETTERS and before[0] != "\\" and after not in tuple("{}^_']")
+    )
 
 
 def draw(sources: list[str], chance: random.Random) -> list[Image.Image | None]:
@@ -177,10 +191,14 @@ def draw(sources: list[str], chance: random.Random) -> list[Image.Image | None]:
 
 
 def _smaller(path: Path, chance: random.Random) -> Image.Image:
-    """Where the ink begins, in fractions of a pixel, is random."""
+    """By the filter that real pictures were made smaller with (im2markup's); where ink begins, in fractions of a pixel,
+    is random."""
     with Image.open(path) as picture:
-        offset = (chance.randrange(FINER), chance.randrange(FINER), FINER, FINER)
-        return ImageOps.expand(picture.convert("L"), offset, 255).reduce(FINER)
+        margins = (*(FILTER * FINER + chance.randrange(FINER) for _ in range(2)), *(FILTER * FINER,) * 2)
+        whole = ImageOps.expand(picture.convert("L"), margins, 255)
+    size = whole.width // FINER, whole.height // FINER
+    box = (0, 0, size[0] * FINER, size[1] * FINER)
+    return whole.resize(size, Image.Resampling.LANCZOS, box)
 
 
 def cut(picture: Image.Image, cell: int, chance: random.Random | None = None) -> Image.Image:

@@ -77,17 +77,25 @@ def test_made_formulas(bench):
     assert len(swapped) > 20 and all(one.startswith(r"\mathrm{vib}") for one in swapped)  # but no words
 
 
-def test_sources(bench):
-    """Braces where LaTeX wants them; brackets around what is tall grow, most of the time, and no others."""
-    texts = [r"x_\min^\dagger(a+b)", r"(\frac{a}{b})[c]", r"(a_{(i})", r"(\frac{a}{b}]", "x^("]
-    made = [
-        {bench["formula_images"].source(text, random.Random(seed)) for seed in range(30)} for text in texts
-    ]
-    assert made[0] == {r"x_{\min}^{\dagger}(a+b)"}
-    assert made[1] == {r"(\frac{a}{b})[c]", r"\left(\frac{a}{b}\right)[c]"}
-    assert made[2:] == [{r"(a_{(i})"}, {r"(\frac{a}{b}]"}, {"x^{(}"}]
-    spaced = {bench["formula_images"].source("a=b", random.Random(seed)) for seed in range(60)}
-    assert {"a=b", r"a=\,b", r"a=\quad b"} < spaced
+def test_sources(bench, monkeypatch):
+    """Braces where LaTeX wants them; brackets around what is tall grow, most of the time, and no others; spaces that
+    change no label."""
+    images = bench["formula_images"]
+
+    def sources(text, count=30):
+        chance = random.Random(0)
+        return {images.source(text, chance) for _ in range(count)}
+
+    assert {"a=b,c.", r"a=b\;,c.", r"a=b,\quad c.", r"a=\,b,c."} < sources("a=b,c.", 4000)
+    known = [r"\frac{x_i^2}{\sqrt[3]{b}}y_{ab}^*\hat{\phi}'=[T_{ij}'(a),\mathrm{Tr}]"]
+    for text in known + [images.invent(random.Random(seed), known, known, 80) for seed in range(60)]:
+        made = sources(text)
+        assert {bench["formulas"].normal(one) for one in made} == {text}
+    monkeypatch.setattr(images, "SPACES", [""])
+    assert sources(r"x_\min^\dagger(a+b)") == {r"x_{\min}^{\dagger}(a+b)"}
+    assert sources(r"(\frac{a}{b})[c]") == {r"(\frac{a}{b})[c]", r"\left(\frac{a}{b}\right)[c]"}
+    for text, made in ((r"(a_{(i})", r"(a_{(i})"), (r"(\frac{a}{b}]", r"(\frac{a}{b}]"), ("x^(", "x^{(}")):
+        assert sources(text) == {made}
 
 
 @needs_latex
