@@ -1,30 +1,22 @@
 """Formulas to learn reading from: the normal form of labels, and made ones that are drawn and kept apart."""
 
 import argparse
-import importlib
 import json
 import random
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from datasets import load_dataset
 from PIL import Image
 
-BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
-MODULES = ("reading_curve", "draw_formulas", "formula_images", "formulas", "make_vlm")
+MODULES = ("reading_curve", "draw_formulas", "formula_images", "formulas")
 needs_latex = pytest.mark.skipif(not (shutil.which("latex") and shutil.which("dvipng")), reason="needs LaTeX")
 
 
-@pytest.fixture(scope="module")
-def bench():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCH))
-        yield {name: importlib.import_module(name) for name in MODULES}
-    for name in MODULES:
-        sys.modules.pop(name, None)
+@pytest.fixture
+def bench(bench_module):
+    return {name: bench_module(name) for name in MODULES}
 
 
 @pytest.mark.parametrize(
