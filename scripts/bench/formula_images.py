@@ -140,7 +140,7 @@ def source(text: str, chance: random.Random) -> str:
         if tokens[-1:] in (["^"], ["_"]) and token != "{":
             tokens.append(f"{{{token}}}")
             continue
-        if spacious and tokens and _apart(tokens[-1], token):
+        if spacious and tokens and _may_part(tokens[-1], token):
             likely = 0.35 if token in (",", ".") or tokens[-1] == "," else 0.03
             while chance.random() < likely:
                 tokens.append(chance.choice(SPACES))
@@ -159,7 +159,7 @@ def source(text: str, chance: random.Random) -> str:
     return written(tokens)
 
 
-def _apart(before: str, after: str) -> bool:
+def _may_part(before: str, after: str) -> bool:
     """Whether a space may stand between two tokens: no argument or index begins, and none is taken from its symbol."""
     return (
         before[-1:] in ")]}=,+-" + DIGITS_AND_LETTERS and before[0] != "\\" and after not in tuple("{}^_']")
@@ -191,8 +191,8 @@ def draw(sources: list[str], chance: random.Random) -> list[Image.Image | None]:
 
 
 def _smaller(path: Path, chance: random.Random) -> Image.Image:
-    """By the filter that real pictures were made smaller with (im2markup's); where ink begins, in fractions of a pixel,
-    is random."""
+    """By the filter of Pillow's that comes nearest to the real pictures; where ink begins, in fractions of a pixel, is
+    random."""
     with Image.open(path) as picture:
         margins = (*(FILTER * FINER + chance.randrange(FINER) for _ in range(2)), *(FILTER * FINER,) * 2)
         whole = ImageOps.expand(picture.convert("L"), margins, 255)
