@@ -1,6 +1,6 @@
 """Pictures of formulas to learn reading from, as a folder of Parquet files: what reading_curve.py --drawn trains on.
 
-    python scripts/bench/draw_formulas.py LATEX_OCR OUT --count 400000 --workers 2
+    python scripts/bench/draw_formulas.py LATEX_OCR OUT --count 1000060 --workers 2
 
 Digits, then letters, then formulas made at random that grow, many of the parts of the folder's labels (see
 formula_images.py), none as it holds out (see formulas.labelled); of its pictures none. A row is a picture and its
@@ -35,7 +35,7 @@ BEGINNERS = 0.04  # of the rows, for each
 SHORTEST, LONGEST, GROWN = 6, 150, 0.6
 EASIER = 0.25  # of the rows are as an earlier one, so that what was learned is not forgotten
 CELL = 16  # pixels of an image token's side
-BLOCK, SHARD = 1000, 50000  # rows of a run of LaTeX, and of a file
+BLOCK, SHARD = 1000, 40000  # rows of a run of LaTeX, and of a file
 FEATURES = Features({"image": ImageFeature(), "text": Value("string")})
 
 
@@ -124,7 +124,7 @@ def main() -> None:
     )
     parser.add_argument("formulas", type=Path, help="metadata.jsonl (image, text, split) and its images")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--count", type=int, default=400000, help="rows")
+    parser.add_argument("--count", type=int, default=1000060, help="rows")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
     real, held_out, left_out = labelled(args.formulas, LONGEST)

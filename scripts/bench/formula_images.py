@@ -18,7 +18,10 @@ from PIL import Image, ImageOps
 MARGIN = 4  # pixels of white around a formula
 DPI = 100  # of letters in 12 points
 FINER = 2  # times, then made smaller, as the real pictures are
-FILTER = 4  # pixels of white around, for the filter that makes them smaller
+# The steps between neighbours of the real pictures lie between those that these leave.
+FILTERS = [Image.Resampling.LANCZOS, Image.Resampling.BICUBIC, Image.Resampling.HAMMING]
+WHITE = 4  # pixels around, for the filter
+PALEST = 0.75  # of black
 INK = 200  # grey levels below are ink
 DOCUMENT = r"\documentclass[12pt]{article}\usepackage{amsmath,amssymb}\begin{document}"
 WRONG = re.compile(r"^\./formulas\.tex:(\d+): ", re.MULTILINE)
@@ -38,6 +41,7 @@ SIGNS = r"= = = = + + + - - - - , , \equiv \sim \simeq \rightarrow \leq > \appro
 SPACES = [r"\,"] * 12 + [r"\;"] * 12 + [r"\ "] * 8 + [r"\quad "] * 3 + [r"\!"] * 2 + [r"\qquad "]
 DIGITS_AND_LETTERS = string.digits + string.ascii_letters
 CLOSING = {"(": ")", "[": "]", r"\{": r"\}"}
+GROWING = CLOSING | {r"\langle": r"\rangle"}
 
 
 def terms(texts: list[str]) -> list[str]:
@@ -58,32 +62,46 @@ def terms(texts: list[str]) -> list[str]:
 def invent(chance: random.Random, known: list[str], parts: list[str], longest: int) -> str:
     """A normal label of at most `longest` characters.
 
-    Of `known` labels one with other symbols, of `parts` some behind each other, or altogether random.
+    Of `known` labels one that is `varied`, of `parts` some behind each other, or altogether random.
     """
     end = chance.choice(["", "", ".", ","])
     kind = chance.random()
-    if kind < 0.35 and known:
-        text = normal(exchanged(chance.choice(known), chance))
-        if len(text) <= longest:
+    if kind < 0.25 and known:
+        text = normal(varied(chance.choice(known), chance))
+        if 0 < len(text) <= longest:
             return text
-    length, text = min(longest, int(chance.triangular(15, 150, 80))) - len(end), ""
+    length, text, too_long = min(longest, int(chance.triangular(15, 150, 100))) - len(end), "", 0
     while True:
-        known_part = parts and chance.random() < (0.85 if kind < 0.75 else 0.15)
-        more = exchanged(chance.choice(parts), chance) if known_part else term(chance)
+        known_part = parts and chance.random() < (0.85 if kind < 0.5 else 0.15)
+        more = varied(chance.choice(parts), chance) if known_part else term(chance)
         more = written([text, chance.choice(SIGNS), more] if text else [more])
         if len(more) <= length:
             text = more
-        elif text:
-            return normal(text + end)
+            continue
+        too_long += 1
+        if text and too_long > 3 and (made := normal(text + end)):
+            return made
 
 
-def exchanged(text: str, chance: random.Random) -> str:
-    """The label with some of its letters and digits replaced by others of their kind, but no words."""
-    share, upright, tokens = chance.choice([0.1, 0.4, 0.8]), False, []
+def varied(text: str, chance: random.Random) -> str:
+    """The label with other letters, digits and signs for some, some of them gone and some new, but words as they are.
+
+    Of formulas whose letters alone are others the model learns how each goes on, and reads no new ones.
+    """
+    other, edited = chance.choice([0.2, 0.5, 0.9]), chance.choice([0, 0.05, 0.15])
+    upright, tokens = False, []
     for token in TOKEN.findall(text):
         upright = token == r"\mathrm" or (upright and token != "}")
-        swap = token in EXCHANGED and not upright and chance.random() < share
-        tokens.append(chance.choice(EXCHANGED[token]) if swap else token)
+        free, index = token in EXCHANGED and not upright, tokens[-1:] in (["^"], ["_"])
+        if free and not index and chance.random() < edited:
+            continue
+        if free and chance.random() < other:
+            token = chance.choice(EXCHANGED[token] if chance.random() < 0.8 else [*EXCHANGED])
+        elif token in SIGNS and not index and chance.random() < other / 2:
+            token = chance.choice(SIGNS)
+        tokens.append(token)
+        if free and chance.random() < edited:
+            tokens.append(symbol(chance))
     return written(tokens)
 
 
@@ -141,7 +159,8 @@ def source(text: str, chance: random.Random) -> str:
             tokens.append(f"{{{token}}}")
             continue
         if spacious and tokens and _may_part(tokens[-1], token):
-            likely = 0.35 if token in (",", ".") or tokens[-1] == "," else 0.03
+            ends = len(opened) == 1 and (token in (",", ".") or tokens[-1] == ",")
+            likely = 0.35 if ends else 0.03
             while chance.random() < likely:
                 tokens.append(chance.choice(SPACES))
         tokens.append(token)
@@ -149,12 +168,12 @@ def source(text: str, chance: random.Random) -> str:
             opened.append([])
         elif token == "}":
             opened.pop()
-        elif token in CLOSING:
+        elif token in GROWING and tokens[-2:-1] != [r"\sqrt"]:
             opened[-1].append(len(tokens) - 1)
-        elif token in CLOSING.values() and opened[-1]:
+        elif token in GROWING.values() and opened[-1]:
             first = opened[-1].pop()
             tall = {r"\frac", r"\sum", r"\prod", r"\int"} & set(tokens[first:])
-            if tall and CLOSING[tokens[first]] == token and chance.random() < 0.8:
+            if GROWING[tokens[first]] == token and chance.random() < (0.8 if tall else 0.3):
                 tokens[first], tokens[-1] = rf"\left{tokens[first]}", rf"\right{token}"
     return written(tokens)
 
@@ -191,14 +210,16 @@ def draw(sources: list[str], chance: random.Random) -> list[Image.Image | None]:
 
 
 def _smaller(path: Path, chance: random.Random) -> Image.Image:
-    """By the filter of Pillow's that comes nearest to the real pictures; where ink begins, in fractions of a pixel, is
-    random."""
+    """The filter, how dark ink is, and where it begins, in fractions of a pixel, are random."""
     with Image.open(path) as picture:
-        margins = (*(FILTER * FINER + chance.randrange(FINER) for _ in range(2)), *(FILTER * FINER,) * 2)
+        margins = (*(WHITE * FINER + chance.randrange(FINER) for _ in range(2)), *(WHITE * FINER,) * 2)
         whole = ImageOps.expand(picture.convert("L"), margins, 255)
     size = whole.width // FINER, whole.height // FINER
     box = (0, 0, size[0] * FINER, size[1] * FINER)
-    return whole.resize(size, Image.Resampling.LANCZOS, box)
+    dark = chance.uniform(PALEST, 1)
+    return whole.resize(size, chance.choice(FILTERS), box).point(
+        lambda level: 255 - round(dark * (255 - level))
+    )
 
 
 def cut(picture: Image.Image, cell: int, chance: random.Random | None = None) -> Image.Image:

@@ -2,17 +2,17 @@
 
     python scripts/bench/reading_curve.py SMOLLM2_FOLDER --out reading --ocr FOLDER --workers 9
     python scripts/bench/reading_curve.py SMOLLM2_FOLDER --out digits --digits digits.npz --steps 600 --every 50
-    python scripts/bench/draw_formulas.py FOLDER DRAWN --count 512060
-    python scripts/bench/reading_curve.py SMOLLM2_FOLDER --out formulas --formulas FOLDER --drawn DRAWN --steps 8000 \
-        --learning_rate 3e-4 --workers 15
+    python scripts/bench/draw_formulas.py FOLDER DRAWN
+    python scripts/bench/reading_curve.py SMOLLM2_FOLDER --out formulas --formulas FOLDER --drawn DRAWN --batch 12 \
+        --learning_rate 3e-4 --every 1000 --workers 15
     python scripts/bench/reading_curve.py SMOLLM2_FOLDER --steps 4 --batch 4 --rows 40 --limit 4 --side 64     # a CPU
 
 All weights are trained on lines that Pillow renders (words, sums, invoices, letters at random). Read are the images of
 --ocr, with metadata.jsonl (image, text); none of their texts is trained on. With --digits it trains on written digits
-(scikit-learn's: images uint8 [N, 8, 8] and labels) and reads of the last 400. With --formulas it trains on what
-draw_formulas.py made, in its order, easy ones first and none twice, and reads the real pictures that the folder holds
-out, and the last that were drawn; an answer has a space between any two symbols, and is compared with the label in the
-normal form of formulas.py.
+(scikit-learn's: images uint8 [N, 8, 8] and labels) and reads of the last 400. With --formulas it trains once on all
+that draw_formulas.py made, in its order, easy ones first, packed into rows of 512 tokens, and reads the real pictures
+that the folder holds out, and the last that were drawn; an answer has a space between any two symbols, and is compared
+with the label in the normal form of formulas.py.
 Lines and digits are squares of SmolVLM, formulas keep their shape in Qwen2.5-VL. Writes curve.json and curve.png: the
 character error rate and the share of exact readings along the way; and readings.json, the last ones.
 Lines on one H200: six minutes.
@@ -25,9 +25,10 @@ import multiprocessing
 import random
 import string
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -55,16 +56,16 @@ LIGHT = [(255, 255, 255), (255, 248, 225), (232, 240, 255), (238, 238, 238)]
 
 
 class Task(NamedTuple):
-    """Rows to train on, perhaps in this order, to read, and like those trained on to read too; tokens of a row, and of
-    an answer, at most; the form to compare readings in."""
+    """Rows to train on, to read, and like those trained on to read too; tokens of a row, and of an answer, at most;
+    the form to compare readings in; how it is trained otherwise than others."""
 
     rows: list[dict]
     held_out: list[dict]
     alike: Sequence[dict] = ()
-    in_order: bool = False
     max_length: int = 160
     max_new_tokens: int = 24
     form: Callable[[str], str] = str
+    options: Mapping[str, Any] = MappingProxyType({})
 
 
 def render(text: str, chance: random.Random) -> Image.Image:
@@ -153,12 +154,17 @@ class Curve:
 
     def on_step_end(self, trainer: Any, metrics: Any) -> None:
         step = trainer.state.global_step
-        if step % self.every == 0 or step == trainer.args.max_steps:
+        if step % self.every == 0 or step == trainer.state.max_steps:
             self.read(step, float(metrics["loss"]))
 
     def read(self, step: int, loss: float | None) -> None:
         FastVisionModel.for_inference(self.model)
-        options = {"max_new_tokens": self.task.max_new_tokens, "batch_size": 100, "progress": False}
+        options = {
+            "max_new_tokens": self.task.max_new_tokens,
+            "batch_size": 100,
+            "resize": "max",
+            "progress": False,
+        }
         both = [*self.asked, *self.alike]
         self.said = [*map(self.task.form, read_images(self.model, self.processor, both, **options))]
         point = {"step": step, "seconds": time.perf_counter() - self.began, "loss": loss}
@@ -189,11 +195,11 @@ def train(model: Any, processor: Any, task: Task, curve: Curve, given: argparse.
     collator = VisionDataCollator(
         model, processor, resize="max", train_on_responses_only=True, num_proc=given.workers
     )
+    options = {"max_steps": given.steps, "train_sampling_strategy": "random", **task.options}
     args = SFTConfig(
         output_dir=str(given.out / "run"),
         max_length=task.max_length,
         per_device_train_batch_size=given.batch,
-        max_steps=given.steps,
         learning_rate=given.learning_rate,
         lr_scheduler_type="cosine",
         warmup_ratio=0.05,
@@ -202,7 +208,7 @@ def train(model: Any, processor: Any, task: Task, curve: Curve, given: argparse.
         save_strategy="no",
         report_to="none",
         seed=given.seed,
-        train_sampling_strategy="sequential" if task.in_order else "random",
+        **options,
     )
     trainer = SFTTrainer(
         model=model,
@@ -246,28 +252,16 @@ def lines(given: argparse.Namespace, tokenizer: Any) -> Task:
 
 
 def formulas(given: argparse.Namespace) -> Task:
-    """Of the rows drawn but the last as many as are trained on, evenly."""
     _, held_out, left_out = labelled(given.formulas, LONGEST)
     drawn = load_dataset("parquet", data_files=str(given.drawn / "*.parquet"), split="train")
     drawn = drawn.cast_column("image", ImageFeature(decode=False))
-    count, most = given.steps * given.batch, len(drawn) - ALIKE
-    if count > most:
-        raise SystemExit(
-            f"{given.drawn} has {len(drawn)} rows, {given.steps} steps of {given.batch} and {ALIKE} to read need "
-            f"{count + ALIKE}"
-        )
     print(
-        f"{count} of {len(drawn)} rows drawn; {len(held_out)} held out; left out: {dict(left_out)}",
-        flush=True,
+        f"{len(drawn) - ALIKE} rows drawn; {len(held_out)} held out; left out: {dict(left_out)}", flush=True
     )
-    chosen = [i * most // count for i in range(count)]
-    rows = [
-        conversation(row["image"], row["text"]) for row in drawn.select([*chosen, *range(most, len(drawn))])
-    ]
+    rows = [conversation(row["image"], row["text"]) for row in drawn]
     asked = [read_row(*pair) for pair in held_out[: given.limit]]
-    return Task(
-        rows[:count], asked, rows[count:], in_order=True, max_length=448, max_new_tokens=160, form=normal
-    )
+    once = {"num_train_epochs": 1, "max_steps": -1, "packing": True, "train_sampling_strategy": "sequential"}
+    return Task(rows[:-ALIKE], asked, rows[-ALIKE:], 512, 160, normal, once)
 
 
 def read_row(path: Path, text: str) -> dict[str, Any]:
@@ -285,8 +279,8 @@ def main() -> None:
     parser.add_argument("--formulas", type=Path, help="metadata.jsonl (image, text, split) and its images")
     parser.add_argument("--drawn", type=Path, help="with --formulas: what draw_formulas.py made, to train on")
     parser.add_argument("--out", type=Path, default=Path("reading"))
-    parser.add_argument("--steps", type=int, default=3500)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=3500, help="without --formulas")
+    parser.add_argument("--batch", type=int, default=64, help="rows of a step; with --formulas packed ones")
     parser.add_argument("--rows", type=int, default=120000, help="rendered lines to train on")
     parser.add_argument("--limit", type=int, default=200, help="images that are read for a point")
     parser.add_argument("--learning_rate", type=float, default=5e-4)

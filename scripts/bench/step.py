@@ -247,7 +247,7 @@ class Bench:
         def random(key, shape):
             if shape.dtype == jnp.uint8:  # the same in every layer
                 return jnp.broadcast_to(jax.random.bits(key, shape.shape[1:], jnp.uint8), shape.shape)
-            return (0.02 * jax.random.normal(key, shape.shape, jnp.float32)).astype(shape.dtype)
+            return jnp.asarray(0.02, shape.dtype) * jax.random.normal(key, shape.shape, shape.dtype)
 
         shapes = leaf_shapes(self.module)
         specs, sharding = self.layout.specs(self.module, shapes), self.layout.sharding
