@@ -75,12 +75,12 @@ def invent(chance: random.Random, known: list[str], parts: list[str], longest: i
         known_part = parts and chance.random() < (0.85 if kind < 0.5 else 0.15)
         more = varied(chance.choice(parts), chance) if known_part else term(chance)
         more = written([text, chance.choice(SIGNS), more] if text else [more])
-        if len(more) <= length:
+        if len(more) > length:
+            too_long += 1
+        elif normal(more):  # not of what is edited away
             text = more
-            continue
-        too_long += 1
-        if text and too_long > 3 and (made := normal(text + end)):
-            return made
+        if text and too_long > 3:
+            return normal(text + end)
 
 
 def varied(text: str, chance: random.Random) -> str:
