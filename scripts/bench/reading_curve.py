@@ -9,10 +9,10 @@
 
 All weights are trained on lines that Pillow renders (words, sums, invoices, letters at random). Read are the images of
 --ocr, with metadata.jsonl (image, text); none of their texts is trained on. With --digits it trains on written digits
-(scikit-learn's: images uint8 [N, 8, 8] and labels) and reads of the last 400. With --formulas it trains once on all
-that draw_formulas.py made, in its order, easy ones first, packed into rows of 512 tokens, and reads the real pictures
-that the folder holds out, and the last that were drawn; an answer has a space between any two symbols, and is compared
-with the label in the normal form of formulas.py.
+(scikit-learn's: images uint8 [N, 8, 8] and labels) and reads of the last 400. With --formulas it trains on all that
+draw_formulas.py made, in its order, easy ones first, packed into rows of 512 tokens, and reads the real pictures that
+the folder holds out, and the last that were drawn; an answer has a space between any two symbols, and is compared with
+the label in the normal form of formulas.py.
 Lines and digits are squares of SmolVLM, formulas keep their shape in Qwen2.5-VL. Writes curve.json and curve.png: the
 character error rate and the share of exact readings along the way; and readings.json, the last ones.
 Lines on one H200: six minutes.
@@ -260,8 +260,9 @@ def formulas(given: argparse.Namespace) -> Task:
     )
     rows = [conversation(row["image"], row["text"]) for row in drawn]
     asked = [read_row(*pair) for pair in held_out[: given.limit]]
-    once = {"num_train_epochs": 1, "max_steps": -1, "packing": True, "train_sampling_strategy": "sequential"}
-    return Task(rows[:-ALIKE], asked, rows[-ALIKE:], 512, 160, normal, once)
+    options = {"num_train_epochs": given.epochs, "max_steps": -1, "packing": True}
+    options |= {"train_sampling_strategy": "sequential"}
+    return Task(rows[:-ALIKE], asked, rows[-ALIKE:], 512, 160, normal, options)
 
 
 def read_row(path: Path, text: str) -> dict[str, Any]:
@@ -280,6 +281,7 @@ def main() -> None:
     parser.add_argument("--drawn", type=Path, help="with --formulas: what draw_formulas.py made, to train on")
     parser.add_argument("--out", type=Path, default=Path("reading"))
     parser.add_argument("--steps", type=int, default=3500, help="without --formulas")
+    parser.add_argument("--epochs", type=int, default=1, help="with --formulas")
     parser.add_argument("--batch", type=int, default=64, help="rows of a step; with --formulas packed ones")
     parser.add_argument("--rows", type=int, default=120000, help="rendered lines to train on")
     parser.add_argument("--limit", type=int, default=200, help="images that are read for a point")
