@@ -1,13 +1,14 @@
 """`remat="auto"`: the fastest choice of what to keep whose compiled step fits the memory.
 
 A compiled step says what it needs. One compilation is usually enough: the bytes that another choice would keep are
-known from shapes, so its need follows from the first's. The answer is kept in the user's cache folder.
+known from shapes, so its need follows from the first's. What was needed is kept in the user's cache folder, and says
+next time which choice to compile first.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,11 +45,11 @@ LEAST = CHOICES[-1]
 # What a Hopper GPU computes in 16 bits while a byte goes to the host: 690 TFLOP/s of products beside 55 GB/s.
 OPERATIONS_PER_BYTE = 12_000
 HEADROOM = 0.96  # of free memory: cuDNN's workspaces and fragmentation are in no forecast
+SAME = 0.02  # what two compilations of one program may differ by in what they need
 
 
 class Choice(NamedTuple):
-    """What was chosen, its step compiled (None: the need was remembered), the bytes that each choice needs, and those
-    that it puts on the host."""
+    """What was chosen, its step compiled, the bytes that each choice needs, and those that it puts on the host."""
 
     remat: Remat
     compiled: Any
@@ -60,15 +61,17 @@ class Choice(NamedTuple):
         """One line: what was taken and what its neighbours would cost."""
         names = list(self.needs)
         at = names.index(str(self.remat))
-        line = f"remat={self.remat}: {self.needs[names[at]] / 1e9:.1f} GB of {self.budget / 1e9:.1f} GB"
+        line = f"remat={self.remat}: {_gb(self.needs[names[at]])} of {_gb(self.budget)}"
         if self.away:
-            line += f", {self.away / 1e9:.1f} GB in host memory"
+            line += f", {_gb(self.away)} in host memory"
         others = [
-            f"{names[i]} about {self.needs[names[i]] / 1e9:.1f} GB"
-            for i in (at - 1, at + 1)
-            if 0 <= i < len(names)
+            f"{names[i]} about {_gb(self.needs[names[i]])}" for i in (at - 1, at + 1) if 0 <= i < len(names)
         ]
         return line + (f" (others: {', '.join(others)})" if others else "")
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.{1 if count >= 1e10 else 2}f} GB"
 
 
 def kept_bytes(remat: Remat, config: DecoderConfig, tokens: int, itemsize: int) -> tuple[int, int]:
@@ -204,7 +207,7 @@ class PlannedStep:
         )
         if cluster.is_first():
             self._announce(f"{rows // self._layout.size} x {length} tokens{on_each}: {choice}{more}")
-        return choice.compiled or self._lowered(choice.remat, arguments)
+        return choice.compiled
 
     def _lowered(self, remat: Remat, arguments: tuple):
         return self._make_step(remat).lower(*arguments).compile()
@@ -247,18 +250,13 @@ def choose(
     keeps = {remat: kept(remat)[0] for remat in choices}
     place, base = _place(arguments, fp8), _size(arguments)
     memory = _remembered(place)
-    measured = {remat: memory[str(remat)] for remat in choices if str(remat) in memory}
-    for remat in choices:
-        compiled = None
-        if remat not in measured:
-            if remat != choices[-1] and _forecast(remat, measured, keeps, base) > budget:
-                continue
-            compiled = compile_step(remat)
-            measured[remat] = peak_bytes(compiled)
-            _remember(place, {str(r): n for r, n in measured.items()})
-        if measured[remat] <= budget:
-            needs = {str(r): _forecast(r, measured, keeps, base) for r in choices}
-            return Choice(remat, compiled, needs, budget, kept(remat)[1])
+    remembered = {remat: memory[str(remat)] for remat in choices if str(remat) in memory}
+    found, measured = _first_that_fits(compile_step, choices, remembered, keeps, base, budget)
+    _remember(place, {str(remat): bytes_ for remat, bytes_ in measured.items()})
+    if found is not None:
+        remat, compiled = found
+        needs = {str(r): _forecast(r, measured, keeps, base) for r in choices}
+        return Choice(remat, compiled, needs, budget, kept(remat)[1])
     least = min(_forecast(remat, measured, keeps, base) for remat in choices)
     less = ""
     if 0 < host < (away := kept(LEAST)[1]):
@@ -270,6 +268,34 @@ def choose(
         "per_device_train_batch_size or max_length (GRPO: max_completion_length) smaller (gradient_accumulation_steps "
         "makes up for the first), use optim='adamw_8bit', or load the model in 4 bits"
     )
+
+
+def _first_that_fits(
+    compile_step: Callable[[Remat], Any],
+    choices: Sequence[Remat],
+    remembered: Mapping[Remat, int],
+    keeps: Mapping[Remat, int],
+    base: int,
+    budget: int,
+) -> tuple[tuple[Remat, Any] | None, dict[Remat, int]]:
+    """The choice with its compiled step, or None, and what the choices that were compiled need.
+
+    What is remembered may be of another program, with arguments of the same shapes: it is measured anew, and where that
+    shows, forgotten.
+    """
+    measured = dict(remembered)
+    for remat in choices:
+        known = measured.get(remat)
+        if (known is not None or remat != choices[-1]) and _forecast(remat, measured, keeps, base) > budget:
+            continue
+        compiled = compile_step(remat)
+        measured[remat] = peak_bytes(compiled)
+        if known is not None and abs(measured[remat] - known) > SAME * known:
+            now = {remat: measured[remat]}
+            return _first_that_fits(compile_step, choices, now, keeps, base, budget)
+        if measured[remat] <= budget:
+            return (remat, compiled), measured
+    return None, measured
 
 
 def _candidates(
@@ -286,7 +312,7 @@ def _candidates(
     return choices
 
 
-def _forecast(remat: Remat, measured: dict[Remat, int], keeps: dict[Remat, int], base: int) -> int:
+def _forecast(remat: Remat, measured: Mapping[Remat, int], keeps: Mapping[Remat, int], base: int) -> int:
     """Bytes that a choice needs: measured, or the nearest measured one with other bytes kept."""
     if remat in measured:
         return measured[remat]

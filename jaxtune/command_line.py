@@ -35,7 +35,6 @@ SHIPPED_TASK = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 4,
     "max_steps": 60,
-    "gradient_checkpointing": False,
     "learning_rate": 1e-3,
     "lr_scheduler_type": "linear",
     "warmup_ratio": 0.05,

@@ -29,7 +29,9 @@ def enable_compile_cache() -> None:
     folder = chosen / "programs"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # no home to write to: every run compiles
+    except OSError:
+        return
+    if not os.access(folder, os.W_OK):  # no home to write to: every run compiles
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     gpu = jax.default_backend() == "gpu"

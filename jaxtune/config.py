@@ -169,11 +169,7 @@ class TrainingConfig:
             remat_parts(self.remat)
         check_at_least(self, 1, _POSITIVE)
         check_at_least(self, 0, _NOT_NEGATIVE)
-        if self.memory_budget_gb is not None and not self.memory_budget_gb > 0:
-            raise ValueError(
-                f"memory_budget_gb must be above 0, got {self.memory_budget_gb!r}; expected GB of each device's "
-                "memory, or None for what is free"
-            )
+        self._check_memory()
         if self.optim not in OPTIMIZERS:
             raise ValueError(
                 f"optim={self.optim!r} is not supported; expected one of {', '.join(OPTIMIZERS)}"
@@ -193,6 +189,25 @@ class TrainingConfig:
             raise ValueError(
                 "load_best_model_at_end=True is not supported; set save_steps = eval_steps, leave "
                 "save_total_limit at None and load the checkpoint with the lowest eval_loss in history.jsonl"
+            )
+
+    def _check_memory(self) -> None:
+        if self.memory_budget_gb is not None and not self.memory_budget_gb > 0:
+            raise ValueError(
+                f"memory_budget_gb must be above 0, got {self.memory_budget_gb!r}; expected GB of each device's "
+                "memory, or None for what is free"
+            )
+        if self.memory_budget_gb is not None and self.remat != "auto":
+            raise ValueError(
+                f"memory_budget_gb={self.memory_budget_gb!r} is what remat='auto' stays under, and remat is "
+                f"{self.remat!r}; leave out one of them"
+            )
+        if not self.gradient_checkpointing and (
+            self.remat not in ("auto", "none") or self.memory_budget_gb is not None
+        ):
+            raise ValueError(
+                f"gradient_checkpointing=False keeps everything for the backward pass, and remat={self.remat!r}, "
+                f"memory_budget_gb={self.memory_budget_gb!r} ask otherwise; leave out one or the other"
             )
 
     @classmethod

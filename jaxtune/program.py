@@ -50,6 +50,10 @@ def run(arguments: Sequence[str], kind: type[BaseJob], load: Callable[[], Prepar
     except KeyboardInterrupt:  # the trainer has finished its step and saved
         print("stopped; the same command with --resume_from_checkpoint true goes on", file=sys.stderr)
         return 130
+    except MemoryError as error:  # remat="auto" says what would fit
+        if job.traceback:
+            raise
+        return _fail(error)
     return 0
 
 

@@ -238,7 +238,7 @@ class Trainer[Config: TrainingConfig](abc.ABC):
         self._train_step = PlannedStep(
             lambda remat: self._make_step(optimizer, remat),
             model,
-            args.remat if args.gradient_checkpointing and model.gradient_checkpointing else "none",
+            self._remat(),
             args.memory_budget_gb,
             layout=model.layout,
         )
@@ -270,6 +270,16 @@ class Trainer[Config: TrainingConfig](abc.ABC):
             progress=Progress(args, self.state.global_step, num_steps, speaks=cluster.is_first()),
             speed=Speed(),
             saved=[step for step in existing if resume is not None and step <= self.state.global_step],
+        )
+
+    def _remat(self) -> str:
+        """What args say; what the model says where they say nothing."""
+        args = self.args
+        said = args.remat != "auto" or args.memory_budget_gb is not None
+        return (
+            args.remat
+            if args.gradient_checkpointing and (self.model.gradient_checkpointing or said)
+            else "none"
         )
 
     def _count(self, run: Run, n: int, metrics: Mapping[str, jax.Array]) -> None:

@@ -119,6 +119,15 @@ def _rows(path: Path, number: int) -> str:
     return str(path)
 
 
+def test_too_little_memory_is_one_line(tmp_path, tiny_model_dir, capsys):
+    """Also for the shipped task, whose settings say nothing about memory."""
+    arguments = ["--model_name", str(tiny_model_dir("llama")), "--output_dir", str(tmp_path / "out")]
+    assert train.main([*arguments, "--memory_budget_gb", "0.0001"]) == 2
+    errors = capsys.readouterr().err
+    assert "error: the training step needs at least" in errors and "memory_budget_gb is 0.00" in errors
+    assert "Traceback" not in errors
+
+
 def test_dry_run(tmp_path, tiny_model_dir, capsys):
     arguments = ["--model_name", str(tiny_model_dir("llama")), "--dataset", _rows(tmp_path / "rows.jsonl", 5)]
     arguments += ["--max_length", "128", "--train_on_responses_only", "--output_dir", str(tmp_path / "out")]

@@ -52,3 +52,5 @@ def test_the_users_own_cache_is_left_alone(tmp_path):
 def test_a_home_that_cannot_be_written_costs_nothing_else(tmp_path):
     (tmp_path / "file").write_text("")
     assert run(tmp_path, JAXTUNE_COMPILE_CACHE=str(tmp_path / "file")) == 0
+    assert run(tmp_path, "import os; os.access = lambda *_: False", JAXTUNE_COMPILE_CACHE=str(tmp_path)) == 0
+    assert not list((tmp_path / "programs").iterdir())

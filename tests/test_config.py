@@ -105,6 +105,25 @@ def test_refused_arguments_pass_with_the_value_that_asks_for_nothing():
         SFTConfig(label_smoothing_factor=0.1)
 
 
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"remat": "all", "memory_budget_gb": 8}, "memory_budget_gb=8 is what remat='auto' stays under"),
+        (
+            {"gradient_checkpointing": False, "remat": "all"},
+            "remat='all', memory_budget_gb=None ask otherwise",
+        ),
+        (
+            {"gradient_checkpointing": False, "memory_budget_gb": 8},
+            "remat='auto', memory_budget_gb=8 ask otherwise",
+        ),
+    ],
+)
+def test_what_says_two_things_about_memory(given, words):
+    with pytest.raises(ValueError, match=words):
+        SFTConfig(**given)
+
+
 def test_unknown_name_gets_the_nearest():
     with pytest.raises(TypeError, match="'warmup_step'; did you mean 'warmup_steps'"):
         SFTConfig(warmup_step=3)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -452,3 +453,18 @@ def test_wrong_arguments_are_named(base, tmp_path):
         SFTTrainer(model, SFTConfig(max_length=64)).train()
     with pytest.raises(ValueError, match="needs an eval_dataset"):
         SFTTrainer(model, SFTConfig(max_length=64)).evaluate()
+
+
+@pytest.mark.parametrize(
+    "model_says, given, want",
+    [
+        (True, {}, "auto"),
+        (False, {}, "none"),
+        (True, {"gradient_checkpointing": False}, "none"),
+        (False, {"remat": "all"}, "all"),  # not lost behind get_peft_model(use_gradient_checkpointing=False)
+        (False, {"memory_budget_gb": 8.0}, "auto"),
+    ],
+)
+def test_what_is_kept_is_what_args_say_first(model_says, given, want):
+    said = SimpleNamespace(gradient_checkpointing=model_says)
+    assert SFTTrainer._remat(SimpleNamespace(args=SFTConfig(**given), model=said)) == want

@@ -34,6 +34,7 @@ from jaxtune.kernels.nf4_matrix import int32
 from jaxtune.quant import BLOCK, NF4, NF4_CODE, dequantize_absmax, dequantize_nf4
 
 MAX_ROWS = 64
+MAX_RANK = 256  # of the adapters: what one copy takes along a dimension
 CHUNK = 256  # columns that a stage holds: 128 bytes of codes a row, the widest swizzle
 SMS = 132  # of an H100 or H200: how many parts to make
 SHARED = 226 * 1024  # bytes of shared memory for a CTA, barriers left out
@@ -93,7 +94,7 @@ def supported(rows: int, dtype, shapes: Sequence[tuple[int, int]], rank: int) ->
     """Whether the kernel takes x [rows, in] in `dtype` with NF4 weights of these shapes [out, in] and LoRA's rank."""
     fits = all(out % WG_ROWS == 0 and width % CHUNK == 0 for out, width in shapes)
     hopper = target.capability() == (9, 0)
-    few = 0 < rows <= MAX_ROWS and dtype == jnp.bfloat16
+    few = 0 < rows <= MAX_ROWS and dtype == jnp.bfloat16 and rank <= MAX_RANK
     return hopper and few and fits and config_for(rows, [out for out, _ in shapes], rank) is not None
 
 
