@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from jaxtune.settings import FOREIGN, ForeignNames, check_at_least, check_types, tolerant
+from jaxtune.settings import FOREIGN, ForeignNames, check_at_least, check_memory, check_types, tolerant
 
 Strategy = Literal["no", "steps", "epoch"]
 Event = Literal["logging", "eval", "save"]
@@ -169,7 +169,7 @@ class TrainingConfig:
             remat_parts(self.remat)
         check_at_least(self, 1, _POSITIVE)
         check_at_least(self, 0, _NOT_NEGATIVE)
-        self._check_memory()
+        check_memory(self)
         if self.optim not in OPTIMIZERS:
             raise ValueError(
                 f"optim={self.optim!r} is not supported; expected one of {', '.join(OPTIMIZERS)}"
@@ -189,25 +189,6 @@ class TrainingConfig:
             raise ValueError(
                 "load_best_model_at_end=True is not supported; set save_steps = eval_steps, leave "
                 "save_total_limit at None and load the checkpoint with the lowest eval_loss in history.jsonl"
-            )
-
-    def _check_memory(self) -> None:
-        if self.memory_budget_gb is not None and not self.memory_budget_gb > 0:
-            raise ValueError(
-                f"memory_budget_gb must be above 0, got {self.memory_budget_gb!r}; expected GB of each device's "
-                "memory, or None for what is free"
-            )
-        if self.memory_budget_gb is not None and self.remat != "auto":
-            raise ValueError(
-                f"memory_budget_gb={self.memory_budget_gb!r} is what remat='auto' stays under, and remat is "
-                f"{self.remat!r}; leave out one of them"
-            )
-        if not self.gradient_checkpointing and (
-            self.remat not in ("auto", "none") or self.memory_budget_gb is not None
-        ):
-            raise ValueError(
-                f"gradient_checkpointing=False keeps everything for the backward pass, and remat={self.remat!r}, "
-                f"memory_budget_gb={self.memory_budget_gb!r} ask otherwise; leave out one or the other"
             )
 
     @classmethod

@@ -110,6 +110,27 @@ def _members(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
 
 
+def check_memory(settings: Any) -> None:
+    """Raises ValueError where they say two things about what the backward pass keeps."""
+    if settings.memory_budget_gb is not None and not settings.memory_budget_gb > 0:
+        raise ValueError(
+            f"memory_budget_gb must be above 0, got {settings.memory_budget_gb!r}; expected GB of each device's "
+            "memory, or None for what is free"
+        )
+    if settings.memory_budget_gb is not None and settings.remat != "auto":
+        raise ValueError(
+            f"memory_budget_gb={settings.memory_budget_gb!r} is what remat='auto' stays under, and remat is "
+            f"{settings.remat!r}; leave out one of them"
+        )
+    if not settings.gradient_checkpointing and (
+        settings.remat not in ("auto", "none") or settings.memory_budget_gb is not None
+    ):
+        raise ValueError(
+            f"gradient_checkpointing=False keeps everything for the backward pass, and remat={settings.remat!r}, "
+            f"memory_budget_gb={settings.memory_budget_gb!r} ask otherwise; leave out one or the other"
+        )
+
+
 def check_at_least(config: Any, least: int, names: Iterable[str]) -> None:
     for name in names:
         value = getattr(config, name)
