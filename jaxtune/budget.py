@@ -251,7 +251,7 @@ def choose(
     place, base = _place(arguments, fp8), _size(arguments)
     memory = _remembered(place)
     remembered = {remat: memory[str(remat)] for remat in choices if str(remat) in memory}
-    found, measured = _first_that_fits(compile_step, choices, remembered, keeps, base, budget)
+    found, measured = _first_that_fits(cache(compile_step), choices, remembered, keeps, base, budget)
     _remember(place, {str(remat): bytes_ for remat, bytes_ in measured.items()})
     if found is not None:
         remat, compiled = found

@@ -97,6 +97,7 @@ def test_the_answer_is_forgotten_where_the_program_is_another(tried, monkeypatch
         for _ in range(2):
             del tried[:]
             assert str(plan(tried, room).remat) == want
+            assert len(set(tried)) == len(tried)  # none twice
         assert tried == [want]
 
 
