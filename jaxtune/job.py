@@ -29,6 +29,7 @@ from jaxtune.data import (
     standardize_sharegpt,
     train_on_responses_only,
 )
+from jaxtune.data.image_rows import IMAGE_COLUMNS
 from jaxtune.data.image_sources import plain_images
 from jaxtune.data.responses import text_tokenizer
 from jaxtune.fast import FastLanguageModel
@@ -124,9 +125,18 @@ def vision_collator(
 
     Args:
         model: has config and dtype.
+
+    Raises:
+        ValueError: the job has an instruction, and the rows no images.
     """
     data, source = job.data, Path(job.data.dataset or "").expanduser()
     if processor is None or not has_images(plain_images(rows)[0]):
+        if data.image_instruction is not None:
+            raise ValueError(
+                f"image_instruction is the question about a row's image; this dataset has the columns "
+                f"{', '.join(rows.column_names)}, none of them {' or '.join(IMAGE_COLUMNS)}, or the model takes no "
+                "images"
+            )
         return None
     folder = data.image_folder or (source.absolute().parent if source.is_file() else None)
     return VisionDataCollator(

@@ -51,6 +51,25 @@ def test_dry_run_shows_masks_and_images(arguments, tmp_path, capsys):
     assert "word 0<|im_end|>" in shown and not (tmp_path / "out").exists()
 
 
+def test_rows_that_an_instruction_does_not_fit(arguments, data, tmp_path, capsys):
+    """Neither trained as text alone (as imagefolder's rows would be) nor a traceback."""
+    for change, words in (
+        (
+            lambda row: {"file_name": row["image"], "text": row["text"]},
+            "columns file_name, text, none of them",
+        ),
+        (
+            lambda row: row | {"image": None if row["text"] == "word 1" else row["image"]},
+            "row 1: no image to ask",
+        ),
+    ):
+        rows = [change(json.loads(line)) for line in data.read_text().splitlines()]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        changed = [str(tmp_path / "rows.jsonl") if one == str(data) else one for one in arguments]
+        assert train.main([*changed, "--image_folder", str(data.parent), "--dry_run"]) == 2
+        assert words in capsys.readouterr().err
+
+
 def test_a_missing_image_is_one_line(arguments, data, tmp_path, capsys):
     rows = data.read_text().replace("images/3.png", "images/none.png")
     (tmp_path / "rows.jsonl").write_text(rows)

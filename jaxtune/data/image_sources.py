@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 
 from jaxtune.data.image_rows import IMAGE_COLUMNS, Document, read_row
-from jaxtune.data.images import ImageError, is_url
+from jaxtune.data.images import ImageError, is_file, is_url
 from jaxtune.data.prepare import plain_rows
 from jaxtune.data.sources import load_dataset
 
@@ -29,7 +29,7 @@ def reading_row(row: Any, instruction: str, number: int) -> dict[str, Any]:
     """A row of images and a text as a question about them and its answer; a row of another format stays as it is.
 
     Raises:
-        ImageError: there is no text.
+        ImageError: there is no text, or no image.
     """
     if not any(column in row for column in IMAGE_COLUMNS) or "messages" in row or "prompt" in row:
         return row
@@ -38,7 +38,9 @@ def reading_row(row: Any, instruction: str, number: int) -> dict[str, Any]:
         raise ImageError(
             f"row {number}: no text in {', '.join(row)}; expected one of {', '.join(TEXT_COLUMNS)}"
         )
-    images = next(row[column] for column in IMAGE_COLUMNS if row.get(column) is not None)
+    images = next((row[column] for column in IMAGE_COLUMNS if row.get(column) is not None), None)
+    if images is None:
+        raise ImageError(f"row {number}: no image to ask about; leave the row out, or give it one")
     asked, answer = (
         {"role": role, "content": said} for role, said in (("user", instruction), ("assistant", text))
     )
@@ -68,7 +70,7 @@ def _beside(image: Any, folder: Path | None) -> Any:
     if folder is None or not isinstance(image, str) or not image or len(image) > 1000 or is_url(image):
         return image
     path = folder / image
-    return str(path) if not Path(image).is_file() and path.is_file() else image
+    return str(path) if not is_file(image) and is_file(str(path)) else image
 
 
 def plain_images(dataset: datasets.Dataset) -> datasets.Dataset:

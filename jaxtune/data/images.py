@@ -8,6 +8,7 @@ of it; a URL is downloaded once, into a folder.
 import base64
 import binascii
 import hashlib
+import http.client
 import io
 import os
 import re
@@ -128,12 +129,13 @@ def _of_text(text: str, cache: Path | None) -> Path | io.BytesIO:
     if match := _DATA_URI.match(text):
         body = text[match.end() :]
         return _base64(body, text) if match[1] else io.BytesIO(unquote(body).encode("latin-1"))
-    if len(text) >= _SHORTEST_BASE64 and _BASE64.fullmatch(text) and not _is_file(text):
+    if len(text) >= _SHORTEST_BASE64 and _BASE64.fullmatch(text) and not is_file(text):
         return _base64(text, text)
     return Path(text).expanduser()
 
 
-def _is_file(text: str) -> bool:
+def is_file(text: str) -> bool:
+    """Whether a text, of whatever length, is a file's path."""
     try:
         return Path(text).is_file()
     except OSError:  # too long for a name
@@ -214,7 +216,7 @@ def fetch(url: str, folder: Path) -> Path:
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             part.write_bytes(answer.read())
-    except (OSError, ValueError) as error:  # URLError and time-outs are OSErrors
+    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
         raise ImageError(f"{url} cannot be downloaded: {getattr(error, 'reason', error)}") from error
     part.replace(file)
     return file

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxtune.data.image_sources import row_document
 from jaxtune.data.images import ImageError, open_image, prefetch
 from jaxtune.data.resize import Resize, resize_policy
 
@@ -78,6 +79,8 @@ def test_urls_that_fail_are_told_beforehand(server, tmp_path):
     assert list(failed) == [missing] and "missing.png cannot be downloaded" in str(failed[missing])
     with pytest.raises(ImageError, match="text' cannot be read as an image"):
         open_image(f"{server.url}/text", tmp_path)
+    spaced = f"{server.url}/a b.png"  # http.client refuses it before it asks
+    assert "a b.png cannot be downloaded" in str(prefetch([spaced], tmp_path, progress=False)[spaced])
 
 
 def test_modes():
@@ -160,3 +163,9 @@ def test_wrong_policies(wrong):
 def test_no_policy_makes_an_image_too_narrow():
     with pytest.raises(ValueError, match="1000 × 2 pixels; one side may be at most 200 times"):
         resize_policy("max")(Image.new("RGB", (1000, 2)))
+
+
+def test_base64_in_a_file_is_not_looked_for_beside_it(tmp_path):
+    text = "iVBORw0KGgo" * 30  # too long for a name, not for a path
+    row = {"messages": [{"role": "user", "content": [{"type": "image"}]}], "images": [text]}
+    assert row_document(row, 0, tmp_path).images == (text,)
