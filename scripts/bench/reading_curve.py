@@ -10,9 +10,9 @@
 All weights are trained on lines that Pillow renders (words, sums, invoices, letters at random). Read are the images of
 --ocr, with metadata.jsonl (image, text); none of their texts is trained on. With --digits it trains on written digits
 (scikit-learn's: images uint8 [N, 8, 8] and labels) and reads of the last 400. With --formulas it trains on all that
-draw_formulas.py made, in its order, easy ones first, packed into rows of 512 tokens, and reads the real pictures that
-the folder holds out, and the last that were drawn; an answer has a space between any two symbols, and is compared with
-the label in the normal form of formulas.py.
+draw_formulas.py made, in its order, easy ones first, and among the last fifth on the folder's real pictures, packed
+into rows of 512 tokens. It reads the real pictures that the folder holds out, and the last that were drawn; an answer
+has a space between any two symbols, and is compared with the label in the normal form of formulas.py.
 Lines and digits are squares of SmolVLM, formulas keep their shape in Qwen2.5-VL. Writes curve.json and curve.png: the
 character error rate and the share of exact readings along the way; and readings.json, the last ones.
 Lines on one H200: six minutes.
@@ -37,7 +37,7 @@ from datasets import Image as ImageFeature
 from datasets import load_dataset
 from draw_formulas import CELL, LONGEST
 from formula_images import cut
-from formulas import labelled, normal
+from formulas import apart, labelled, normal
 from make_vlm import make
 from PIL import Image, ImageDraw, ImageFont
 
@@ -252,22 +252,29 @@ def lines(given: argparse.Namespace, tokenizer: Any) -> Task:
 
 
 def formulas(given: argparse.Namespace) -> Task:
-    _, held_out, left_out = labelled(given.formulas, LONGEST)
+    real, held_out, left_out = labelled(given.formulas, LONGEST)
     drawn = load_dataset("parquet", data_files=str(given.drawn / "*.parquet"), split="train")
     drawn = drawn.cast_column("image", ImageFeature(decode=False))
     print(
-        f"{len(drawn) - ALIKE} rows drawn; {len(held_out)} held out; left out: {dict(left_out)}", flush=True
+        f"{len(drawn) - ALIKE} rows drawn; {len(real)} real, {len(held_out)} held out; left out: {dict(left_out)}",
+        flush=True,
     )
     rows = [conversation(row["image"], row["text"]) for row in drawn]
+    trained, alike, chance = rows[:-ALIKE], rows[-ALIKE:], random.Random(given.seed)
+    early = len(trained) * 4 // 5
+    late = trained[early:]
+    late += [read_row(path, apart(text), chance) for path, text in real for _ in range(given.real)]
+    chance.shuffle(late)
     asked = [read_row(*pair) for pair in held_out[: given.limit]]
     options = {"num_train_epochs": given.epochs, "max_steps": -1, "packing": True}
     options |= {"train_sampling_strategy": "sequential"}
-    return Task(rows[:-ALIKE], asked, rows[-ALIKE:], 512, 160, normal, options)
+    return Task(trained[:early] + late, asked, alike, 512, 160, normal, options)
 
 
-def read_row(path: Path, text: str) -> dict[str, Any]:
+def read_row(path: Path, text: str, chance: random.Random | None = None) -> dict[str, Any]:
+    """With `chance` its margins vary, as those of drawn ones."""
     with Image.open(path) as picture:
-        return conversation(png(cut(picture, CELL)), text)
+        return conversation(png(cut(picture, CELL, chance)), text)
 
 
 def main() -> None:
@@ -282,6 +289,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("reading"))
     parser.add_argument("--steps", type=int, default=3500, help="without --formulas")
     parser.add_argument("--epochs", type=int, default=1, help="with --formulas")
+    parser.add_argument(
+        "--real", type=int, default=10, help="with --formulas: times that a real picture comes"
+    )
     parser.add_argument("--batch", type=int, default=64, help="rows of a step; with --formulas packed ones")
     parser.add_argument("--rows", type=int, default=120000, help="rendered lines to train on")
     parser.add_argument("--limit", type=int, default=200, help="images that are read for a point")
