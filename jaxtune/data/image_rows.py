@@ -12,7 +12,8 @@ placeholder for the next one of the column images (or image). Text with <image> 
 placeholders there. Contents that are all text get the images before the first user message's text, as in TRL.
 """
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,10 @@ class Document:
     completion: Messages | str | None
     images: tuple[Any, ...]
     options: Mapping[str, Any]
+
+    def with_images(self, change: Callable[[Any], Any]) -> "Document":
+        """The same with each image changed."""
+        return dataclasses.replace(self, images=tuple(map(change, self.images)))
 
 
 def has_images(row: Any) -> bool:

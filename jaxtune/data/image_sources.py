@@ -1,7 +1,7 @@
 """Where rows with images come from, and their paths."""
 
-import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ def row_document(row: Any, number: int, folder: Path | None, text_field: str = "
     Raises:
         ImageError: see there.
     """
-    document = read_row(row, number, text_field)
-    return dataclasses.replace(document, images=tuple(_beside(image, folder) for image in document.images))
+    return read_row(row, number, text_field).with_images(partial(_beside, folder=folder))
 
 
 def reading_row(row: Any, instruction: str, number: int) -> dict[str, Any]:

@@ -10,11 +10,11 @@ import binascii
 import hashlib
 import http.client
 import io
+import math
 import os
 import re
 import urllib.error
 import urllib.request
-import warnings
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 DOWNLOADS = 8  # at a time
@@ -49,7 +49,7 @@ def open_image(source: Any, cache: Path | None = None) -> Image.Image:
     """An image in RGB, decoded, turned as its EXIF orientation says.
 
     Args:
-        source: see above.
+        source: see above; an ImageError, of an image that failed before, is raised again.
         cache: folder of downloaded images; None: `default_cache`.
 
     Raises:
@@ -93,6 +93,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _opened(source: Any, cache: Path | None) -> Image.Image:
+    if isinstance(source, ImageError):
+        raise source
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, Mapping):
@@ -124,7 +126,7 @@ def _of_mapping(source: Mapping[str, Any]) -> Any:
 def _of_text(text: str, cache: Path | None) -> Path | io.BytesIO:
     if is_url(text):
         return fetch(text, default_cache() if cache is None else cache)
-    if text.startswith("file://"):
+    if text[:7].lower() == "file://":
         return Path(unquote(urlparse(text).path))
     if match := _DATA_URI.match(text):
         body = text[match.end() :]
@@ -168,17 +170,23 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 def _decoded(file: Path | io.BytesIO, source: Any) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(file)
-            image.load()
-            return image
+        image = Image.open(file)
+        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise Image.DecompressionBombError(f"{image.width} × {image.height} pixels")
+        image.load()
+        return image
     except FileNotFoundError as error:
         raise ImageError(f"{describe(source)} does not exist (current folder: {Path.cwd()})") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{describe(source)} is too large: {error}") from error
+    except Image.DecompressionBombError as error:
+        most = f"{(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.1f} million pixels"
+        raise ImageError(f"{describe(source)} is too large ({error}); PIL reads {most} at most") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"{describe(source)} cannot be read as an image: no format that PIL knows"
+        ) from error
     except (OSError, SyntaxError, ValueError) as error:  # PIL's decoders raise all of them
-        raise ImageError(f"{describe(source)} cannot be read as an image: {error}") from error
+        why = getattr(error, "strerror", None) or error
+        raise ImageError(f"{describe(source)} cannot be read as an image: {why}") from error
 
 
 def describe(source: Any) -> str:
@@ -198,14 +206,14 @@ def describe(source: Any) -> str:
 
 def is_url(source: Any) -> bool:
     """Whether a source has to be downloaded."""
-    return isinstance(source, str) and source.startswith(("http://", "https://"))
+    return isinstance(source, str) and source[:8].lower().startswith(("http://", "https://"))
 
 
 def fetch(url: str, folder: Path) -> Path:
-    """The file of a URL in `folder`, downloaded unless it is there.
+    """The file of a URL in `folder`, downloaded unless it is there; what is no image is not put there.
 
     Raises:
-        ImageError: it cannot be downloaded; says why.
+        ImageError: it cannot be downloaded, or is no image; says why.
     """
     file = folder / hashlib.sha256(url.encode()).hexdigest()[:32]
     if file.is_file():
@@ -216,10 +224,14 @@ def fetch(url: str, folder: Path) -> Path:
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             part.write_bytes(answer.read())
+        _decoded(part, url)
+        return part.replace(file)
+    except ImageError:
+        raise
     except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
         raise ImageError(f"{url} cannot be downloaded: {getattr(error, 'reason', error)}") from error
-    part.replace(file)
-    return file
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def prefetch(urls: Iterable[str], folder: Path, *, progress: bool = True) -> dict[str, ImageError]:

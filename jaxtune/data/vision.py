@@ -341,8 +341,14 @@ class VisionDataCollator:
         )
 
     def _chunks(self, source: Source, progress: bool) -> Iterator[list[Document | ImageError]]:
-        """Documents, a few at a time, what they need from the net downloaded; errors of rows that are none."""
+        """Documents, a few at a time, what they need from the net downloaded (in its place: why it cannot be); errors
+        of rows that are none."""
         rows = source.rows
+        failed: dict[str, ImageError] = {}
+
+        def got(image: Any) -> Any:
+            return failed.get(image, image) if is_url(image) else image
+
         for numbers in itertools.batched(range(len(rows)), _CHUNK):
             documents: list[Document | ImageError] = []
             for number in numbers:
@@ -351,10 +357,9 @@ class VisionDataCollator:
                 except ImageError as error:
                     documents.append(error)
             read = (document for document in documents if isinstance(document, Document))
-            urls = [image for document in read for image in document.images if is_url(image)]
-            if urls and self.encoder.cache is not None:
-                prefetch(urls, self.encoder.cache, progress=progress)
-            yield documents
+            urls = [image for document in read for image in document.images if is_url(got(image))]
+            failed |= prefetch(urls, self.encoder.cache or default_cache(), progress=progress)
+            yield [one if isinstance(one, ImageError) else one.with_images(got) for one in documents]
 
     def _fitting(self, lengths: np.ndarray, limit: int | None, together: int) -> np.ndarray:
         """bool [rows]: what is not too long; tells or refuses the rest."""
