@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from PIL import Image
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from jaxtune.data.image_rows import Document, Messages
+from jaxtune.data.image_rows import Document, Messages, naming
 from jaxtune.data.images import ImageError, open_image
 from jaxtune.data.resize import Resize
 from jaxtune.data.templates import has_marks, marked_variant
@@ -89,7 +89,7 @@ class ImageEncoder:
         Raises:
             ImageError: names the row, and the image if it is one's fault.
         """
-        with _Naming(document):
+        with naming(document.number):
             pictures = self._pictures(document)
             ids, completion, assistant, row = self._processed(document, pictures, **UNSCALED)
             check_row(self.family, ids, row)
@@ -112,7 +112,7 @@ class ImageEncoder:
         """
         rows, rope = [], []
         for document, length in zip(documents, lengths, strict=True):
-            with _Naming(document):
+            with naming(document.number):
                 ids, _, _, row = self._processed(document, self._pictures(document))
                 if len(ids) != length:
                     raise ImageError(
@@ -135,7 +135,7 @@ class ImageEncoder:
         Raises:
             ImageError: as `encode`.
         """
-        with _Naming(document):
+        with naming(document.number):
             pictures = self._pictures(document)
             ids, _, _, row = self._processed(document, pictures)
             check_row(self.family, ids, row)
@@ -264,16 +264,3 @@ class ImageEncoder:
                 )
             spans.append((len(before), len(through)))
         return spans
-
-
-class _Naming:
-    """Puts the row's number before what goes wrong with it."""
-
-    def __init__(self, document: Document):
-        self._number = document.number
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, ValueError):
-            raise ImageError(f"row {self._number}: {error}") from error

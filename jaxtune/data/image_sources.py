@@ -1,13 +1,13 @@
 """Where rows with images come from, and their paths."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from jaxtune.data.image_rows import IMAGE_COLUMNS, Document, read_row
+from jaxtune.data.image_rows import IMAGE_COLUMNS, Document, columns, image_column, naming, read_row
 from jaxtune.data.images import ImageError, is_file, is_url
 from jaxtune.data.prepare import plain_rows
 from jaxtune.data.sources import load_dataset
@@ -24,30 +24,36 @@ def row_document(row: Any, number: int, folder: Path | None, text_field: str = "
     return read_row(row, number, text_field).with_images(partial(_beside, folder=folder))
 
 
-def reading_row(row: Any, instruction: str, number: int) -> dict[str, Any]:
+def reading_row(row: Any, instruction: str, number: int) -> Any:
     """A row of images and a text as a question about them and its answer; a row of another format stays as it is.
 
     Raises:
         ImageError: there is no text, or no image.
     """
-    if not any(column in row for column in IMAGE_COLUMNS) or "messages" in row or "prompt" in row:
+    if (
+        not isinstance(row, Mapping)
+        or not {*IMAGE_COLUMNS} & row.keys()
+        or {"messages", "prompt"} & row.keys()
+    ):
         return row
+    with naming(number):
+        return _reading(row, instruction)
+
+
+def _reading(row: Mapping[str, Any], instruction: str) -> dict[str, Any]:
     text = next((row[column] for column in TEXT_COLUMNS if isinstance(row.get(column), str)), None)
     if text is None:
         raise ImageError(
-            f"row {number}: no text in {', '.join(row)}; expected one of {', '.join(TEXT_COLUMNS)}"
+            f"no text in {columns(row)}; expected one in {', '.join(TEXT_COLUMNS)} (a class is its name, not its "
+            "number)"
         )
-    images = next((row[column] for column in IMAGE_COLUMNS if row.get(column) is not None), None)
-    if images is None:
-        raise ImageError(f"row {number}: no image to ask about; leave the row out, or give it one")
+    column = image_column(row)
+    if column is None:
+        raise ImageError("no image to ask about; leave the row out, or give it one")
     asked, answer = (
         {"role": role, "content": said} for role, said in (("user", instruction), ("assistant", text))
     )
-    return {
-        "prompt": [asked],
-        "completion": [answer],
-        "images": images if isinstance(images, list) else [images],
-    }
+    return {"prompt": [asked], "completion": [answer], column: row[column]}
 
 
 def vision_rows(source: Any) -> tuple[Any, Path | None]:

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from jaxtune.data.columns import IGNORE, list_dataset
 from jaxtune.data.image_encoder import EncodedDocument, ImageEncoder
 from jaxtune.data.image_pool import ImagePool, default_workers
-from jaxtune.data.image_rows import Document, image_column
+from jaxtune.data.image_rows import Document, image_column, naming
 from jaxtune.data.image_sources import reading_row, row_document, vision_rows
 from jaxtune.data.images import ImageError, default_cache, is_url, prefetch
 from jaxtune.data.prepare import PreparationReport, truncate_and_drop
@@ -170,7 +170,8 @@ class VisionDataCollator:
         It shows what is trained; the trainer makes its batches itself. Rows longer than max_seq_length are left out, or
         raise ValueError, as `too_long` says.
         """
-        documents = [self._read(row, number, None) for number, row in enumerate(examples)]
+        source = Source(examples, None, 1)
+        documents = [self._read(source, number) for number in range(len(examples))]
         encoded = [self.encoder.encode(document) for document in documents]
         lengths = np.asarray([len(one.ids) for one in encoded])
         fits = self._fitting(lengths, self.max_seq_length, 1)
@@ -248,8 +249,7 @@ class VisionDataCollator:
 
     def document(self, number: int) -> Document:
         """A row by the number that the column documents has for it."""
-        source, row = self._rows[number]
-        return self._read(source.rows[row], row // source.together, source.folder)
+        return self._read(*self._rows[number])
 
     def row(self, number: int) -> Any:
         """A row as it came, its images not decoded, by the same number."""
@@ -282,11 +282,14 @@ class VisionDataCollator:
 
     # -- how -------------------------------------------------------------------------------------------------
 
-    def _read(self, row: Any, number: int, folder: Path | None) -> Document:
-        row = self._formatting(row) if self._formatting else row
+    def _read(self, source: Source, place: int) -> Document:
+        number = place // source.together
+        with naming(number):
+            row = source.rows[place]
+            row = self._formatting(row) if self._formatting else row
         if self._instruction is not None:
             row = reading_row(row, self._instruction, number)
-        return row_document(row, number, self._image_folder or folder, self._text_field)
+        return row_document(row, number, self._image_folder or source.folder, self._text_field)
 
     def _labels(self, one: EncodedDocument) -> np.ndarray:
         """int32 [T]: ids where every mask that applies is set, -100 elsewhere."""
@@ -343,17 +346,16 @@ class VisionDataCollator:
     def _chunks(self, source: Source, progress: bool) -> Iterator[list[Document | ImageError]]:
         """Documents, a few at a time, what they need from the net downloaded (in its place: why it cannot be); errors
         of rows that are none."""
-        rows = source.rows
         failed: dict[str, ImageError] = {}
 
         def got(image: Any) -> Any:
             return failed.get(image, image) if is_url(image) else image
 
-        for numbers in itertools.batched(range(len(rows)), _CHUNK):
+        for numbers in itertools.batched(range(len(source.rows)), _CHUNK):
             documents: list[Document | ImageError] = []
             for number in numbers:
                 try:
-                    documents.append(self._read(rows[number], number // source.together, source.folder))
+                    documents.append(self._read(source, number))
                 except ImageError as error:
                     documents.append(error)
             read = (document for document in documents if isinstance(document, Document))

@@ -194,6 +194,30 @@ def test_every_format_is_the_same_document(tmp_path):
     assert not has_images({"messages": talk(["a"], ["b"])})
 
 
+@pytest.mark.parametrize("beside", [{"images": [], "image": picture(0)}, {"images": [picture(0), None]}])
+def test_places_without_an_image_are_none(beside):
+    assert read_row({"messages": ONE["messages"], **beside}, 0).images == (picture(0),)
+    assert read_row({"messages": NONE["messages"], "images": [None], "image": None}, 0).images == ()
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"images": [], "text": "a cat"}, "row 1: no image to ask about"),
+        ({"images": [None], "text": "a cat"}, "row 1: no image to ask about"),
+        (
+            {"image": picture(0), "label": 3},
+            r"row 1: no text in image \(Image\), label \(int\); .* not its number",
+        ),
+    ],
+)
+def test_rows_that_an_instruction_is_not_for(row, message, collator):
+    with pytest.raises(ValueError, match=message):
+        collator(instruction="What is it?").prepare(
+            [{"image": picture(0), "text": "a cat"}, row], progress=False
+        )
+
+
 def test_a_dataset_keeps_its_images_undecoded(collator, tmp_path):
     rows = [{"messages": ONE["messages"], "images": [png(ONE["images"][0])]}] * 3
     text = datasets.Value("string")
@@ -225,6 +249,10 @@ def answered_with(part) -> dict:
     return {"messages": [{"role": "user", "content": "Show it."}, {"role": "assistant", "content": content}]}
 
 
+def said_by_user(content) -> dict:
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "yes"}]}
+
+
 @pytest.mark.parametrize(
     "row, message",
     [
@@ -237,7 +265,15 @@ def answered_with(part) -> dict:
         ({**ONE, "images": [Image.new("RGB", (900, 3))]}, "row 1: the image is 900 × 3 pixels; one side"),
         ({**ONE, "images": ["http://127.0.0.1:9/x.png"]}, "row 1: .*x.png cannot be downloaded"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "row 1: a part of type 'video'"),
-        ({"question": "a"}, "row 1: no known format in question"),
+        ({"question": "a"}, r"row 1: no known format in question \(str\)"),
+        ({"messages": "hello"}, r"row 1: no known format in messages \(str\)"),
+        ("hello", "row 1: expected a dict, or a list of messages, got 'hello'"),
+        ({"messages": [*ONE["messages"], "hi"]}, "row 1: message 2: expected a dict with role and content, got 'hi'"),
+        (said_by_user({"type": "text", "text": "a"}), r"row 1: message 0 \(user\): expected a content .* got a dict"),
+        (said_by_user(5), r"row 1: message 0 \(user\): expected a content that is a text or a list of parts, got 5"),
+        ({**NONE, "tools": "not JSON"}, "row 1: tools: expected a list or its JSON text, got 'not JSON'"),
+        ({**NONE, "chat_template_kwargs": 5}, "row 1: .*not a mapping"),
+        ({**ONE, "images": [None]}, r"row 1: message 0 \(user\) has an image part without"),
         ({**STRINGS, "images": []}, "row 1: "),
         ({**ASKED, "completion": talk([], [0])[1:]}, "row 1: an image in the completion"),
     ],
