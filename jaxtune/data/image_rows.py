@@ -9,7 +9,8 @@ Formats, each with or without images:
 
 An image part holds its image under image, url, path or base64 ({"type": "image_url"} as OpenAI has it), or is a
 placeholder for the next one of the column images (or image). Text with <image> in it, as LLaVA's data has it, has its
-placeholders there. Contents that are all text get the images before the first user message's text, as in TRL.
+placeholders there. Where no content has an image part, the images go before the first user message that is a text, as
+in TRL.
 """
 
 import dataclasses
@@ -93,7 +94,7 @@ def _read(row: Any, number: int, text_field: str) -> Document:
     options = {"tools": json_tools(row.get("tools")), **(row.get("chat_template_kwargs") or {})}
     if is_conversation(row.get("prompt")) and is_conversation(row.get("completion")):
         prompt, completion = map(_messages, (row["prompt"], row["completion"]))
-        if any(_part(part)["type"] == "image" for message in completion for part in _listed(message)):
+        if _has_image_parts(completion):
             raise ImageError(
                 "an image in the completion; a model learns to write text, so images go into the prompt"
             )
@@ -149,7 +150,8 @@ def _filled(messages: Messages, images: Sequence[Any]) -> tuple[Messages, tuple[
     """Messages of parts with bare image placeholders, and the images that belong to them, in order."""
     texts = [message["content"] for message in messages if isinstance(message.get("content"), str)]
     marked = bool(images) and any(LLAVA_PLACEHOLDER in text for text in texts)
-    waiting = 0 if marked else len(images)  # images to put before the first user message that is text
+    placed = marked or _has_image_parts(messages)
+    waiting = 0 if placed else len(images)  # images to put before the first user message that is text
     listed = []
     for message in messages:
         content = message.get("content")
@@ -208,6 +210,10 @@ def _check_holes(messages: Messages, holes: Sequence[int], beside: int) -> None:
 def _listed(message: Any) -> Sequence[Mapping[str, Any]]:
     content = message.get("content") if isinstance(message, Mapping) else None
     return [part for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
+
+
+def _has_image_parts(messages: Messages) -> bool:
+    return any(_part(part)["type"] == "image" for message in messages for part in _listed(message))
 
 
 def _split(text: str) -> Parts:

@@ -194,6 +194,21 @@ def test_every_format_is_the_same_document(tmp_path):
     assert not has_images({"messages": talk(["a"], ["b"])})
 
 
+@pytest.mark.parametrize(
+    "roles", [("user", "assistant", "user", "assistant"), ("system", "user", "user", "user")]
+)
+@pytest.mark.parametrize("place", range(3))
+def test_a_placeholder_stands_where_it_is_among_texts(place, roles):
+    parts = [{"type": "image"}, {"type": "text", "text": "c"}]
+    contents = ["a", "b", "c", "d"]
+    contents[contents.index("c")], contents[place] = contents[place], parts
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+    document = read_row({"messages": messages, "images": [picture(0)]}, 0)
+    assert [[part["type"] for part in message["content"]] for message in document.prompt] == [
+        ["image", "text"] if i == place else ["text"] for i in range(4)
+    ]
+
+
 @pytest.mark.parametrize("beside", [{"images": [], "image": picture(0)}, {"images": [picture(0), None]}])
 def test_places_without_an_image_are_none(beside):
     assert read_row({"messages": ONE["messages"], **beside}, 0).images == (picture(0),)
