@@ -68,6 +68,20 @@ def open_image(source: Any, cache: Path | None = None) -> Image.Image:
         raise ImageError(f"{describe(source)} is damaged: {error}") from error
 
 
+def peek(source: Any, cache: Path | None = None) -> Image.Image:
+    """An image in its own mode, turned; unless it has to be, its pixels are decoded when they are asked for.
+
+    Args:
+        source, cache: as of `open_image`.
+
+    Raises:
+        ImageError: see there.
+    """
+    image = _opened(source, cache)
+    turned = "exif" in image.info and image.getexif().get(_ORIENTATION, 1) != 1
+    return ImageOps.exif_transpose(image) if turned else image
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB: what is transparent becomes white, as qwen_vl_utils has it; other modes are converted by PIL.
 
@@ -98,29 +112,30 @@ def _opened(source: Any, cache: Path | None) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, Mapping):
-        return _opened(_of_mapping(source), cache)
+        if (found := stored_in(source)) is None:
+            raise ImageError(
+                f"a dict with the keys {', '.join(map(str, source)) or '(none)'} and no image in it; expected bytes or "
+                "path"
+            )
+        return _opened(found, cache)
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _decoded(io.BytesIO(source), source)
+        return _read(io.BytesIO(source), source)
     if isinstance(source, os.PathLike):
-        return _decoded(Path(source), source)
+        return _read(Path(source), source)
     if isinstance(source, str) and source:
-        return _decoded(_of_text(source, cache), source)
+        return _read(_of_text(source, cache), source)
     raise ImageError(
         f"{describe(source)} is no image; expected a PIL image, a path, a URL, a data URI, base64 text, bytes, or a "
         "dict with bytes or path"
     )
 
 
-def _of_mapping(source: Mapping[str, Any]) -> Any:
-    """What a dict of `datasets` ({"bytes", "path"}) or of a message ({"url"}) holds."""
-    for key in ("bytes", "path", "url", "image", "base64"):
-        if source.get(key) is not None:
-            return source[key]
-    raise ImageError(
-        f"a dict with the keys {', '.join(map(str, source)) or '(none)'} and no image in it; expected bytes or path"
-    )
+def stored_in(source: Mapping[str, Any]) -> Any:
+    """What a dict of `datasets` ({"bytes", "path"}) or of a message ({"url"}) holds, or None."""
+    keys = ("bytes", "path", "url", "image", "base64")
+    return next((source[key] for key in keys if source.get(key) is not None), None)
 
 
 def _of_text(text: str, cache: Path | None) -> Path | io.BytesIO:
@@ -168,12 +183,11 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
 
 
-def _decoded(file: Path | io.BytesIO, source: Any) -> Image.Image:
+def _read(file: Path | io.BytesIO, source: Any) -> Image.Image:
     try:
         image = Image.open(file)
         if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise Image.DecompressionBombError(f"{image.width} × {image.height} pixels")
-        image.load()
         return image
     except FileNotFoundError as error:
         raise ImageError(f"{describe(source)} does not exist (current folder: {Path.cwd()})") from error
@@ -224,11 +238,16 @@ def fetch(url: str, folder: Path) -> Path:
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             part.write_bytes(answer.read())
-        _decoded(part, url)
+        _read(part, url).load()
         return part.replace(file)
     except ImageError:
         raise
-    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        http.client.HTTPException,
+    ) as error:  # URLErrors are OSErrors, PIL's any
         raise ImageError(f"{url} cannot be downloaded: {getattr(error, 'reason', error)}") from error
     finally:
         part.unlink(missing_ok=True)

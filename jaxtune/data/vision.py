@@ -23,7 +23,7 @@ from jaxtune.data.columns import IGNORE, list_dataset
 from jaxtune.data.image_encoder import EncodedDocument, ImageEncoder
 from jaxtune.data.image_pool import ImagePool, default_workers
 from jaxtune.data.image_rows import Document, image_column, naming
-from jaxtune.data.image_sources import reading_row, row_document, vision_rows
+from jaxtune.data.image_sources import format_row, reading_row, row_document, vision_rows
 from jaxtune.data.images import ImageError, default_cache, is_url, prefetch
 from jaxtune.data.prepare import PreparationReport, truncate_and_drop
 from jaxtune.data.resize import resize_policy
@@ -69,7 +69,7 @@ class VisionDataCollator:
     Args:
         model, processor: from FastVisionModel.from_pretrained.
         max_seq_length: tokens of a row at most; None: SFTConfig's max_length.
-        formatting_func: row -> row of a known format.
+        formatting_func: row -> row of a known format; it gets PIL images where a dataset stores some.
         resize, resize_dimension, snap_to_patch_size: see `resize_policy`.
         ignore_index: -100.
         train_on_responses_only: train on the answers alone, between response_part and instruction_part; both None: read
@@ -283,13 +283,14 @@ class VisionDataCollator:
     # -- how -------------------------------------------------------------------------------------------------
 
     def _read(self, source: Source, place: int) -> Document:
-        number = place // source.together
+        number, folder = place // source.together, self._image_folder or source.folder
         with naming(number):
             row = source.rows[place]
-            row = self._formatting(row) if self._formatting else row
+            if self._formatting is not None:
+                row = format_row(self._formatting, row, folder, self.encoder.cache)
         if self._instruction is not None:
             row = reading_row(row, self._instruction, number)
-        return row_document(row, number, self._image_folder or source.folder, self._text_field)
+        return row_document(row, number, folder, self._text_field)
 
     def _labels(self, one: EncodedDocument) -> np.ndarray:
         """int32 [T]: ids where every mask that applies is set, -100 elsewhere."""
