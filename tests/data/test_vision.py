@@ -505,12 +505,24 @@ def test_an_image_that_changes_while_training_is_named(collator, tmp_path):
     ours = collator()
     prepared = ours.prepare([{**ONE, "images": [str(path)]}], progress=False, workers=0)
     batches = VisionBatches(prepared, ours, batch_size=1, max_length=None, packed=False)
-    picture(0, (84, 84)).save(path)
-    with pytest.raises(ValueError, match=r"row 0: it has .* tokens now .* changed"):
-        batches.step(0)
+    for other in (picture(0, (84, 84)), picture(1, (56, 56))):
+        other.save(path)
+        with pytest.raises(ValueError, match=r"row 0: an image has changed since the data was checked"):
+            batches.step(0)
+    picture(0, (56, 56)).save(path)
+    batches.step(0)
     path.unlink()
     with pytest.raises(ValueError, match=r"row 0: .*x.png' does not exist"):
         batches.step(1)
+
+
+def test_a_formatting_function_that_gives_another_text_is_told(collator):
+    texts = iter(["a", "several tokens more"])
+    ours = collator(formatting_func=lambda row: {**row, "messages": talk([0, next(texts)], ["b"])})
+    prepared = ours.prepare([ONE], progress=False)
+    batches = VisionBatches(prepared, ours, batch_size=1, max_length=None, packed=False)
+    with pytest.raises(ValueError, match=r"row 0: \d+ tokens now, and \d+ when the data was checked"):
+        batches.step(0)
 
 
 def test_a_worker_that_dies_is_told(collator):
