@@ -31,7 +31,9 @@ TIMEOUT = 30  # seconds a server may take to answer
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _ORIENTATION = 0x0112  # of EXIF
 _DATA_URI = re.compile(r"data:[^,]*?(;base64)?,", re.IGNORECASE)
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+={0,2}\s*")  # with - and _ it is the alphabet for URLs
+_URL_ALPHABET = str.maketrans("-_", "+/")
+_TAKEN_APART = {"im", "mode", "size", "readonly"}  # attributes of a PIL image
 _SHORTEST_BASE64 = 64  # characters; shorter text is taken for a path
 
 
@@ -112,6 +114,12 @@ def _opened(source: Any, cache: Path | None) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, Mapping):
+        if _TAKEN_APART <= source.keys():
+            raise ImageError(
+                "Dataset.map() has stored the attributes of a PIL image, not the image: it knows images in columns, "
+                "not in messages. Convert rows to a list, [convert(row) for row in dataset], or give the function that "
+                "converts a row as VisionDataCollator's formatting_func"
+            )
         if (found := stored_in(source)) is None:
             raise ImageError(
                 f"a dict with the keys {', '.join(map(str, source)) or '(none)'} and no image in it; expected bytes or "
@@ -160,10 +168,11 @@ def is_file(text: str) -> bool:
 
 
 def _base64(body: str, source: str) -> io.BytesIO:
+    digits = "".join(body.split()).translate(_URL_ALPHABET).rstrip("=")
     try:
-        return io.BytesIO(base64.b64decode("".join(body.split()), validate=True))
+        return io.BytesIO(base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True))
     except binascii.Error as error:
-        raise ImageError(f"{describe(source)} is no base64: {error}") from error
+        raise ImageError(f"{describe(source)} is no base64 and no file: {error}") from error
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -195,9 +204,9 @@ def _read(file: Path | io.BytesIO, source: Any) -> Image.Image:
         most = f"{(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.1f} million pixels"
         raise ImageError(f"{describe(source)} is too large ({error}); PIL reads {most} at most") from error
     except UnidentifiedImageError as error:
-        raise ImageError(
-            f"{describe(source)} cannot be read as an image: no format that PIL knows"
-        ) from error
+        taken = isinstance(source, str) and isinstance(file, io.BytesIO)
+        why = "no format that PIL knows" + ("; it is no file, so it was taken for base64" if taken else "")
+        raise ImageError(f"{describe(source)} cannot be read as an image: {why}") from error
     except (OSError, SyntaxError, ValueError) as error:  # PIL's decoders raise all of them
         why = getattr(error, "strerror", None) or error
         raise ImageError(f"{describe(source)} cannot be read as an image: {why}") from error

@@ -6,6 +6,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import tiny_processors
@@ -62,6 +63,7 @@ def test_every_source_gives_the_same_pixels(picture, png, tmp_path, server):
     sources = [
         *(picture, np.asarray(picture), png, bytearray(png), path, str(path), path.as_uri()),
         *(f"data:image/png;base64,{text}", text, "\n".join([text[:40], text[40:]])),
+        *(base64.urlsafe_b64encode(data).decode().rstrip("=") for data in (png, png + b" ", png + b"  ")),
         *({"bytes": png, "path": None}, {"bytes": None, "path": str(path)}, {"url": str(path)}),
         f"{server.url}/image.png",
     ]
@@ -86,6 +88,19 @@ def test_urls_that_fail_are_told_beforehand(server, tmp_path):
         open_image(f"{server.url}/text", tmp_path)
     spaced = f"{server.url}/a b.png"  # http.client refuses it before it asks
     assert "a b.png cannot be downloaded" in str(prefetch([spaced], tmp_path, progress=False)[spaced])
+
+
+def test_an_image_that_map_took_apart(picture):
+    """`Dataset.map` stores a PIL image in messages as a dict of its attributes."""
+    table = datasets.Dataset.from_list([{"image": picture}])
+
+    def convert(row):
+        parts = [{"type": "image", "image": row["image"]}, {"type": "text", "text": "what?"}]
+        return {"messages": [{"role": "user", "content": parts}]}
+
+    mapped = table.map(convert, remove_columns="image")
+    with pytest.raises(ImageError, match=r"Dataset.map\(\) .* formatting_func"):
+        open_image(mapped[0]["messages"][0]["content"][0]["image"])
 
 
 def test_an_answer_that_is_no_image_is_not_kept(server, tmp_path):
@@ -159,6 +174,10 @@ def test_an_image_is_turned_as_its_camera_says():
         (Image.new("F", (2, 2)), "mode F .32 bits"),
         (np.zeros((2, 2, 3)), "float64 .* is no image"),
         ("nowhere/at/all.png", "'nowhere/at/all.png' does not exist"),
+        (
+            "a_long/path-without-a-point" * 4,
+            "no format that PIL knows; it is no file, so it was taken for base64",
+        ),
         (b"no image", "8 bytes .* cannot be read as an image"),
         ("data:image/png;base64,!!", "is no base64"),
         ({}, "keys .none. and no image"),
