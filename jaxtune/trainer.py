@@ -119,14 +119,23 @@ class SFTTrainer(Trainer[SFTConfig]):
                 return _of_texts_alone(texts, model)
             return _with_images(data, collator, args)
 
+        def prepare_evaluation(data: Any, name: str = "eval_dataset") -> Dataset:
+            try:
+                return prepare(data, eval_args)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+
         train = None if train_dataset is None else prepare(train_dataset, args)
         packing = args.packing if args.eval_packing is None else args.eval_packing
         eval_args = dataclasses.replace(args, packing=packing, shuffle_dataset=False)
         evaluation: Dataset | dict[str, Dataset] | None = None
         if isinstance(eval_dataset, Mapping):
-            evaluation = {name: prepare(data, eval_args) for name, data in eval_dataset.items()}
+            evaluation = {
+                name: prepare_evaluation(data, f"eval_dataset[{name!r}]")
+                for name, data in eval_dataset.items()
+            }
         elif eval_dataset is not None:
-            evaluation = prepare(eval_dataset, eval_args)
+            evaluation = prepare_evaluation(eval_dataset)
         super().__init__(model, args, train, evaluation, processing_class, callbacks)
         self._collator = collator
         self._evaluated: dict[int, tuple[Dataset, Batches | VisionBatches]] = {}

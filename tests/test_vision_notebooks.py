@@ -21,6 +21,7 @@ from jaxtune import (
     is_bf16_supported,
     is_bfloat16_supported,
 )
+from jaxtune.data.image_rows import read_row
 from jaxtune.formats.gguf_file import GgufFile
 from jaxtune.hub import HubError
 from jaxtune.trainer import UnslothVisionDataCollator
@@ -126,7 +127,7 @@ def test_the_collator_called_directly_keeps_to_its_arguments(qwen):
     collator = UnslothVisionDataCollator(model, processor, pad_to_multiple_of=64)
     assert collator([row()])["input_ids"].shape[1] % 64 == 0
     short, long = row(), row(said="very " * 40)
-    width = collator.encoder.encode(collator._read(short, 0, None)).ids.size
+    width = collator.encoder.encode(read_row(short, 0)).ids.size
     options = {"max_seq_length": width + 5}
     assert len(VisionDataCollator(model, processor, **options)([long, short])["input_ids"]) == 1
     with pytest.raises(ValueError, match=r"row 1 \(\d+ tokens\)"):

@@ -182,6 +182,20 @@ def test_responses_only(both, tmp_path):
     assert said[:2] == ["it is 0<|im_end|>\n", "it is 1<|im_end|>\n"]
 
 
+def test_rows_of_the_evaluation_are_named_as_such(both, tmp_path):
+    _, base, _ = both
+    model = FastVisionModel.get_peft_model(base, r=4)
+    bad = [*rows(1), {"messages": 5}]
+    for data, name in ((bad, "eval_dataset"), ({"dev": bad}, r"eval_dataset\['dev'\]")):
+        with pytest.raises(ValueError, match=f"{name}: 1 of 2 rows cannot be used:\nrow 1: no known format"):
+            SFTTrainer(
+                model=model,
+                train_dataset=rows(1),
+                eval_dataset=data,
+                args=SFTConfig(output_dir=str(tmp_path), disable_tqdm=True),
+            )
+
+
 def test_a_collator_is_made_where_rows_have_images(both, tmp_path):
     _, base, processor = both
     model = FastVisionModel.get_peft_model(base, r=4)

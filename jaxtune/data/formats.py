@@ -130,8 +130,15 @@ def alpaca_row(row: Row, *, chat: bool) -> tuple[str, dict[str, Any]]:
 
 
 def json_tools(tools: list | str | None) -> list | None:
-    """Tool schemas, given as a list or as its JSON text."""
-    return json.loads(tools) if isinstance(tools, str) else tools
+    """Tool schemas, given as a list or as its JSON text.
+
+    Raises:
+        ValueError: a text that is no JSON.
+    """
+    try:
+        return json.loads(tools) if isinstance(tools, str) else tools
+    except json.JSONDecodeError as error:
+        raise ValueError(f"tools: expected a list or its JSON text, got {tools[:80]!r} ({error})") from error
 
 
 def _openai_message(message: Row) -> dict[str, Any]:

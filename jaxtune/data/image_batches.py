@@ -199,9 +199,10 @@ class VisionBatches:
         begun = []
         for rows in (shares[i] for i in own):
             numbers = [int(number) for row in rows for number in self._documents.row(row)]
-            lengths = [self._collator.known(number).length for number in numbers]
+            known = [self._collator.known(number) for number in numbers]
             documents = [self._collator.document(number) for number in numbers]
-            begun.append(pool.arrays(documents, lengths, sizes))
+            lengths, digests = [one.length for one in known], [one.digest for one in known]
+            begun.append(pool.arrays(documents, lengths, digests, sizes))
         return begun
 
     def _collate(self, rows: np.ndarray, shape: Mapping[str, int], made: ImageArrays) -> VisionBatch:

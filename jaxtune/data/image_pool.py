@@ -59,10 +59,10 @@ class ImagePool:
         return self._submit("encode_all", documents)
 
     def arrays(
-        self, documents: Sequence[Document], lengths: Sequence[int], sizes: Any
+        self, documents: Sequence[Document], lengths: Sequence[int], digests: Sequence[bytes], sizes: Any
     ) -> "Future[ImageArrays]":
         """`ImageEncoder.arrays` of a micro-batch."""
-        return self._submit("arrays", documents, lengths, sizes)
+        return self._submit("arrays", documents, lengths, digests, sizes)
 
     def prompt(self, document: Document) -> "Future[EncodedPrompt]":
         """`ImageEncoder.prompt`."""

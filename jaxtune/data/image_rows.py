@@ -9,15 +9,18 @@ Formats, each with or without images:
 
 An image part holds its image under image, url, path or base64 ({"type": "image_url"} as OpenAI has it), or is a
 placeholder for the next one of the column images (or image). Text with <image> in it, as LLaVA's data has it, has its
-placeholders there. Contents that are all text get the images before the first user message's text, as in TRL.
+placeholders there. Where no content has an image part, the images go before the first user message that is a text, as
+in TRL.
 """
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from jaxtune.data.formats import ROLE_ALIASES, is_conversation, json_tools
-from jaxtune.data.images import ImageError
+from jaxtune.data.images import ImageError, describe
 
 IMAGE_COLUMNS = ("images", "image")
 LLAVA_PLACEHOLDER = "<image>"
@@ -45,19 +48,30 @@ class Document:
     images: tuple[Any, ...]
     options: Mapping[str, Any]
 
+    def with_images(self, change: Callable[[Any], Any]) -> "Document":
+        """The same with each image changed."""
+        return dataclasses.replace(self, images=tuple(map(change, self.images)))
+
 
 def has_images(row: Any) -> bool:
     """Whether a row has images, or is of a dataset whose rows have."""
-    if isinstance(row, Mapping) and any(column in row for column in IMAGE_COLUMNS):
-        return True
-    talks = (
-        [row]
-        if isinstance(row, list)
-        else [row.get(name) for name in ("messages", "conversations", "prompt", "chosen")]
-    )
+    talks: list[Any] = [row]
+    if isinstance(row, Mapping):
+        if any(column in row for column in IMAGE_COLUMNS):
+            return True
+        talks = [row.get(name) for name in ("messages", "conversations", "prompt", "chosen")]
     parts = (part for talk in talks if is_conversation(talk) for message in talk for part in _listed(message))
     kinds = ("image", "image_url")
     return any((part.get("type") or next((k for k in kinds if part.get(k)), None)) in kinds for part in parts)
+
+
+@contextmanager
+def naming(number: int) -> Iterator[None]:
+    """Puts the row's number before what goes wrong with it."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ImageError(f"row {number}: {error}") from error
 
 
 def read_row(row: Any, number: int, text_field: str = "text") -> Document:
@@ -66,20 +80,21 @@ def read_row(row: Any, number: int, text_field: str = "text") -> Document:
     Raises:
         ImageError: no known format, an unknown part, or placeholders and images that differ in number; names the row.
     """
-    try:
+    with naming(number):
         return _read(row, number, text_field)
-    except ImageError as error:
-        raise ImageError(f"row {number}: {error}") from error
 
 
 def _read(row: Any, number: int, text_field: str) -> Document:
     if isinstance(row, list):
         row = {"messages": row}
-    images = _images_of(row)
+    if not isinstance(row, Mapping):
+        raise ImageError(f"expected a dict, or a list of messages, got {describe(row)}")
+    column = image_column(row)
+    images = [] if column is None else _images_in(row[column])
     options = {"tools": json_tools(row.get("tools")), **(row.get("chat_template_kwargs") or {})}
     if is_conversation(row.get("prompt")) and is_conversation(row.get("completion")):
         prompt, completion = map(_messages, (row["prompt"], row["completion"]))
-        if any(_part(part)["type"] == "image" for message in completion for part in _listed(message)):
+        if _has_image_parts(completion):
             raise ImageError(
                 "an image in the completion; a model learns to write text, so images go into the prompt"
             )
@@ -95,27 +110,34 @@ def _read(row: Any, number: int, text_field: str) -> Document:
     if isinstance(row.get(text_field), str):
         return Document(number, row[text_field], None, tuple(images), options)
     raise ImageError(
-        f"no known format in {', '.join(map(str, row)) or 'an empty row'}; expected messages (or conversations), "
-        f"prompt and completion, or {text_field}"
+        f"no known format in {columns(row)}; expected messages (or conversations), prompt and completion, or "
+        f"{text_field}"
     )
+
+
+def columns(row: Mapping[str, Any]) -> str:
+    """Names of a row's columns and of what they hold, for messages."""
+    return ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items()) or "an empty row"
 
 
 def image_column(row: Mapping[str, Any]) -> str | None:
     """The column that the images beside a row's text are in."""
-    return next((column for column in IMAGE_COLUMNS if row.get(column) is not None), None)
+    return next((column for column in IMAGE_COLUMNS if _images_in(row.get(column))), None)
 
 
-def _images_of(row: Mapping[str, Any]) -> list[Any]:
-    """What is in that column."""
-    column = image_column(row)
-    value = [] if column is None else row[column]
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+def _images_in(value: Any) -> list[Any]:
+    """The images of a column's value, which is one, several or none."""
+    return [one for one in (value if isinstance(value, (list, tuple)) else [value]) if one is not None]
 
 
 def _messages(talk: Sequence[Mapping[str, Any]]) -> Messages:
     """Messages with role and content (ShareGPT's names are changed into them); no keys without a value."""
     found = []
-    for message in talk:
+    for place, message in enumerate(talk):
+        if not isinstance(message, Mapping):
+            raise ImageError(
+                f"message {place}: expected a dict with role and content, got {describe(message)}"
+            )
         names = {"from": "role", "value": "content"} if "from" in message else {}
         kept = {names.get(key, key): value for key, value in message.items() if value is not None}
         if "role" not in kept:
@@ -128,7 +150,8 @@ def _filled(messages: Messages, images: Sequence[Any]) -> tuple[Messages, tuple[
     """Messages of parts with bare image placeholders, and the images that belong to them, in order."""
     texts = [message["content"] for message in messages if isinstance(message.get("content"), str)]
     marked = bool(images) and any(LLAVA_PLACEHOLDER in text for text in texts)
-    waiting = 0 if marked else len(images)  # images to put before the first user message that is text
+    placed = marked or _has_image_parts(messages)
+    waiting = 0 if placed else len(images)  # images to put before the first user message that is text
     listed = []
     for message in messages:
         content = message.get("content")
@@ -136,8 +159,13 @@ def _filled(messages: Messages, images: Sequence[Any]) -> tuple[Messages, tuple[
             parts = _split(content) if marked else [{"type": "text", "text": content}]
             if message["role"] == "user" and waiting:
                 parts, waiting = [{"type": "image"}] * waiting + parts, 0
-        else:
+        elif content is None or isinstance(content, (list, tuple)):
             parts = [_part(part) for part in content or []]
+        else:
+            raise ImageError(
+                f"message {len(listed)} ({message['role']}): expected a content that is a text or a list of parts, got "
+                f"{describe(content)}"
+            )
         listed.append({**message, "content": parts} if "content" in message else message)
     left, used, holes = list(images), [], []
     for number, message in enumerate(listed):
@@ -179,9 +207,13 @@ def _check_holes(messages: Messages, holes: Sequence[int], beside: int) -> None:
         )
 
 
-def _listed(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    content = message.get("content")
+def _listed(message: Any) -> Sequence[Mapping[str, Any]]:
+    content = message.get("content") if isinstance(message, Mapping) else None
     return [part for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
+
+
+def _has_image_parts(messages: Messages) -> bool:
+    return any(_part(part)["type"] == "image" for message in messages for part in _listed(message))
 
 
 def _split(text: str) -> Parts:

@@ -1,14 +1,15 @@
 """Where rows with images come from, and their paths."""
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+from PIL import Image
 
-from jaxtune.data.image_rows import IMAGE_COLUMNS, Document, read_row
-from jaxtune.data.images import ImageError, is_file, is_url
+from jaxtune.data.image_rows import IMAGE_COLUMNS, Document, columns, image_column, naming, read_row
+from jaxtune.data.images import ImageError, describe, is_file, is_url, peek, stored_in
 from jaxtune.data.prepare import plain_rows
 from jaxtune.data.sources import load_dataset
 
@@ -21,34 +22,82 @@ def row_document(row: Any, number: int, folder: Path | None, text_field: str = "
     Raises:
         ImageError: see there.
     """
-    document = read_row(row, number, text_field)
-    return dataclasses.replace(document, images=tuple(_beside(image, folder) for image in document.images))
+    return read_row(row, number, text_field).with_images(partial(_beside, folder=folder))
 
 
-def reading_row(row: Any, instruction: str, number: int) -> dict[str, Any]:
+def format_row(function: Callable[[Any], Any], row: Any, folder: Path | None, cache: Path | None) -> Any:
+    """What a formatting function makes of a row, whose stored images it gets as PIL images; those whose pixels it does
+    not look at stay as they are stored, so that other processes decode them.
+
+    Raises:
+        ImageError: the function fails, or returns no row.
+    """
+    given: dict[int, tuple[Image.Image, Any]] = {}
+
+    def opened(value: Any) -> Any:
+        if not (isinstance(value, Mapping) and value.keys() == {"bytes", "path"} and any(value.values())):
+            return value
+        image = peek(_beside(value, folder), cache)
+        given[id(image)] = image, value
+        return image
+
+    def stored(value: Any) -> Any:
+        image, source = given.get(id(value), (None, None))
+        return source if getattr(image, "tile", None) else value  # PIL empties `tile` when it decodes
+
+    try:
+        made = function(_mapped(opened, row))
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a user's function raises
+        raise ImageError(f"formatting_func raised {type(error).__name__}: {error}") from error
+    if not isinstance(made, (Mapping, list)):
+        raise ImageError(
+            f"formatting_func returned {describe(made)}; expected a row, as a dict with messages, or a list of messages"
+        )
+    return _mapped(stored, made)
+
+
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """A row with what it holds changed, at any depth."""
+    changed = change(value)
+    if changed is not value:
+        return changed
+    if isinstance(value, Mapping):
+        return {key: _mapped(change, one) for key, one in value.items()}
+    return [_mapped(change, one) for one in value] if isinstance(value, list) else value
+
+
+def reading_row(row: Any, instruction: str, number: int) -> Any:
     """A row of images and a text as a question about them and its answer; a row of another format stays as it is.
 
     Raises:
         ImageError: there is no text, or no image.
     """
-    if not any(column in row for column in IMAGE_COLUMNS) or "messages" in row or "prompt" in row:
+    if (
+        not isinstance(row, Mapping)
+        or not {*IMAGE_COLUMNS} & row.keys()
+        or {"messages", "prompt"} & row.keys()
+    ):
         return row
+    with naming(number):
+        return _reading(row, instruction)
+
+
+def _reading(row: Mapping[str, Any], instruction: str) -> dict[str, Any]:
     text = next((row[column] for column in TEXT_COLUMNS if isinstance(row.get(column), str)), None)
     if text is None:
         raise ImageError(
-            f"row {number}: no text in {', '.join(row)}; expected one of {', '.join(TEXT_COLUMNS)}"
+            f"no text in {columns(row)}; expected one in {', '.join(TEXT_COLUMNS)} (a class is its name, not its "
+            "number)"
         )
-    images = next((row[column] for column in IMAGE_COLUMNS if row.get(column) is not None), None)
-    if images is None:
-        raise ImageError(f"row {number}: no image to ask about; leave the row out, or give it one")
+    column = image_column(row)
+    if column is None:
+        raise ImageError("no image to ask about; leave the row out, or give it one")
     asked, answer = (
         {"role": role, "content": said} for role, said in (("user", instruction), ("assistant", text))
     )
-    return {
-        "prompt": [asked],
-        "completion": [answer],
-        "images": images if isinstance(images, list) else [images],
-    }
+    return {"prompt": [asked], "completion": [answer], column: row[column]}
 
 
 def vision_rows(source: Any) -> tuple[Any, Path | None]:
@@ -66,7 +115,9 @@ def vision_rows(source: Any) -> tuple[Any, Path | None]:
 
 
 def _beside(image: Any, folder: Path | None) -> Any:
-    """A relative path that exists in `folder` and not here, made whole."""
+    """A relative path that exists in `folder` and not here, made whole; a dict of a path or URL alone is that."""
+    if isinstance(image, Mapping) and isinstance(text := stored_in(image), str):
+        image = text
     if folder is None or not isinstance(image, str) or not image or len(image) > 1000 or is_url(image):
         return image
     path = folder / image

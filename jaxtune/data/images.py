@@ -10,11 +10,11 @@ import binascii
 import hashlib
 import http.client
 import io
+import math
 import os
 import re
 import urllib.error
 import urllib.request
-import warnings
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 DOWNLOADS = 8  # at a time
@@ -31,7 +31,9 @@ TIMEOUT = 30  # seconds a server may take to answer
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _ORIENTATION = 0x0112  # of EXIF
 _DATA_URI = re.compile(r"data:[^,]*?(;base64)?,", re.IGNORECASE)
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+={0,2}\s*")  # with - and _ it is the alphabet for URLs
+_URL_ALPHABET = str.maketrans("-_", "+/")
+_TAKEN_APART = {"im", "mode", "size", "readonly"}  # attributes of a PIL image
 _SHORTEST_BASE64 = 64  # characters; shorter text is taken for a path
 
 
@@ -49,7 +51,7 @@ def open_image(source: Any, cache: Path | None = None) -> Image.Image:
     """An image in RGB, decoded, turned as its EXIF orientation says.
 
     Args:
-        source: see above.
+        source: see above; an ImageError, of an image that failed before, is raised again.
         cache: folder of downloaded images; None: `default_cache`.
 
     Raises:
@@ -66,6 +68,20 @@ def open_image(source: Any, cache: Path | None = None) -> Image.Image:
         raise
     except (OSError, SyntaxError, ValueError) as error:  # PIL's decoders raise all of them
         raise ImageError(f"{describe(source)} is damaged: {error}") from error
+
+
+def peek(source: Any, cache: Path | None = None) -> Image.Image:
+    """An image in its own mode, turned; unless it has to be, its pixels are decoded when they are asked for.
+
+    Args:
+        source, cache: as of `open_image`.
+
+    Raises:
+        ImageError: see there.
+    """
+    image = _opened(source, cache)
+    turned = "exif" in image.info and image.getexif().get(_ORIENTATION, 1) != 1
+    return ImageOps.exif_transpose(image) if turned else image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -93,38 +109,47 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _opened(source: Any, cache: Path | None) -> Image.Image:
+    if isinstance(source, ImageError):
+        raise source
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, Mapping):
-        return _opened(_of_mapping(source), cache)
+        if _TAKEN_APART <= source.keys():
+            raise ImageError(
+                "Dataset.map() has stored the attributes of a PIL image, not the image: it knows images in columns, "
+                "not in messages. Convert rows to a list, [convert(row) for row in dataset], or give the function that "
+                "converts a row as VisionDataCollator's formatting_func"
+            )
+        if (found := stored_in(source)) is None:
+            raise ImageError(
+                f"a dict with the keys {', '.join(map(str, source)) or '(none)'} and no image in it; expected bytes or "
+                "path"
+            )
+        return _opened(found, cache)
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _decoded(io.BytesIO(source), source)
+        return _read(io.BytesIO(source), source)
     if isinstance(source, os.PathLike):
-        return _decoded(Path(source), source)
+        return _read(Path(source), source)
     if isinstance(source, str) and source:
-        return _decoded(_of_text(source, cache), source)
+        return _read(_of_text(source, cache), source)
     raise ImageError(
         f"{describe(source)} is no image; expected a PIL image, a path, a URL, a data URI, base64 text, bytes, or a "
         "dict with bytes or path"
     )
 
 
-def _of_mapping(source: Mapping[str, Any]) -> Any:
-    """What a dict of `datasets` ({"bytes", "path"}) or of a message ({"url"}) holds."""
-    for key in ("bytes", "path", "url", "image", "base64"):
-        if source.get(key) is not None:
-            return source[key]
-    raise ImageError(
-        f"a dict with the keys {', '.join(map(str, source)) or '(none)'} and no image in it; expected bytes or path"
-    )
+def stored_in(source: Mapping[str, Any]) -> Any:
+    """What a dict of `datasets` ({"bytes", "path"}) or of a message ({"url"}) holds, or None."""
+    keys = ("bytes", "path", "url", "image", "base64")
+    return next((source[key] for key in keys if source.get(key) is not None), None)
 
 
 def _of_text(text: str, cache: Path | None) -> Path | io.BytesIO:
     if is_url(text):
         return fetch(text, default_cache() if cache is None else cache)
-    if text.startswith("file://"):
+    if text[:7].lower() == "file://":
         return Path(unquote(urlparse(text).path))
     if match := _DATA_URI.match(text):
         body = text[match.end() :]
@@ -143,10 +168,11 @@ def is_file(text: str) -> bool:
 
 
 def _base64(body: str, source: str) -> io.BytesIO:
+    digits = "".join(body.split()).translate(_URL_ALPHABET).rstrip("=")
     try:
-        return io.BytesIO(base64.b64decode("".join(body.split()), validate=True))
+        return io.BytesIO(base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True))
     except binascii.Error as error:
-        raise ImageError(f"{describe(source)} is no base64: {error}") from error
+        raise ImageError(f"{describe(source)} is no base64 and no file: {error}") from error
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -166,19 +192,24 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
 
 
-def _decoded(file: Path | io.BytesIO, source: Any) -> Image.Image:
+def _read(file: Path | io.BytesIO, source: Any) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(file)
-            image.load()
-            return image
+        image = Image.open(file)
+        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise Image.DecompressionBombError(f"{image.width} × {image.height} pixels")
+        return image
     except FileNotFoundError as error:
         raise ImageError(f"{describe(source)} does not exist (current folder: {Path.cwd()})") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{describe(source)} is too large: {error}") from error
+    except Image.DecompressionBombError as error:
+        most = f"{(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.1f} million pixels"
+        raise ImageError(f"{describe(source)} is too large ({error}); PIL reads {most} at most") from error
+    except UnidentifiedImageError as error:
+        taken = isinstance(source, str) and isinstance(file, io.BytesIO)
+        why = "no format that PIL knows" + ("; it is no file, so it was taken for base64" if taken else "")
+        raise ImageError(f"{describe(source)} cannot be read as an image: {why}") from error
     except (OSError, SyntaxError, ValueError) as error:  # PIL's decoders raise all of them
-        raise ImageError(f"{describe(source)} cannot be read as an image: {error}") from error
+        why = getattr(error, "strerror", None) or error
+        raise ImageError(f"{describe(source)} cannot be read as an image: {why}") from error
 
 
 def describe(source: Any) -> str:
@@ -198,14 +229,14 @@ def describe(source: Any) -> str:
 
 def is_url(source: Any) -> bool:
     """Whether a source has to be downloaded."""
-    return isinstance(source, str) and source.startswith(("http://", "https://"))
+    return isinstance(source, str) and source[:8].lower().startswith(("http://", "https://"))
 
 
 def fetch(url: str, folder: Path) -> Path:
-    """The file of a URL in `folder`, downloaded unless it is there.
+    """The file of a URL in `folder`, downloaded unless it is there; what is no image is not put there.
 
     Raises:
-        ImageError: it cannot be downloaded; says why.
+        ImageError: it cannot be downloaded, or is no image; says why.
     """
     file = folder / hashlib.sha256(url.encode()).hexdigest()[:32]
     if file.is_file():
@@ -216,10 +247,19 @@ def fetch(url: str, folder: Path) -> Path:
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             part.write_bytes(answer.read())
-    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
+        _read(part, url).load()
+        return part.replace(file)
+    except ImageError:
+        raise
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        http.client.HTTPException,
+    ) as error:  # URLErrors are OSErrors, PIL's any
         raise ImageError(f"{url} cannot be downloaded: {getattr(error, 'reason', error)}") from error
-    part.replace(file)
-    return file
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def prefetch(urls: Iterable[str], folder: Path, *, progress: bool = True) -> dict[str, ImageError]:

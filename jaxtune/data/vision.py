@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 from jaxtune.data.columns import IGNORE, list_dataset
 from jaxtune.data.image_encoder import EncodedDocument, ImageEncoder
 from jaxtune.data.image_pool import ImagePool, default_workers
-from jaxtune.data.image_rows import Document, image_column
-from jaxtune.data.image_sources import reading_row, row_document, vision_rows
+from jaxtune.data.image_rows import Document, image_column, naming
+from jaxtune.data.image_sources import format_row, reading_row, row_document, vision_rows
 from jaxtune.data.images import ImageError, default_cache, is_url, prefetch
 from jaxtune.data.prepare import PreparationReport, truncate_and_drop
 from jaxtune.data.resize import resize_policy
@@ -69,7 +69,7 @@ class VisionDataCollator:
     Args:
         model, processor: from FastVisionModel.from_pretrained.
         max_seq_length: tokens of a row at most; None: SFTConfig's max_length.
-        formatting_func: row -> row of a known format.
+        formatting_func: row -> row of a known format; it gets PIL images where a dataset stores some.
         resize, resize_dimension, snap_to_patch_size: see `resize_policy`.
         ignore_index: -100.
         train_on_responses_only: train on the answers alone, between response_part and instruction_part; both None: read
@@ -170,7 +170,8 @@ class VisionDataCollator:
         It shows what is trained; the trainer makes its batches itself. Rows longer than max_seq_length are left out, or
         raise ValueError, as `too_long` says.
         """
-        documents = [self._read(row, number, None) for number, row in enumerate(examples)]
+        source = Source(examples, None, 1)
+        documents = [self._read(source, number) for number in range(len(examples))]
         encoded = [self.encoder.encode(document) for document in documents]
         lengths = np.asarray([len(one.ids) for one in encoded])
         fits = self._fitting(lengths, self.max_seq_length, 1)
@@ -248,8 +249,7 @@ class VisionDataCollator:
 
     def document(self, number: int) -> Document:
         """A row by the number that the column documents has for it."""
-        source, row = self._rows[number]
-        return self._read(source.rows[row], row // source.together, source.folder)
+        return self._read(*self._rows[number])
 
     def row(self, number: int) -> Any:
         """A row as it came, its images not decoded, by the same number."""
@@ -282,11 +282,15 @@ class VisionDataCollator:
 
     # -- how -------------------------------------------------------------------------------------------------
 
-    def _read(self, row: Any, number: int, folder: Path | None) -> Document:
-        row = self._formatting(row) if self._formatting else row
+    def _read(self, source: Source, place: int) -> Document:
+        number, folder = place // source.together, self._image_folder or source.folder
+        with naming(number):
+            row = source.rows[place]
+            if self._formatting is not None:
+                row = format_row(self._formatting, row, folder, self.encoder.cache)
         if self._instruction is not None:
             row = reading_row(row, self._instruction, number)
-        return row_document(row, number, self._image_folder or folder, self._text_field)
+        return row_document(row, number, folder, self._text_field)
 
     def _labels(self, one: EncodedDocument) -> np.ndarray:
         """int32 [T]: ids where every mask that applies is set, -100 elsewhere."""
@@ -341,20 +345,24 @@ class VisionDataCollator:
         )
 
     def _chunks(self, source: Source, progress: bool) -> Iterator[list[Document | ImageError]]:
-        """Documents, a few at a time, what they need from the net downloaded; errors of rows that are none."""
-        rows = source.rows
-        for numbers in itertools.batched(range(len(rows)), _CHUNK):
+        """Documents, a few at a time, what they need from the net downloaded (in its place: why it cannot be); errors
+        of rows that are none."""
+        failed: dict[str, ImageError] = {}
+
+        def got(image: Any) -> Any:
+            return failed.get(image, image) if is_url(image) else image
+
+        for numbers in itertools.batched(range(len(source.rows)), _CHUNK):
             documents: list[Document | ImageError] = []
             for number in numbers:
                 try:
-                    documents.append(self._read(rows[number], number // source.together, source.folder))
+                    documents.append(self._read(source, number))
                 except ImageError as error:
                     documents.append(error)
             read = (document for document in documents if isinstance(document, Document))
-            urls = [image for document in read for image in document.images if is_url(image)]
-            if urls and self.encoder.cache is not None:
-                prefetch(urls, self.encoder.cache, progress=progress)
-            yield documents
+            urls = [image for document in read for image in document.images if is_url(got(image))]
+            failed |= prefetch(urls, self.encoder.cache or default_cache(), progress=progress)
+            yield [one if isinstance(one, ImageError) else one.with_images(got) for one in documents]
 
     def _fitting(self, lengths: np.ndarray, limit: int | None, together: int) -> np.ndarray:
         """bool [rows]: what is not too long; tells or refuses the rest."""

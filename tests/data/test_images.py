@@ -6,10 +6,13 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
+import tiny_processors
 from PIL import Image
 
+from jaxtune.data import VisionDataCollator
 from jaxtune.data.image_sources import row_document
 from jaxtune.data.images import ImageError, open_image, prefetch
 from jaxtune.data.resize import Resize, resize_policy
@@ -30,14 +33,17 @@ def png(picture):
 
 @pytest.fixture
 def server(png):
-    """A web server: /image.png is one, /text is none, all else is missing; `requests` are the paths asked for."""
+    """A web server: /image.png is one, /text becomes one when it is in `mended`, all else is missing; `requests` are
+    the paths asked for."""
 
     requests: list[str] = []
+    mended: set[str] = set()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             requests.append(self.path)
-            body = {"/image.png": png, "/text": b"<html>"}.get(self.path)
+            bodies = {"/image.png": png, "/text": b"<html>"} | dict.fromkeys(mended, png)
+            body = bodies.get(self.path)
             self.send_response(404 if body is None else 200)
             self.end_headers()
             self.wfile.write(body or b"")
@@ -46,7 +52,7 @@ def server(png):
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=http.serve_forever, daemon=True).start()
-    yield SimpleNamespace(url=f"http://127.0.0.1:{http.server_port}", requests=requests)
+    yield SimpleNamespace(url=f"http://127.0.0.1:{http.server_port}", requests=requests, mended=mended)
     http.shutdown()
 
 
@@ -57,6 +63,7 @@ def test_every_source_gives_the_same_pixels(picture, png, tmp_path, server):
     sources = [
         *(picture, np.asarray(picture), png, bytearray(png), path, str(path), path.as_uri()),
         *(f"data:image/png;base64,{text}", text, "\n".join([text[:40], text[40:]])),
+        *(base64.urlsafe_b64encode(data).decode().rstrip("=") for data in (png, png + b" ", png + b"  ")),
         *({"bytes": png, "path": None}, {"bytes": None, "path": str(path)}, {"url": str(path)}),
         f"{server.url}/image.png",
     ]
@@ -81,6 +88,56 @@ def test_urls_that_fail_are_told_beforehand(server, tmp_path):
         open_image(f"{server.url}/text", tmp_path)
     spaced = f"{server.url}/a b.png"  # http.client refuses it before it asks
     assert "a b.png cannot be downloaded" in str(prefetch([spaced], tmp_path, progress=False)[spaced])
+
+
+def test_an_image_that_map_took_apart(picture):
+    """`Dataset.map` stores a PIL image in messages as a dict of its attributes."""
+    table = datasets.Dataset.from_list([{"image": picture}])
+
+    def convert(row):
+        parts = [{"type": "image", "image": row["image"]}, {"type": "text", "text": "what?"}]
+        return {"messages": [{"role": "user", "content": parts}]}
+
+    mapped = table.map(convert, remove_columns="image")
+    with pytest.raises(ImageError, match=r"Dataset.map\(\) .* formatting_func"):
+        open_image(mapped[0]["messages"][0]["content"][0]["image"])
+
+
+def test_an_answer_that_is_no_image_is_not_kept(server, tmp_path):
+    url = f"{server.url}/text"
+    assert "text' cannot be read as an image" in str(prefetch([url], tmp_path, progress=False)[url])
+    assert list(tmp_path.iterdir()) == []
+    server.mended.add("/text")
+    assert prefetch([url], tmp_path, progress=False) == {} and open_image(url, tmp_path).size == (9, 6)
+
+
+def test_a_url_that_fails_is_asked_once(server, tmp_path):
+    """Two rows, in two chunks, and one more image of the first, which has no fault."""
+    content = [{"type": "image", "image": f"{server.url}/{name}"} for name in ("image.png", "missing.png")]
+    plain, bad = ([{"role": "user", "content": parts}] for parts in ("a text", content))
+    processor = tiny_processors.make_processor(tmp_path / "processor")
+    collator = VisionDataCollator(tiny_processors.stand_in(), processor, image_cache=tmp_path / "cache")
+    rows = [{"messages": talk} for talk in (bad, *[plain] * 20, bad)]
+    with pytest.raises(
+        ImageError, match=r"2 of 22 .*\nrow 0: image 2 of 2: .*cannot be downloaded.*\nrow 21: "
+    ):
+        collator.prepare(rows, progress=False)
+    assert sorted(server.requests) == ["/image.png", "/missing.png"]
+
+
+def test_a_scheme_in_capitals(server, picture, tmp_path):
+    path = tmp_path / "x.png"
+    picture.save(path)
+    for source in (server.url.replace("http", "HTTP") + "/image.png", path.as_uri().replace("file", "FILE")):
+        assert open_image(source, tmp_path / "cache").size == picture.size
+
+
+def test_an_image_of_too_many_pixels(monkeypatch, png):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    with pytest.raises(
+        ImageError, match=r"is too large \(9 × 6 pixels\); PIL reads 0.0 million pixels at most"
+    ):
+        open_image(png)
 
 
 def test_modes():
@@ -117,6 +174,10 @@ def test_an_image_is_turned_as_its_camera_says():
         (Image.new("F", (2, 2)), "mode F .32 bits"),
         (np.zeros((2, 2, 3)), "float64 .* is no image"),
         ("nowhere/at/all.png", "'nowhere/at/all.png' does not exist"),
+        (
+            "a_long/path-without-a-point" * 4,
+            "no format that PIL knows; it is no file, so it was taken for base64",
+        ),
         (b"no image", "8 bytes .* cannot be read as an image"),
         ("data:image/png;base64,!!", "is no base64"),
         ({}, "keys .none. and no image"),
