@@ -8,6 +8,7 @@ next time which choice to compile first.
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -128,6 +129,35 @@ def free_bytes(arguments: Any) -> int:
         return int(HEADROOM * (host_memory.available() + _size(arguments)))
     others = max(stats["bytes_in_use"] - _size(arguments), 0)
     return int(HEADROOM * (stats["bytes_limit"] - others))
+
+
+def check_evaluation(compiled: Any, arguments: Any, beside: Any, budget_gb: float | None) -> None:
+    """Says before the first step that an evaluation in the middle of training would need too much memory.
+
+    Args:
+      compiled, arguments: the evaluation; the batch is the last of its arguments.
+      beside: what training keeps on the device besides them.
+      budget_gb: as of PlannedStep.
+
+    Raises:
+      MemoryError: it needs more than a budget that was asked for. Without one, more than is free is a warning.
+    """
+    free = cluster.smallest(free_bytes(arguments))
+    asked = free if budget_gb is None else int(budget_gb * 1e9) - _size(beside)
+    if (needs := peak_bytes(compiled)) <= min(asked, free):
+        return
+    rows, length = arguments[-1]["input_ids"].shape
+    room = f"{_gb(free)} are free"
+    if asked < free:
+        room = f"memory_budget_gb={budget_gb:g} leaves {_gb(asked)} beside the optimizer's state"
+    message = (
+        f"an evaluation batch of {rows} x {length} tokens needs {_gb(needs)} and {room}. "
+        "Make per_device_eval_batch_size smaller"
+    )
+    if budget_gb is not None:
+        raise MemoryError(message)
+    if cluster.is_first():
+        warnings.warn(message, stacklevel=2)
 
 
 class PlannedStep:

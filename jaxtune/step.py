@@ -173,6 +173,18 @@ def jit_step(step: TrainStep, model: Trainable, remat: Remat, layout: Layout) ->
     )
 
 
+def jit_forward(program: Callable[..., Any], model: Trainable, layout: Layout = ONE_DEVICE) -> Any:
+    """A program that runs the model forward, jitted with a step's options; what it returns lies whole on every
+    device."""
+    return jax.jit(
+        program,
+        out_shardings=layout.sharding(),
+        compiler_options=compiler_options(
+            RECOMPUTE_ALL, model.module.fp8, layout, layout.turn_bytes(model.module)
+        ),
+    )
+
+
 def make_train_step(
     model: Trainable,
     optimizer: optax.GradientTransformation,
@@ -261,4 +273,4 @@ def make_eval_step(
         specs = (WHOLE, layout.specs(model.module, base), ROWS)
         return layout.spread(sums, specs, WHOLE)(trainable, base, batch)
 
-    return jax.jit(evaluate, out_shardings=layout.sharding())
+    return jit_forward(evaluate, model, layout)

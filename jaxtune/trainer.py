@@ -7,7 +7,7 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -37,7 +37,7 @@ from jaxtune.metrics import Record
 from jaxtune.model import Model
 from jaxtune.models.remat import Remat
 from jaxtune.step import TrainStep, make_eval_step, make_train_step
-from jaxtune.training_loop import Run, Trainer, checked_model, within_model
+from jaxtune.training_loop import Run, Trainer, checked_model, largest_eval_batch, within_model
 
 # Collators that only pad and copy labels: what Batches does anyway.
 PADDING_COLLATORS = ("DataCollatorForSeq2Seq", "DataCollatorForLanguageModeling", "DataCollatorWithPadding")
@@ -255,6 +255,13 @@ class SFTTrainer(Trainer[SFTConfig]):
             f"{metric_key_prefix}_mean_token_accuracy": totals["correct"] / max(totals["num_items"], 1),
             f"{metric_key_prefix}_runtime": time.perf_counter() - began,
         }
+
+    def _largest_evaluations(self) -> Iterator[tuple[Any, tuple]]:
+        data = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {"": self.eval_dataset}
+        for part in data.values():
+            batch = largest_eval_batch(self._eval_batches(part))
+            batch = self.model.layout.put_rows(batch, 0)
+            yield self._eval_step, (self.model.trainable, self.model.base, batch)
 
     def _eval_batches(self, data: Dataset) -> Batches | VisionBatches:
         """The batches of an evaluation dataset, packed once."""

@@ -10,7 +10,7 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -20,8 +20,9 @@ import numpy as np
 import optax
 
 from jaxtune import checkpoint, cluster
-from jaxtune.budget import PlannedStep
+from jaxtune.budget import PlannedStep, check_evaluation
 from jaxtune.config import Event, TrainingConfig
+from jaxtune.data import Batches, VisionBatches
 from jaxtune.metrics import History, Progress, Record, Speed, TrainerState, peak_memory_gib, plot_curves
 from jaxtune.model import Model
 from jaxtune.models.remat import Remat
@@ -114,6 +115,10 @@ class Trainer[Config: TrainingConfig](abc.ABC):
     def evaluate(self) -> dict[str, float]:
         """Figures of the evaluation data."""
 
+    def _largest_evaluations(self) -> Iterable[tuple[Any, tuple]]:
+        """For each evaluation dataset the jitted program and its arguments, the last of them its largest batch."""
+        return ()
+
     def _prepares_ahead(self, n: int) -> bool:
         """Whether the batch of step n can be made before the metrics of step n - 1 are read."""
         return True
@@ -187,6 +192,7 @@ class Trainer[Config: TrainingConfig](abc.ABC):
         self.should_stop = False
         key = jax.random.key(self.args.seed)
         first = self.state.global_step
+        self._plan_evaluation()
         if self.args.eval_on_start and first == 0:
             self._evaluate_and_log(run)
         pending = batch = None
@@ -281,6 +287,18 @@ class Trainer[Config: TrainingConfig](abc.ABC):
             if args.gradient_checkpointing and (self.model.gradient_checkpointing or said)
             else "none"
         )
+
+    def _plan_evaluation(self) -> None:
+        """Compile what evaluations will run, to know before the first step that it fits.
+
+        Raises:
+            MemoryError: it does not fit args.memory_budget_gb.
+        """
+        if self.args.eval_strategy == "no" and not self.args.eval_on_start:
+            return
+        for program, arguments in self._largest_evaluations():
+            compiled = program.lower(*arguments).compile()  # the program's own calls find it
+            check_evaluation(compiled, arguments, self.opt_state, self.args.memory_budget_gb)
 
     def _count(self, run: Run, n: int, metrics: Mapping[str, jax.Array]) -> None:
         """Read the metrics of step n (counted from 0), stop if they are not finite, log if it is time."""
@@ -425,6 +443,16 @@ def within_model(max_length: int | None, model: Model) -> int | None:
         stacklevel=4,
     )
     return model.max_seq_length
+
+
+def largest_eval_batch(batches: Batches | VisionBatches) -> dict[str, Any]:
+    """The largest of `eval_batches`, where those are the steps of one micro-batch each."""
+    if isinstance(batches, VisionBatches):
+        step = batches.step(batches.largest_step)
+        batches.close()  # the steps after it were begun
+    else:
+        step = batches.step(max(range(batches.steps_per_epoch), key=batches.step_length))
+    return jax.tree.map(lambda array: array[0], step)
 
 
 def checked_callbacks(callbacks: Sequence[Any] | None) -> list[Any]:

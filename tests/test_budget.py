@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 
 from jaxtune import budget, models
-from jaxtune.budget import CHOICES, LEAST, PlannedStep, choose, hides_copies, kept_bytes
+from jaxtune.budget import CHOICES, LEAST, PlannedStep, check_evaluation, choose, hides_copies, kept_bytes
 from jaxtune.models.remat import Remat
 
 CONFIG = dataclasses.replace(
@@ -236,6 +236,31 @@ def test_a_budget_beyond_what_is_free_is_what_is_free(tried, monkeypatch):
     monkeypatch.setattr(budget, "free_bytes", lambda _: 1000)
     with pytest.raises(MemoryError, match=r"0\.00 GB are free\. Make per_device"):
         planned(1000, lines.append).compile(ARGUMENTS)
+
+
+def test_an_evaluation_that_does_not_fit_is_told(monkeypatch, recwarn):
+    """Beside 10 MB of optimizer state, which is not free anyway."""
+    arguments = ({}, {}, {"input_ids": jax.ShapeDtypeStruct((8, 512), jnp.int32)})
+    beside = jax.ShapeDtypeStruct((10_000_000,), jnp.uint8)
+
+    def check(budget_gb, free):
+        monkeypatch.setattr(budget, "free_bytes", lambda _: free)
+        check_evaluation(compiled(LEAST), arguments, beside, budget_gb)
+
+    needs = need(str(LEAST))
+    check(None, needs)
+    check((needs + 10_000_000) / 1e9, needs)
+    assert not recwarn.list
+    with pytest.raises(
+        MemoryError, match=r"8 x 512 tokens needs 0\.0. GB and memory_budget_gb=0\.0.* leaves 0\.0. GB"
+    ):
+        check((needs + 9_000_000) / 1e9, needs)
+    with pytest.raises(
+        MemoryError, match=r"GB and 0\.00 GB are free. Make per_device_eval_batch_size smaller"
+    ):
+        check(1.0, 1000)
+    with pytest.warns(UserWarning, match=r"8 x 512 tokens needs 0\.0. GB and 0\.0. GB are free"):
+        check(None, needs - 1)
 
 
 def test_a_step_is_compiled_once_for_each_shape():

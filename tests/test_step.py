@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AbstractMesh
 from tolerances import LOSS
@@ -17,6 +18,10 @@ from jaxtune.fast import FastLanguageModel
 from jaxtune.kernels import target
 from jaxtune.models.remat import Remat
 from jaxtune.optim import make_optimizer
+from jaxtune.rl.dpo_step import make_dpo_eval, make_pair_log_probs
+from jaxtune.rl.losses.dpo import DPOLossOptions
+from jaxtune.rl.losses.options import GRPOLossOptions
+from jaxtune.rl.step import make_grpo_eval, make_score
 from jaxtune.step import (
     TRANSFERS,
     clip,
@@ -141,6 +146,20 @@ def test_options_of_the_compiler():
         "xla_disable_hlo_passes": "dynamic-slice-copy-fusion-async-wrapper,collective-pipeliner-forward",
         "xla_gpu_enable_command_buffer": "",
     }
+
+
+def test_programs_without_a_backward_pass_have_the_options_of_a_step(model, monkeypatch):
+    seen = []
+    monkeypatch.setattr(jax, "jit", lambda _, **how: seen.append(how["compiler_options"]))
+    with target.tracing_for((9, 0)):
+        make_train_step(model, optax.sgd(1.0))
+        make_eval_step(model)
+        make_score(model, 1.0)
+        make_grpo_eval(model, GRPOLossOptions(), temperature=1.0)
+        make_dpo_eval(model, DPOLossOptions())
+        make_pair_log_probs(model, DPOLossOptions())
+        want = compiler_options(Remat(), model.module.fp8)
+    assert want is not None and seen == [want] * 6
 
 
 def test_transfers_are_scheduled_from_a_file():

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtune import checkpoint
+from jaxtune import checkpoint, training_loop
 from jaxtune.config import SFTConfig
 from jaxtune.fast import FastLanguageModel
 from jaxtune.metrics import read_history
@@ -365,6 +365,40 @@ def test_evaluation_is_weighted_by_tokens(base, tmp_path):
     assert {"eval_short_loss", "eval_long_loss"} <= both.evaluate().keys()
     alone = both.evaluate(trainer.eval_dataset)  # in batches of 4
     assert alone["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-6)
+
+
+def test_evaluation_is_compiled_before_the_first_step(base, tmp_path, monkeypatch):
+    """Once, for the longest of its batches, which its own calls find; where it does not fit, nothing is trained."""
+    rows = [{"text": "a"}] * 4 + [{"text": "a longer row of text, " * 4}] * 3
+    how = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": rows, "max_length": 128}
+    trainer = make_trainer(base, tmp_path / "fits", max_steps=2, **how)
+    compiled, later = [], []
+    monkeypatch.setattr(
+        training_loop, "check_evaluation", lambda _, arguments, *__: compiled.append(arguments[-1])
+    )
+    events = lambda name, *_, **__: "backend_compile" in name and later.append(name)  # noqa: E731
+    evaluate = trainer.evaluate
+
+    def watched():
+        del later[:]
+        found = evaluate(trainer.eval_dataset.select(range(4, 7)))
+        assert not later
+        return found
+
+    monkeypatch.setattr(trainer, "evaluate", watched)
+    jax.monitoring.register_event_duration_secs_listener(events)
+    try:
+        trainer.train()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(events)
+    assert [batch["input_ids"].shape for batch in compiled] == [(4, 128)]
+
+    monkeypatch.undo()
+    how |= {"per_device_eval_batch_size": 512, "memory_budget_gb": 0.1}
+    trainer = make_trainer(base, tmp_path / "not", max_steps=2, **how)
+    with pytest.raises(MemoryError, match="an evaluation batch of 512 x 128 tokens needs"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_epochs_and_limits(base, tmp_path):

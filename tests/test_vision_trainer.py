@@ -14,6 +14,7 @@ import torch
 
 from jaxtune import FastVisionModel, SFTConfig, SFTTrainer, train_on_responses_only
 from jaxtune.data import UnslothVisionDataCollator, VisionBatches, VisionDataCollator
+from jaxtune.training_loop import largest_eval_batch
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -116,6 +117,17 @@ def transformers_loss(theirs, collator, data) -> float:
         total += torch.nn.functional.cross_entropy(logits[kept], labels[0, 1:][kept], reduction="sum").item()
         count += kept.sum().item()
     return total / count
+
+
+def test_the_largest_evaluation_batch_is_one_of_them(trained):
+    """That with the most tokens and patches, as evaluation has it."""
+    batches = trained._batches(trained.eval_dataset, train=False)
+    all_batches = list(batches.eval_batches())
+    assert len(all_batches) > 1
+    largest = largest_eval_batch(batches)
+    want = all_batches[batches.largest_step]
+    assert shapes_of(largest) == shapes_of(want)
+    np.testing.assert_array_equal(largest["input_ids"], want["input_ids"])
 
 
 def test_few_shapes_are_compiled(trained):

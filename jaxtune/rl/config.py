@@ -326,6 +326,17 @@ class GRPOConfig(VLLMConfig, TrainingConfig):
         window = self.generation_steps * self.num_iterations
         return self.gradient_accumulation_steps % window != 0 or self.corrects_sampler
 
+    @property
+    def per_token(self) -> list[str]:
+        """What experience has of each token, where the sampler says its log-probabilities."""
+        needed = {
+            "mask": True,
+            "old_log_probs": self.needs_old_log_probs,
+            "ref_log_probs": self.beta != 0,
+            "sampling_log_probs": self.corrects_sampler or self.off_policy_mask_threshold is not None,
+        }
+        return [name for name, is_needed in needed.items() if is_needed]
+
 
 def _sampling_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     """generation_kwargs under one set of names."""

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -38,7 +38,7 @@ from jaxtune.rl.dpo_config import DPOConfig
 from jaxtune.rl.dpo_step import make_dpo_eval, make_dpo_step, make_pair_log_probs
 from jaxtune.rl.reference import reference_leaves, without_adapter
 from jaxtune.step import TrainStep
-from jaxtune.training_loop import Run, Trainer, checked_model, within_model
+from jaxtune.training_loop import Run, Trainer, checked_model, largest_eval_batch, within_model
 
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 NOT_LOGGED = ("num_tokens",)
@@ -296,6 +296,12 @@ class DPOTrainer(Trainer[DPOConfig]):
         loss = float(np.average([part.pop("loss") for part in parts], weights=pairs))
         metrics = {name: mean(float(part[name]) for part in parts) for name in parts[0]}
         return {"loss": loss, **metrics, "runtime": time.perf_counter() - began}
+
+    def _largest_evaluations(self) -> Iterator[tuple[Any, tuple]]:
+        one = self.model.on_one_device()
+        for batches in self._eval_batches.values():
+            batch = largest_eval_batch(batches)
+            yield self._eval_step, (one.trainable, one.base, self._reference, batch)
 
     def _eval_batches_of(self, pairs: Dataset) -> Batches | VisionBatches:
         return self._batches(pairs, self.args.per_device_eval_batch_size, shuffle=False)

@@ -21,7 +21,16 @@ from jaxtune.models.remat import Remat
 from jaxtune.rl.losses.dpo import DPOLossOptions, dpo_loss, sequence_log_probs
 from jaxtune.rl.reference import without_adapter
 from jaxtune.rl.step import update
-from jaxtune.step import RECOMPUTE_ALL, Batch, Trainable, TrainStep, default_chunk, jit_step, targets
+from jaxtune.step import (
+    RECOMPUTE_ALL,
+    Batch,
+    Trainable,
+    TrainStep,
+    default_chunk,
+    jit_forward,
+    jit_step,
+    targets,
+)
 
 Metrics = dict[str, jax.Array]
 # What the model reads of a batch; the rest is for the loss.
@@ -193,12 +202,11 @@ def make_dpo_eval(
 ) -> Callable[[Leaves, Leaves, Leaves | None, Batch], Metrics]:
     """The jitted loss and metrics of one batch [2B, T]: (trainable, base, reference, batch) -> float32 scalars."""
 
-    @jax.jit
     def evaluate(trainable, base, reference, batch):
         loss, metrics = preference_loss(model, trainable, base, reference, batch, options, chunk=chunk)
         return metrics | {"loss": loss}
 
-    return evaluate
+    return jit_forward(evaluate, model)
 
 
 def make_pair_log_probs(
@@ -206,8 +214,7 @@ def make_pair_log_probs(
 ) -> Callable[[Leaves, Leaves, Batch], jax.Array]:
     """The jitted log-probabilities of the completions of a batch [2B, T]: float32 [B, 2], chosen and rejected."""
 
-    @jax.jit
     def log_probs(trainable, base, batch):
         return pair_log_probs(score(model, trainable, base, batch, chunk=chunk), options).reshape(2, -1).T
 
-    return log_probs
+    return jit_forward(log_probs, model)

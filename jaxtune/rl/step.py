@@ -27,7 +27,17 @@ from jaxtune.models.remat import Remat
 from jaxtune.models.shared_prefix import SharedPrefix
 from jaxtune.rl.losses.grpo import active_entropy, grpo_loss
 from jaxtune.rl.losses.options import GRPOLossOptions
-from jaxtune.step import RECOMPUTE_ALL, Batch, Trainable, TrainStep, clip, default_chunk, jit_step, row_keys
+from jaxtune.step import (
+    RECOMPUTE_ALL,
+    Batch,
+    Trainable,
+    TrainStep,
+    clip,
+    default_chunk,
+    jit_forward,
+    jit_step,
+    row_keys,
+)
 
 Score = Callable[[Leaves, Leaves, Batch], jax.Array]
 # What the model reads of a batch; the rest is for the loss.
@@ -110,7 +120,7 @@ def make_score(
         specs = (WHOLE, layout.specs(model.module, base), STEP_ROWS)
         return layout.spread(scores, specs, STEP_ROWS)(trainable, base, model_inputs(batch))
 
-    return jax.jit(score, out_shardings=layout.sharding())
+    return jit_forward(score, model, layout)
 
 
 def policy_loss(
@@ -273,4 +283,4 @@ def make_grpo_eval(
         )
         return {**metrics, "loss": value}
 
-    return jax.jit(evaluate, out_shardings=layout.sharding())
+    return jit_forward(evaluate, model, layout)

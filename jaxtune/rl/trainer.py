@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -237,17 +237,7 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         Raises:
             MemoryError: the longest rows do not fit.
         """
-        args = self.args
-        needed = {
-            "mask": True,
-            "old_log_probs": args.needs_old_log_probs,
-            "ref_log_probs": args.beta != 0,
-            "sampling_log_probs": args.corrects_sampler or args.off_policy_mask_threshold is not None,
-        }
-        names = [name for name, is_needed in needed.items() if is_needed]
-        completion = min(args.max_completion_length, self.model.max_seq_length - longest)
-        seen = self._prompts.documents is not None
-        rows = blank_rows(args.per_device_train_batch_size, longest, completion, names, images=seen)
+        rows = self._longest_rows(self.args.per_device_train_batch_size, self._prompts)
         batch = self._collated([(rows, range(len(rows)))] * self._plan.accumulation)
         batch = self.model.layout.put_all_rows(batch, 1)
         arguments = (self.model.trainable, self.opt_state, self.model.base, batch, jax.random.key(0))
@@ -255,6 +245,11 @@ class GRPOTrainer(Trainer[GRPOConfig]):
         line = self.rollout.forecast(self._plan.unique, self._plan.group, longest)
         if line and cluster.is_first():
             print(line, flush=True)
+
+    def _longest_rows(self, count: int, prompts: Prompts) -> Experience:
+        longest, seen = prompts.longest(), prompts.documents is not None
+        completion = min(self.args.max_completion_length, self.model.max_seq_length - longest)
+        return blank_rows(count, longest, completion, self.args.per_token, images=seen)
 
     # -- batches ---------------------------------------------------------------------------------------------
 
@@ -476,19 +471,28 @@ class GRPOTrainer(Trainer[GRPOConfig]):
             numbers = range(first, min(first + height // group, len(prompts)))
             experience, samples, metrics = self._collector.evaluation(prompts, numbers)
             prompts.begin(n + len(numbers) for n in numbers if n + len(numbers) < len(prompts))
-            batch = self._eval_collator([(experience, range(len(experience)))], len(experience))
-            batch = jax.tree.map(lambda x: x[0], batch)
-            batch["accumulation"] = np.float32(1)
-            if self._has_entropy_bonus:
-                batch["entropy_coef"] = np.float32(self._entropy.coef)
-            one = self.model.on_one_device()
-            loss = jax.device_get(self._eval_step(one.trainable, one.base, batch))
+            loss = jax.device_get(self._eval_step(*self._eval_arguments(experience)))
             for name, value in {**metrics, **loss}.items():
                 gathered.setdefault(name, []).append(float(value))
             if self.args.log_completions and cluster.is_first():
                 self._completions.add(samples)
         record = {name: mean(values) for name, values in gathered.items() if name not in NOT_LOGGED}
         return {**record, "runtime": time.perf_counter() - began}
+
+    def _eval_arguments(self, rows: Experience) -> tuple[Leaves, Leaves, dict[str, Any]]:
+        batch = self._eval_collator([(rows, range(len(rows)))], len(rows))
+        batch = jax.tree.map(lambda x: x[0], batch)
+        batch["accumulation"] = np.float32(1)
+        if self._has_entropy_bonus:
+            batch["entropy_coef"] = np.float32(self._entropy.coef)
+        one = self.model.on_one_device()
+        return one.trainable, one.base, batch
+
+    def _largest_evaluations(self) -> Iterator[tuple[Any, tuple]]:
+        for prompts in self._eval_prompts.values():
+            count = min(self.args.per_device_eval_batch_size, len(prompts) * self.args.group(train=False))
+            if prompts.longest():  # of a rollout_func's rows it is not known
+                yield self._eval_step, self._eval_arguments(self._longest_rows(count, prompts))
 
     @cached_property
     def _eval_step(self) -> Callable[..., dict[str, jax.Array]]:

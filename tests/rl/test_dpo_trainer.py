@@ -62,6 +62,14 @@ def records(trainer):
     ]
 
 
+def test_an_evaluation_that_does_not_fit_is_told_before_the_first_step(base, tmp_path):
+    settings = {"per_device_eval_batch_size": 512, "memory_budget_gb": 0.1, "eval_strategy": "epoch"}
+    trainer = make_trainer(base, tmp_path, eval_dataset=ROWS, **settings)
+    with pytest.raises(MemoryError, match="an evaluation batch of 1024 x 64 tokens needs"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_resumes_bit_for_bit(base, tmp_path):
     """With the reference of the first start, which is a copy of the adapter then."""
     whole = make_trainer(base, tmp_path / "whole", fresh=False)

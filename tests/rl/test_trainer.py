@@ -186,6 +186,20 @@ def test_evaluation(base, tmp_path):
     assert again["eval_reward"] == record["eval_one_reward"]
 
 
+def test_an_evaluation_that_does_not_fit_is_told_before_the_first_step(base, tmp_path):
+    """That of the longest prompt with as many tokens as there may be; those of a rollout_func are not known."""
+    settings = {
+        "eval_strategy": "epoch",
+        "per_device_eval_batch_size": 2048,
+        "num_generations_eval": 1024,
+        "memory_budget_gb": 0.1,
+    }
+    trainer = make_trainer(base, tmp_path, rollout_func=None, eval_dataset=ROWS[:2], **settings)
+    with pytest.raises(MemoryError, match=r"an evaluation batch of 2048 x [0-9]+ tokens needs"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_arguments_that_are_not_there(base, tmp_path):
     model = FastLanguageModel.get_peft_model(base, r=4)
     with pytest.raises(ValueError, match="give tools or rollout_func, not both"):
