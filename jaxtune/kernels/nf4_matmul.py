@@ -212,14 +212,17 @@ def _block_products(words: jax.Array, scales, x, table) -> Iterator[tuple]:
 
     words: codes int32 [64, in/8]. scales: ref [64, blocks]. x: ref [N, in]. table: ref of `_pairs`.
     """
+    weights = _weights_in_registers(words, table, 0)
     for block, scale in enumerate(_scales_in_registers(scales)):
-        weights = _weights_in_registers(words, table, block)
 
         def multiply(acc, block=block, weights=weights):
             plgpu.wgmma(acc, weights, x.at[:, pl.ds(block * BLOCK, BLOCK)].T)
-            return acc[...]
+            # while the matrix unit works
+            following = _weights_in_registers(words, table, block + 1) if block + 1 < _BLOCKS else None
+            return acc[...], following
 
-        yield scale, pl.run_scoped(multiply, plgpu.ACC((WG_ROWS, x.shape[0]), jnp.float32))
+        product, weights = pl.run_scoped(multiply, plgpu.ACC((WG_ROWS, x.shape[0]), jnp.float32))
+        yield scale, product
 
 
 def _block_products_twin(words: jax.Array, scales, x, table) -> Iterator[tuple]:
