@@ -186,7 +186,8 @@ def test_what_is_drawn(bench, folder, monkeypatch):
 
 
 def test_what_is_trained_on(bench, folder, tmp_path, monkeypatch):
-    """All rows drawn but those to read, in their order; a second call leaves files as they are."""
+    """All rows drawn but those to read, in their order, the real ones among the last fifth; a second call leaves files
+    as they are."""
     drawing, curve = bench["draw_formulas"], bench["reading_curve"]
     monkeypatch.setattr(curve, "ALIKE", 2)
     made = [drawing.row(str(number), square(), random.Random(0)) for number in range(52)]
@@ -202,8 +203,12 @@ def test_what_is_trained_on(bench, folder, tmp_path, monkeypatch):
     texts = load_dataset("parquet", data_files=str(drawn / "*.parquet"), split="train")["text"]
     assert [text.replace(" ", "") for text in texts] == [str(number) for number in range(52)]
 
-    task = curve.formulas(argparse.Namespace(formulas=folder, drawn=drawn, limit=5, epochs=2))
+    given = argparse.Namespace(formulas=folder, drawn=drawn, limit=5, epochs=2, real=2, seed=0)
+    task = curve.formulas(given)
     answers = [text.replace(" ", "") for text in texts_of(task.rows)]
-    assert answers == [str(number) for number in range(50)] and task.form is bench["formulas"].normal
+    real = [text for _, text in bench["formulas"].labelled(folder, 150)[0]]
+    numbers = [str(number) for number in range(50)]
+    assert answers[:40] == numbers[:40] and sorted(answers[40:]) == sorted([*numbers[40:], *real, *real])
+    assert answers[40:50] != numbers[40:] and task.form is bench["formulas"].normal
     assert task.options["num_train_epochs"] == 2 and task.options["train_sampling_strategy"] == "sequential"
     assert texts_of(task.held_out) == [*"01234"] and texts_of(task.alike) == ["5 0", "5 1"]
