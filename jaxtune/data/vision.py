@@ -12,6 +12,7 @@ import logging
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -224,10 +225,10 @@ class VisionDataCollator:
         if assistant_only_loss and not self.encoder.assistant_only:
             self.close()
             self.encoder = dataclasses.replace(self.encoder, assistant_only=True)
-        if workers is None:
-            workers = 0 if len(rows) < _FEW else default_workers()
         source = Source(rows, folder, together)
-        found = self._check(source, workers, progress)
+        found = self._check(
+            partial(self._read, source), len(rows), workers, progress, advice=self._advice(rows[0])
+        )
         lengths = np.asarray([len(one.ids) for one in found], np.int64)
         limit = (
             self.max_seq_length if max_length is None else min(max_length, self.max_seq_length or max_length)
@@ -246,6 +247,17 @@ class VisionDataCollator:
             len(rows), len(kept), len(rows) - len(kept), 0, int(lengths.max(initial=0)), limit
         )
         return truncate_and_drop(list_dataset(columns), None, explain=self._explain, earlier=report)
+
+    def check(self, documents: Sequence[Document], *, progress: bool = True) -> None:
+        """Opens every image of some documents, and tokenises their texts.
+
+        Raises:
+            ImageError: some cannot be used; says how many and names the first.
+        """
+        try:
+            self._check(documents.__getitem__, len(documents), None, progress)
+        finally:
+            self.close()
 
     def document(self, number: int) -> Document:
         """A row by the number that the column documents has for it."""
@@ -303,22 +315,28 @@ class VisionDataCollator:
             keep &= self._answers(one.ids)
         return np.where(keep, one.ids, IGNORE).astype(np.int32)
 
-    def _check(self, source: Source, workers: int, progress: bool) -> list[EncodedDocument]:
-        """Every row encoded; raises an error of all that cannot be."""
-        rows = source.rows
+    def _check(
+        self,
+        read: Callable[[int], Document],
+        count: int,
+        workers: int | None,
+        progress: bool,
+        advice: str = "",
+    ) -> list[EncodedDocument]:
+        """Every document encoded; raises an error of all that cannot be."""
+        if workers is None:
+            workers = 0 if count < _FEW else default_workers()
         found: list[EncodedDocument | ImageError] = []
         waiting: deque = deque()
         pool = self.pool(workers)
-        with tqdm(
-            total=len(rows), desc="Checking images", unit="row", disable=None if progress else True
-        ) as bar:
+        with tqdm(total=count, desc="Checking images", unit="row", disable=None if progress else True) as bar:
 
             def take() -> None:
                 results = waiting.popleft().result()
                 found.extend(results)
                 bar.update(len(results))
 
-            for documents in self._chunks(source, progress):
+            for documents in self._chunks(read, count, progress):
                 waiting.append(pool.encode(documents))
                 if len(waiting) > 2 * workers:
                     take()
@@ -329,9 +347,7 @@ class VisionDataCollator:
             self.close()
             more = f"\n… and {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else ""
             said = "\n".join(str(error) for error in errors[:_SHOWN])
-            raise ImageError(
-                f"{len(errors)} of {len(rows)} rows cannot be used:\n{said}{more}{self._advice(rows[0])}"
-            )
+            raise ImageError(f"{len(errors)} of {count} rows cannot be used:\n{said}{more}{advice}")
         return [one for one in found if isinstance(one, EncodedDocument)]
 
     def _advice(self, row: Any) -> str:
@@ -344,7 +360,9 @@ class VisionDataCollator:
             "that it answers"
         )
 
-    def _chunks(self, source: Source, progress: bool) -> Iterator[list[Document | ImageError]]:
+    def _chunks(
+        self, read: Callable[[int], Document], count: int, progress: bool
+    ) -> Iterator[list[Document | ImageError]]:
         """Documents, a few at a time, what they need from the net downloaded (in its place: why it cannot be); errors
         of rows that are none."""
         failed: dict[str, ImageError] = {}
@@ -352,15 +370,15 @@ class VisionDataCollator:
         def got(image: Any) -> Any:
             return failed.get(image, image) if is_url(image) else image
 
-        for numbers in itertools.batched(range(len(source.rows)), _CHUNK):
+        for numbers in itertools.batched(range(count), _CHUNK):
             documents: list[Document | ImageError] = []
             for number in numbers:
                 try:
-                    documents.append(self._read(source, number))
+                    documents.append(read(number))
                 except ImageError as error:
                     documents.append(error)
-            read = (document for document in documents if isinstance(document, Document))
-            urls = [image for document in read for image in document.images if is_url(got(image))]
+            good = (document for document in documents if isinstance(document, Document))
+            urls = [image for document in good for image in document.images if is_url(got(image))]
             failed |= prefetch(urls, self.encoder.cache or default_cache(), progress=progress)
             yield [one if isinstance(one, ImageError) else one.with_images(got) for one in documents]
 
