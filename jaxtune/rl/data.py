@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import datasets
 import numpy as np
 
-from jaxtune.data import has_images, load_dataset
+from jaxtune.data import load_dataset
+from jaxtune.data.image_rows import rows_with_images
+from jaxtune.data.image_sources import plain_images
 from jaxtune.rl.config import GRPOConfig
 
 if TYPE_CHECKING:
@@ -213,10 +215,11 @@ def prepare_prompts(
         raise ValueError(
             f"GRPO needs a column 'prompt' (text, or a list of messages); the data has {', '.join(rows.column_names)}"
         )
-    if has_images(rows[0]):
+    seen = [*rows_with_images(plain_images(rows))]
+    if seen:
         raise ValueError(
-            "the data has images, and the model takes none; load one with FastVisionModel, or remove the columns "
-            "image and images"
+            f"{len(seen)} of {len(rows)} rows have images (the first is row {seen[0]}), and the model takes none; load "
+            "one with FastVisionModel, or leave these rows out"
         )
     if not tokenise:
         return Prompts(rows, None)

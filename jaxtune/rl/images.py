@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from jaxtune.data import VisionDataCollator, has_images
+from jaxtune.data import VisionDataCollator
 from jaxtune.data.image_encoder import EncodedPrompt
 from jaxtune.data.image_pool import default_workers
-from jaxtune.data.image_rows import IMAGE_COLUMNS, image_column
+from jaxtune.data.image_rows import IMAGE_COLUMNS, image_column, rows_with_images
 from jaxtune.data.image_sources import vision_rows
 from jaxtune.data.images import open_image
 from jaxtune.model import Model
@@ -44,17 +44,19 @@ class PromptImages:
         self._begun: OrderedDict[int, Future[EncodedPrompt]] = OrderedDict()
 
     def concern(self, data: Any, tools: Sequence[Any]) -> bool:
-        """Whether these rows are for a processor: they have images, or messages, which its template may want as parts.
+        """Whether these rows are for a processor: some have images, or messages, which its template may want as parts.
 
         Raises:
             ValueError: images, and tools.
         """
-        first = vision_rows(data)[0][0]
-        if has_images(first) and tools:
+        rows, _ = vision_rows(data)
+        seen = next(rows_with_images(rows), None)
+        if seen is not None and tools:
             raise ValueError(
-                "GRPOTrainer: tools do not go with images yet; write the turns in a rollout_func"
+                f"row {seen} has images, and tools do not go with images yet; leave such rows out, or write the turns "
+                "in a rollout_func"
             )
-        return has_images(first) or (not tools and is_conversational(first.get("prompt", "")))
+        return seen is not None or (not tools and is_conversational(rows[0].get("prompt", "")))
 
     def _as_document(self, row: Any) -> Any:
         """A row in a format that the collator knows: its prompt up to the answer's beginning."""

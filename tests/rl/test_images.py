@@ -231,15 +231,16 @@ def test_the_cells_of_a_vision_grpo_notebook(base, tmp_path):
     assert trainer.model.fast_generate(prompt, lora_request=request)[0].outputs[0].token_ids
 
 
+def tool(x: int) -> int:
+    """Something.
+
+    Args:
+        x: a number.
+    """
+    return x
+
+
 def test_what_does_not_go_with_images(base, tmp_path):
-    def tool(x: int) -> int:
-        """Something.
-
-        Args:
-            x: a number.
-        """
-        return x
-
     with pytest.raises(ValueError, match="tools do not go with images"):
         make_trainer(base, tmp_path, tools=[tool])
     with pytest.raises(
@@ -258,8 +259,33 @@ def test_what_does_not_go_with_images(base, tmp_path):
     trainer = make_trainer(base, tmp_path, rollout_func=blind)
     with pytest.raises(ValueError, match="prompt_ids of completion 0: the images of this row take"):
         trainer.train()
-    with pytest.raises(ValueError, match="the data has images, and the model takes none"):
-        prepare_prompts(make_rows(), base[1].tokenizer, GRPOConfig(), limit=1024)
+
+
+def test_some_rows_have_images(base, tmp_path):
+    """Whichever: the first, where the columns of a list are looked at, has none."""
+    processor, seen = base[1], []
+    with_image, without = make_rows(3)[0], {"prompt": "say", "answer": 7}
+    render = processor.apply_chat_template
+    prompt = render(with_image["prompt"], tokenize=False, add_generation_prompt=True)
+    rows = [without, {**with_image, "prompt": prompt}]
+
+    def count(images, **_):
+        seen.append([len(one or ()) for one in images])
+        return [0.0, 1.0] * 2
+
+    settings = {"reward_funcs": count, "shuffle_dataset": False, "beta": 0.0, "max_steps": 1}
+    trainer = make_trainer(base, tmp_path, rows, **settings)
+    trainer.train()
+    assert seen == [[0, 0, 1, 1]]
+    with pytest.raises(ValueError, match="row 1 has images, and tools do not go with images"):
+        make_trainer(base, tmp_path, rows, tools=[tool])
+    text = {"tokenizer": processor.tokenizer, "args": GRPOConfig(), "limit": 1024}
+    with pytest.raises(ValueError, match=r"1 of 2 rows have images \(the first is row 1\), and the model"):
+        prepare_prompts(rows, **text)
+    parts = [{"type": "image", "image": tiny_vision.picture(60, 60)}, {"type": "text", "text": "what"}]
+    talks = [{"prompt": [{"role": "user", "content": content}]} for content in ("say", parts)]
+    with pytest.raises(ValueError, match="1 of 2 rows have images"):
+        prepare_prompts(talks, **text)
 
 
 def test_a_model_of_images_trains_on_text(base, tmp_path):
