@@ -268,6 +268,10 @@ class VisionDataCollator:
         source, row = self._rows[number]
         return source.rows[row]
 
+    def folder(self, number: int) -> Path | None:
+        """Where relative paths of that row's images are looked for besides the current folder."""
+        return self._image_folder or self._rows[number][0].folder
+
     def known(self, number: int) -> Known:
         """What was found of a row when its images were checked."""
         return self._known[number]

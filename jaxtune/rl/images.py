@@ -14,8 +14,8 @@ from PIL import Image
 from jaxtune.data import VisionDataCollator
 from jaxtune.data.image_encoder import EncodedPrompt
 from jaxtune.data.image_pool import default_workers
-from jaxtune.data.image_rows import IMAGE_COLUMNS, image_column, rows_with_images
-from jaxtune.data.image_sources import vision_rows
+from jaxtune.data.image_rows import IMAGE_COLUMNS, image_column, naming, rows_with_images
+from jaxtune.data.image_sources import open_stored, vision_rows
 from jaxtune.data.images import open_image
 from jaxtune.model import Model
 from jaxtune.rl.config import GRPOConfig
@@ -113,12 +113,16 @@ class PromptImages:
     def row(self, number: int) -> dict[str, Any]:
         """A row of the dataset; its prompt's image parts hold PIL images, and so do columns that store images."""
         row, pictures = self._collator.row(number), self.look(number).pictures
-        prompt = _with_images(self._collator.document(number).prompt, pictures)
+        document = self._collator.document(number)
+        prompt = _with_images(document.prompt, pictures)
+        others = {name: value for name, value in row.items() if name not in ("prompt", *IMAGE_COLUMNS)}
+        with naming(document.number):
+            others = open_stored(others, self._collator.folder(number), self.encoder.cache)
         column = image_column(row)
         beside = [] if column is None else _listed(row[column])
         known = {column: pictures} if len(beside) == len(pictures) else {}  # else some stand in the messages
         seen = {name: _opened(row[name], known.get(name)) for name in IMAGE_COLUMNS if name in row}
-        return {**row, "prompt": prompt, **seen}
+        return {**row, **others, "prompt": prompt, **seen}
 
     def row_without_images(self, number: int) -> dict[str, Any]:
         """A row without its columns of images, and bare parts in their place in its prompt."""

@@ -149,6 +149,32 @@ def test_images_are_opened_ahead_and_by_the_workers(base, tmp_path, monkeypatch)
     trainer._images.close()
 
 
+def test_other_columns_of_images_are_opened(base, tmp_path):
+    """As `datasets` decodes them: PIL images in their own mode, in lists too."""
+    masks = [tiny_vision.picture(20 + i, 10, i).convert("L") for i in range(6)]
+    rows = [
+        {**row, "mask": mask, "views": [mask, mask], "note": None}
+        for row, mask in zip(make_rows(), masks, strict=True)
+    ]
+    kinds = {"mask": datasets.Image(), "views": datasets.List(datasets.Image())}
+    data = datasets.Dataset.from_list(rows)
+    for name, kind in kinds.items():
+        data = data.cast_column(name, kind)
+    trainer = make_trainer(base, tmp_path, data, dataloader_num_workers=1)
+    for i, row in enumerate(trainer._prompts.rows):
+        for found in (row["mask"], *row["views"]):
+            assert found.mode == "L" and found.tobytes() == masks[i].tobytes()
+        assert row["note"] is None and list(row) == data.column_names
+    trainer._images.close()
+    broken = data.cast_column("mask", datasets.Image(decode=False))
+    bad = {"bytes": broken[4]["mask"]["bytes"][:-40], "path": None}
+    broken = broken.map(lambda _, i: {"mask": bad} if i == 4 else {}, with_indices=True)
+    trainer = make_trainer(base, tmp_path, broken, dataloader_num_workers=1)
+    with pytest.raises(ValueError, match=r"row 4: .* is damaged"):
+        trainer._prompts.rows[4]
+    trainer._images.close()
+
+
 def test_each_process_opens_the_images_of_its_devices(base, tmp_path):
     """Two devices of two processes: each has the images of its rows, counted from its own first."""
     trainer = make_trainer(base, tmp_path, dataloader_num_workers=1)
