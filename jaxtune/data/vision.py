@@ -8,13 +8,12 @@ of the steps to come (see `image_batches`).
 import dataclasses
 import hashlib
 import itertools
-import logging
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -26,13 +25,12 @@ from jaxtune.data.image_pool import ImagePool, default_workers
 from jaxtune.data.image_rows import Document, image_column, naming
 from jaxtune.data.image_sources import format_row, reading_row, row_document, vision_rows
 from jaxtune.data.images import ImageError, default_cache, is_url, prefetch
+from jaxtune.data.long_rows import SHOWN, TooLong, leave_out
 from jaxtune.data.prepare import PreparationReport, truncate_and_drop
 from jaxtune.data.resize import resize_policy
 from jaxtune.data.responses import Markers, ResponseMask, detect_markers
 from jaxtune.data.sources import Source as Rows
 from jaxtune.images import family
-
-logger = logging.getLogger(__name__)
 
 # Tokens that stand for images, or around them, in any family: never a label. A model's own are known besides.
 PLACEHOLDERS = frozenset(
@@ -44,7 +42,6 @@ PLACEHOLDERS = frozenset(
 _TILE = re.compile(r"<row_\d+_col_\d+>")
 _CHUNK = 16  # documents a worker checks at once
 _FEW = 64  # rows that are not worth the start of worker processes
-_SHOWN = 5  # rows that a message names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +110,7 @@ class VisionDataCollator:
         last_response_only: bool = False,
         *,
         assistant_only_loss: bool = False,
-        too_long: Literal["drop", "raise"] = "drop",
+        too_long: TooLong = "drop",
         image_cache: str | Path | None = None,
         image_folder: str | Path | None = None,
         instruction: str | None = None,
@@ -349,8 +346,8 @@ class VisionDataCollator:
         errors = [one for one in found if isinstance(one, ImageError)]
         if errors:
             self.close()
-            more = f"\n… and {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else ""
-            said = "\n".join(str(error) for error in errors[:_SHOWN])
+            more = f"\n… and {len(errors) - SHOWN} more" if len(errors) > SHOWN else ""
+            said = "\n".join(str(error) for error in errors[:SHOWN])
             raise ImageError(f"{len(errors)} of {count} rows cannot be used:\n{said}{more}{advice}")
         return [one for one in found if isinstance(one, EncodedDocument)]
 
@@ -388,18 +385,10 @@ class VisionDataCollator:
 
     def _fitting(self, lengths: np.ndarray, limit: int | None, together: int) -> np.ndarray:
         """bool [rows]: what is not too long; tells or refuses the rest."""
-        every, lengths = lengths, lengths.reshape(-1, together).max(1)
+        lengths = lengths.reshape(-1, together).max(1)
         fits = np.ones(len(lengths), bool) if limit is None else lengths <= limit
-        if fits.all():
-            return np.ones(len(every), bool)
-        longer = np.flatnonzero(~fits).tolist()
-        named = ", ".join(f"row {row} ({lengths[row]} tokens)" for row in longer[:_SHOWN])
-        more = f" and {len(longer) - _SHOWN} more" if len(longer) > _SHOWN else ""
-        said = f"{len(longer)} of {len(lengths)} rows are longer than max_length={limit}: {named}{more}"
         advice = "rows with images are not cut. Raise max_length, or make the images smaller (resize)"
-        if self.too_long == "raise" or not fits.any():
-            raise ValueError(f"{said}; {advice}, or leave them out with too_long='drop'")
-        logger.warning("%s; they are dropped: %s", said, advice)
+        leave_out(fits, lengths, f"rows are longer than max_length={limit}", advice, self.too_long)
         return fits.repeat(together)
 
     def _explain(self, dataset: datasets.Dataset) -> str:

@@ -276,6 +276,13 @@ def test_what_does_not_go_with_images(base, tmp_path):
     rows = [row | {"images": row["images"] + [tiny_vision.picture(60, 60)]} for row in make_rows()]
     with pytest.raises(ValueError, match="row 0: 1 image placeholders in its messages and 2 images"):
         make_trainer(base, tmp_path, rows)
+    lengths = [len(ids) for ids in make_trainer(base, tmp_path)._prompts.ids]
+    short, said = (
+        min(lengths),
+        rf"5 of 6 prompts .*max_prompt_length={min(lengths)}: row 0 \({lengths[0]} tokens\)",
+    )
+    with pytest.raises(ValueError, match=said):
+        make_trainer(base, tmp_path, max_prompt_length=short, too_long="raise")
     with pytest.raises(ValueError, match="GRPO needs a column 'prompt'"):
         make_trainer(base, tmp_path, [{"text": "a", "image": tiny_vision.picture(60, 60)}])
 
