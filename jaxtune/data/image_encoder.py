@@ -143,9 +143,16 @@ class ImageEncoder:
             return EncodedPrompt(ids, self._texts(document)[0], pictures, row or {})
 
     def processed(self, examples: Sequence[Document], **options: Any) -> Any:
-        """The processor's own output for some documents; options as its call takes them."""
-        texts = ["".join(self._texts(document)) for document in examples]
-        pictures = [self._pictures(document) for document in examples]
+        """The processor's own output for some documents; options as its call takes them.
+
+        Raises:
+            ImageError: as `encode`.
+        """
+        texts, pictures = [], []
+        for document in examples:
+            with naming(document.number):
+                texts.append("".join(self._texts(document)))
+                pictures.append(self._pictures(document))
         return self.processor(
             text=texts, images=pictures if any(pictures) else None, add_special_tokens=False, **options
         )

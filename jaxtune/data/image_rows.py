@@ -14,7 +14,7 @@ in TRL.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +63,15 @@ def has_images(row: Any) -> bool:
     parts = (part for talk in talks if is_conversation(talk) for message in talk for part in _listed(message))
     kinds = ("image", "image_url")
     return any((part.get("type") or next((k for k in kinds if part.get(k)), None)) in kinds for part in parts)
+
+
+def rows_with_images(rows: Iterable[Any]) -> Iterator[int]:
+    """Numbers of the rows that have images themselves, whatever columns the others give them."""
+    for number, row in enumerate(rows):
+        if isinstance(row, Mapping):
+            row = {name: row[name] for name in row if name not in IMAGE_COLUMNS or _images_in(row[name])}
+        if has_images(row):
+            yield number
 
 
 @contextmanager

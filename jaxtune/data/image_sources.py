@@ -9,7 +9,7 @@ import datasets
 from PIL import Image
 
 from jaxtune.data.image_rows import IMAGE_COLUMNS, Document, columns, image_column, naming, read_row
-from jaxtune.data.images import ImageError, describe, is_file, is_url, peek, stored_in
+from jaxtune.data.images import ImageError, describe, is_file, is_url, open_image, peek, stored_in
 from jaxtune.data.prepare import plain_rows
 from jaxtune.data.sources import load_dataset
 
@@ -35,7 +35,7 @@ def format_row(function: Callable[[Any], Any], row: Any, folder: Path | None, ca
     given: dict[int, tuple[Image.Image, Any]] = {}
 
     def opened(value: Any) -> Any:
-        if not (isinstance(value, Mapping) and value.keys() == {"bytes", "path"} and any(value.values())):
+        if not _is_stored(value):
             return value
         image = peek(_beside(value, folder), cache)
         given[id(image)] = image, value
@@ -56,6 +56,24 @@ def format_row(function: Callable[[Any], Any], row: Any, folder: Path | None, ca
             f"formatting_func returned {describe(made)}; expected a row, as a dict with messages, or a list of messages"
         )
     return _mapped(stored, made)
+
+
+def open_stored(row: Any, folder: Path | None, cache: Path | None) -> Any:
+    """A row whose stored images, at any depth, are PIL images in their own mode, as `datasets` decodes them.
+
+    Raises:
+        ImageError: one cannot be used.
+    """
+
+    def opened(value: Any) -> Any:
+        return open_image(_beside(value, folder), cache, rgb=False) if _is_stored(value) else value
+
+    return _mapped(opened, row)
+
+
+def _is_stored(value: Any) -> bool:
+    """Whether it is an image that `datasets` has not decoded."""
+    return isinstance(value, Mapping) and value.keys() == {"bytes", "path"} and any(value.values())
 
 
 def _mapped(change: Callable[[Any], Any], value: Any) -> Any:

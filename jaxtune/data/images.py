@@ -47,12 +47,13 @@ def default_cache() -> Path:
     return Path(os.environ.get("JAXTUNE_IMAGES") or Path(base) / "jaxtune" / "images")
 
 
-def open_image(source: Any, cache: Path | None = None) -> Image.Image:
-    """An image in RGB, decoded, turned as its EXIF orientation says.
+def open_image(source: Any, cache: Path | None = None, *, rgb: bool = True) -> Image.Image:
+    """An image, decoded, turned as its EXIF orientation says.
 
     Args:
         source: see above; an ImageError, of an image that failed before, is raised again.
         cache: folder of downloaded images; None: `default_cache`.
+        rgb: False: in its own mode.
 
     Raises:
         ImageError: missing, damaged, empty or of a kind that is no image.
@@ -63,7 +64,8 @@ def open_image(source: Any, cache: Path | None = None) -> Image.Image:
     try:
         image.load()
         turned = image.getexif().get(_ORIENTATION, 1) != 1
-        return to_rgb(ImageOps.exif_transpose(image) if turned else image)
+        image = ImageOps.exif_transpose(image) if turned else image
+        return to_rgb(image) if rgb else image
     except ImageError:
         raise
     except (OSError, SyntaxError, ValueError) as error:  # PIL's decoders raise all of them

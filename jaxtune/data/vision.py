@@ -8,12 +8,12 @@ of the steps to come (see `image_batches`).
 import dataclasses
 import hashlib
 import itertools
-import logging
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -25,13 +25,12 @@ from jaxtune.data.image_pool import ImagePool, default_workers
 from jaxtune.data.image_rows import Document, image_column, naming
 from jaxtune.data.image_sources import format_row, reading_row, row_document, vision_rows
 from jaxtune.data.images import ImageError, default_cache, is_url, prefetch
+from jaxtune.data.long_rows import SHOWN, TooLong, leave_out
 from jaxtune.data.prepare import PreparationReport, truncate_and_drop
 from jaxtune.data.resize import resize_policy
 from jaxtune.data.responses import Markers, ResponseMask, detect_markers
 from jaxtune.data.sources import Source as Rows
 from jaxtune.images import family
-
-logger = logging.getLogger(__name__)
 
 # Tokens that stand for images, or around them, in any family: never a label. A model's own are known besides.
 PLACEHOLDERS = frozenset(
@@ -43,7 +42,6 @@ PLACEHOLDERS = frozenset(
 _TILE = re.compile(r"<row_\d+_col_\d+>")
 _CHUNK = 16  # documents a worker checks at once
 _FEW = 64  # rows that are not worth the start of worker processes
-_SHOWN = 5  # rows that a message names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +110,7 @@ class VisionDataCollator:
         last_response_only: bool = False,
         *,
         assistant_only_loss: bool = False,
-        too_long: Literal["drop", "raise"] = "drop",
+        too_long: TooLong = "drop",
         image_cache: str | Path | None = None,
         image_folder: str | Path | None = None,
         instruction: str | None = None,
@@ -224,10 +222,10 @@ class VisionDataCollator:
         if assistant_only_loss and not self.encoder.assistant_only:
             self.close()
             self.encoder = dataclasses.replace(self.encoder, assistant_only=True)
-        if workers is None:
-            workers = 0 if len(rows) < _FEW else default_workers()
         source = Source(rows, folder, together)
-        found = self._check(source, workers, progress)
+        found = self._check(
+            partial(self._read, source), len(rows), workers, progress, advice=self._advice(rows[0])
+        )
         lengths = np.asarray([len(one.ids) for one in found], np.int64)
         limit = (
             self.max_seq_length if max_length is None else min(max_length, self.max_seq_length or max_length)
@@ -247,6 +245,17 @@ class VisionDataCollator:
         )
         return truncate_and_drop(list_dataset(columns), None, explain=self._explain, earlier=report)
 
+    def check(self, documents: Sequence[Document], *, progress: bool = True) -> None:
+        """Opens every image of some documents, and tokenises their texts.
+
+        Raises:
+            ImageError: some cannot be used; says how many and names the first.
+        """
+        try:
+            self._check(documents.__getitem__, len(documents), None, progress)
+        finally:
+            self.close()
+
     def document(self, number: int) -> Document:
         """A row by the number that the column documents has for it."""
         return self._read(*self._rows[number])
@@ -255,6 +264,10 @@ class VisionDataCollator:
         """A row as it came, its images not decoded, by the same number."""
         source, row = self._rows[number]
         return source.rows[row]
+
+    def folder(self, number: int) -> Path | None:
+        """Where relative paths of that row's images are looked for besides the current folder."""
+        return self._image_folder or self._rows[number][0].folder
 
     def known(self, number: int) -> Known:
         """What was found of a row when its images were checked."""
@@ -303,22 +316,28 @@ class VisionDataCollator:
             keep &= self._answers(one.ids)
         return np.where(keep, one.ids, IGNORE).astype(np.int32)
 
-    def _check(self, source: Source, workers: int, progress: bool) -> list[EncodedDocument]:
-        """Every row encoded; raises an error of all that cannot be."""
-        rows = source.rows
+    def _check(
+        self,
+        read: Callable[[int], Document],
+        count: int,
+        workers: int | None,
+        progress: bool,
+        advice: str = "",
+    ) -> list[EncodedDocument]:
+        """Every document encoded; raises an error of all that cannot be."""
+        if workers is None:
+            workers = 0 if count < _FEW else default_workers()
         found: list[EncodedDocument | ImageError] = []
         waiting: deque = deque()
         pool = self.pool(workers)
-        with tqdm(
-            total=len(rows), desc="Checking images", unit="row", disable=None if progress else True
-        ) as bar:
+        with tqdm(total=count, desc="Checking images", unit="row", disable=None if progress else True) as bar:
 
             def take() -> None:
                 results = waiting.popleft().result()
                 found.extend(results)
                 bar.update(len(results))
 
-            for documents in self._chunks(source, progress):
+            for documents in self._chunks(read, count, progress):
                 waiting.append(pool.encode(documents))
                 if len(waiting) > 2 * workers:
                     take()
@@ -327,11 +346,9 @@ class VisionDataCollator:
         errors = [one for one in found if isinstance(one, ImageError)]
         if errors:
             self.close()
-            more = f"\n… and {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else ""
-            said = "\n".join(str(error) for error in errors[:_SHOWN])
-            raise ImageError(
-                f"{len(errors)} of {len(rows)} rows cannot be used:\n{said}{more}{self._advice(rows[0])}"
-            )
+            more = f"\n… and {len(errors) - SHOWN} more" if len(errors) > SHOWN else ""
+            said = "\n".join(str(error) for error in errors[:SHOWN])
+            raise ImageError(f"{len(errors)} of {count} rows cannot be used:\n{said}{more}{advice}")
         return [one for one in found if isinstance(one, EncodedDocument)]
 
     def _advice(self, row: Any) -> str:
@@ -344,7 +361,9 @@ class VisionDataCollator:
             "that it answers"
         )
 
-    def _chunks(self, source: Source, progress: bool) -> Iterator[list[Document | ImageError]]:
+    def _chunks(
+        self, read: Callable[[int], Document], count: int, progress: bool
+    ) -> Iterator[list[Document | ImageError]]:
         """Documents, a few at a time, what they need from the net downloaded (in its place: why it cannot be); errors
         of rows that are none."""
         failed: dict[str, ImageError] = {}
@@ -352,32 +371,24 @@ class VisionDataCollator:
         def got(image: Any) -> Any:
             return failed.get(image, image) if is_url(image) else image
 
-        for numbers in itertools.batched(range(len(source.rows)), _CHUNK):
+        for numbers in itertools.batched(range(count), _CHUNK):
             documents: list[Document | ImageError] = []
             for number in numbers:
                 try:
-                    documents.append(self._read(source, number))
+                    documents.append(read(number))
                 except ImageError as error:
                     documents.append(error)
-            read = (document for document in documents if isinstance(document, Document))
-            urls = [image for document in read for image in document.images if is_url(got(image))]
+            good = (document for document in documents if isinstance(document, Document))
+            urls = [image for document in good for image in document.images if is_url(got(image))]
             failed |= prefetch(urls, self.encoder.cache or default_cache(), progress=progress)
             yield [one if isinstance(one, ImageError) else one.with_images(got) for one in documents]
 
     def _fitting(self, lengths: np.ndarray, limit: int | None, together: int) -> np.ndarray:
         """bool [rows]: what is not too long; tells or refuses the rest."""
-        every, lengths = lengths, lengths.reshape(-1, together).max(1)
+        lengths = lengths.reshape(-1, together).max(1)
         fits = np.ones(len(lengths), bool) if limit is None else lengths <= limit
-        if fits.all():
-            return np.ones(len(every), bool)
-        longer = np.flatnonzero(~fits).tolist()
-        named = ", ".join(f"row {row} ({lengths[row]} tokens)" for row in longer[:_SHOWN])
-        more = f" and {len(longer) - _SHOWN} more" if len(longer) > _SHOWN else ""
-        said = f"{len(longer)} of {len(lengths)} rows are longer than max_length={limit}: {named}{more}"
         advice = "rows with images are not cut. Raise max_length, or make the images smaller (resize)"
-        if self.too_long == "raise" or not fits.any():
-            raise ValueError(f"{said}; {advice}, or leave them out with too_long='drop'")
-        logger.warning("%s; they are dropped: %s", said, advice)
+        leave_out(fits, lengths, f"rows are longer than max_length={limit}", advice, self.too_long)
         return fits.repeat(together)
 
     def _explain(self, dataset: datasets.Dataset) -> str:

@@ -159,7 +159,8 @@ class Collector:
         for i, row in enumerate(rows):
             row |= {name: values[i] for name, values in made.extra.items()}
         completions = self._decoded(made, request)
-        columns = {name: [row.get(name) for row in rows] for name in rows[0]}
+        names = dict.fromkeys(name for row in rows for name in row)  # some rows may have no images
+        columns = {name: [row.get(name) for row in rows] for name in names}
         if made.environments is not None:
             columns["environments"] = made.environments
         rewards = self.rewards(prompts_made, completions, made.completion_ids, columns, self.state())

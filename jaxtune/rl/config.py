@@ -60,7 +60,7 @@ class GRPOConfig(VLLMConfig, TrainingConfig):
     )
 
     FREE_SETTINGS: ClassVar[frozenset[str]] = TrainingConfig.FREE_SETTINGS | set(
-        """num_generations_eval max_prompt_length chat_template_kwargs dataloader_num_workers reward_timeout
+        """num_generations_eval max_prompt_length too_long chat_template_kwargs dataloader_num_workers reward_timeout
         log_completions num_completions_to_print log_unique_prompts vllm_server_base_url vllm_server_host
         vllm_server_port vllm_server_timeout vllm_gpu_memory_utilization vllm_request_timeout vllm_python
         vllm_server_args vllm_adapter_dir vllm_logprob_warning vllm_logprob_limit vllm_tensor_parallel_size""".split()
@@ -81,7 +81,9 @@ class GRPOConfig(VLLMConfig, TrainingConfig):
     max_completion_length: int = 512
     """Most tokens of a completion."""
     max_prompt_length: int | None = None
-    """Prompts of more tokens are left out, with a warning (older notebooks). None = what the model was loaded for."""
+    """Prompts of more tokens are too long (older notebooks). None = what the model was loaded for."""
+    too_long: Literal["drop", "raise"] = "drop"
+    """Prompts that are too long, which are never cut, or empty: leave them out and tell which, or stop."""
     generation_batch_size: int | None = None
     """Completions made at a time. None = per_device_train_batch_size * steps_per_generation."""
     steps_per_generation: int | None = None

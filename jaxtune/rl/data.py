@@ -3,14 +3,16 @@
 import dataclasses
 import hashlib
 import json
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import datasets
 import numpy as np
 
-from jaxtune.data import has_images, load_dataset
+from jaxtune.data import load_dataset
+from jaxtune.data.image_rows import rows_with_images
+from jaxtune.data.image_sources import plain_images
+from jaxtune.data.long_rows import leave_out
 from jaxtune.rl.config import GRPOConfig
 
 if TYPE_CHECKING:
@@ -206,17 +208,18 @@ def prepare_prompts(
         tools: functions that the chat template tells the model of.
 
     Raises:
-        ValueError: no such column, or every prompt is too long.
+        ValueError: no such column, or prompts that are too long (see within).
     """
     rows = load_dataset(data)
     if needs_prompt and "prompt" not in rows.column_names:
         raise ValueError(
             f"GRPO needs a column 'prompt' (text, or a list of messages); the data has {', '.join(rows.column_names)}"
         )
-    if has_images(rows[0]):
+    seen = [*rows_with_images(plain_images(rows))]
+    if seen:
         raise ValueError(
-            "the data has images, and the model takes none; load one with FastVisionModel, or remove the columns "
-            "image and images"
+            f"{len(seen)} of {len(rows)} rows have images (the first is row {seen[0]}), and the model takes none; load "
+            "one with FastVisionModel, or leave these rows out"
         )
     if not tokenise:
         return Prompts(rows, None)
@@ -227,10 +230,10 @@ def prepare_prompts(
 
 
 def within(ids: Sequence[Sequence[int]], args: GRPOConfig, limit: int) -> list[int]:
-    """Numbers of the prompts that are neither empty nor too long, told by their tokens; warns of the others.
+    """Numbers of the prompts that are neither empty nor too long, by their tokens; tells which the others are.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or others and they are to be refused (too_long).
     """
     room = limit - args.max_completion_length
     if room < 1:
@@ -239,18 +242,18 @@ def within(ids: Sequence[Sequence[int]], args: GRPOConfig, limit: int) -> list[i
             "that the model was loaded for; give from_pretrained a larger max_seq_length"
         )
     allowed = min(room, args.max_prompt_length or room)
-    kept = [i for i, one in enumerate(ids) if 0 < len(one) <= allowed]
-    if not kept:
-        raise ValueError(
-            f"no prompt has between 1 and {allowed} tokens; the shortest has {min(map(len, ids))}"
+    if allowed < room:
+        rule, advice = f"max_prompt_length={allowed}", "Raise max_prompt_length"
+    else:
+        rule = (
+            f"{room} tokens (max_seq_length={limit} less max_completion_length={args.max_completion_length})"
         )
-    if len(kept) < len(ids):
-        warnings.warn(
-            f"{len(ids) - len(kept)} of {len(ids)} prompts are left out: they are empty or have more than {allowed} "
-            "tokens (max_prompt_length, or the model's max_seq_length less max_completion_length)",
-            stacklevel=4,
-        )
-    return kept
+        advice = "Give from_pretrained a larger max_seq_length, or make max_completion_length smaller"
+    lengths = np.asarray([len(one) for one in ids])
+    fits = (lengths > 0) & (lengths <= allowed)
+    fault, advice = f"prompts are empty or longer than {rule}", f"prompts are not cut. {advice}"
+    leave_out(fits, lengths, fault, advice, args.too_long)
+    return np.flatnonzero(fits).tolist()
 
 
 def prompt_ids(prompts: Sequence[Prompt], tokenizer: Any, template_kwargs: dict[str, Any]) -> list[list[int]]:

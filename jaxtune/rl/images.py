@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from jaxtune.data import VisionDataCollator, has_images
+from jaxtune.data import VisionDataCollator
 from jaxtune.data.image_encoder import EncodedPrompt
 from jaxtune.data.image_pool import default_workers
-from jaxtune.data.image_rows import IMAGE_COLUMNS, image_column
-from jaxtune.data.image_sources import vision_rows
+from jaxtune.data.image_rows import IMAGE_COLUMNS, image_column, naming, rows_with_images
+from jaxtune.data.image_sources import open_stored, vision_rows
 from jaxtune.data.images import open_image
 from jaxtune.model import Model
 from jaxtune.rl.config import GRPOConfig
@@ -44,17 +44,19 @@ class PromptImages:
         self._begun: OrderedDict[int, Future[EncodedPrompt]] = OrderedDict()
 
     def concern(self, data: Any, tools: Sequence[Any]) -> bool:
-        """Whether these rows are for a processor: they have images, or messages, which its template may want as parts.
+        """Whether these rows are for a processor: some have images, or messages, which its template may want as parts.
 
         Raises:
             ValueError: images, and tools.
         """
-        first = vision_rows(data)[0][0]
-        if has_images(first) and tools:
+        rows, _ = vision_rows(data)
+        seen = next(rows_with_images(rows), None)
+        if seen is not None and tools:
             raise ValueError(
-                "GRPOTrainer: tools do not go with images yet; write the turns in a rollout_func"
+                f"row {seen} has images, and tools do not go with images yet; leave such rows out, or write the turns "
+                "in a rollout_func"
             )
-        return has_images(first) or (not tools and is_conversational(first.get("prompt", "")))
+        return seen is not None or (not tools and is_conversational(rows[0].get("prompt", "")))
 
     def _as_document(self, row: Any) -> Any:
         """A row in a format that the collator knows: its prompt up to the answer's beginning."""
@@ -111,12 +113,16 @@ class PromptImages:
     def row(self, number: int) -> dict[str, Any]:
         """A row of the dataset; its prompt's image parts hold PIL images, and so do columns that store images."""
         row, pictures = self._collator.row(number), self.look(number).pictures
-        prompt = _with_images(self._collator.document(number).prompt, pictures)
+        document = self._collator.document(number)
+        prompt = _with_images(document.prompt, pictures)
+        others = {name: value for name, value in row.items() if name not in ("prompt", *IMAGE_COLUMNS)}
+        with naming(document.number):
+            others = open_stored(others, self._collator.folder(number), self.encoder.cache)
         column = image_column(row)
         beside = [] if column is None else _listed(row[column])
         known = {column: pictures} if len(beside) == len(pictures) else {}  # else some stand in the messages
         seen = {name: _opened(row[name], known.get(name)) for name in IMAGE_COLUMNS if name in row}
-        return {**row, "prompt": prompt, **seen}
+        return {**row, **others, "prompt": prompt, **seen}
 
     def row_without_images(self, number: int) -> dict[str, Any]:
         """A row without its columns of images, and bare parts in their place in its prompt."""

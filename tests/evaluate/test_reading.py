@@ -1,10 +1,11 @@
 """Error rates by jiwer, and rows as questions with answers."""
 
 import pytest
+import tiny_processors
 import tiny_vision
 
 from jaxtune.data.images import ImageError
-from jaxtune.evaluate.reading import error_rates, examples
+from jaxtune.evaluate.reading import error_rates, examples, read_images
 from jaxtune.evaluate.reading.job import markdown
 
 
@@ -56,6 +57,34 @@ def test_rows_as_questions_with_answers():
         examples([{"messages": talk[:1]}])
     with pytest.raises(ImageError, match="row 0: no text in image"):
         examples([{"image": image}], "read")
+    with pytest.raises(ImageError, match="row 1 has no image to read"):
+        examples([rows[0], {"messages": [{"role": "user", "content": "read"}, talk[1]]}])
+
+
+def test_images_are_checked_before_the_first_reading(tmp_path):
+    """All rows with a bad image are named; one that goes bad later is, too."""
+    files = [tmp_path / f"{i}.png" for i in range(5)]
+    for file in files:
+        tiny_vision.picture(60, 60).save(file)
+    asked = examples([{"image": str(file), "text": "word"} for file in files], "read")
+    processor, calls = tiny_processors.make_processor(tmp_path / "processor"), []
+
+    def generate(input_ids, **_):
+        calls.append(len(input_ids))
+        files[4].unlink()
+        return input_ids
+
+    model = tiny_processors.stand_in(generate=generate)
+    for number in (2, 3):
+        files[number].write_bytes(b"no image")
+    with pytest.raises(ImageError, match=r"(?s)2 of 5 rows cannot be used:\nrow 2: .*\nrow 3: "):
+        read_images(model, processor, asked, batch_size=2, progress=False)
+    assert not calls
+    for number in (2, 3):
+        tiny_vision.picture(60, 60).save(files[number])
+    with pytest.raises(ImageError, match=r"^row 4: .* does not exist"):
+        read_images(model, processor, asked, batch_size=4, progress=False)
+    assert calls == [4]
 
 
 def test_the_table_of_a_comparison():

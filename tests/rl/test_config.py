@@ -10,8 +10,9 @@ from jaxtune.rl.config import GRPOConfig
 
 # fields of Unsloth, transformers 4 and jaxtune
 OWN = """reward_timeout rollout_weights shared_prefix max_resample_rounds importance_sampling_correction
-    max_prompt_length embedding_learning_rate warmup_ratio logging_dir remat memory_budget_gb vllm_request_timeout
-    vllm_python vllm_server_args vllm_base vllm_adapter_dir vllm_logprob_warning vllm_logprob_limit""".split()
+    max_prompt_length too_long embedding_learning_rate warmup_ratio logging_dir remat memory_budget_gb
+    vllm_request_timeout vllm_python vllm_server_args vllm_base vllm_adapter_dir vllm_logprob_warning
+    vllm_logprob_limit""".split()
 
 
 def trl_defaults():

@@ -1,6 +1,7 @@
 """Which prompts, in which order, as which tokens; and rows as arrays."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -67,15 +68,31 @@ def test_prompts_as_tokens(tiny_tokenizer):
     assert chat.digest() != text.digest()
 
 
-def test_long_prompts_are_left_out(tiny_tokenizer):
-    rows = [{"prompt": "a" * n} for n in (5, 20, 6)]
-    with pytest.warns(
-        UserWarning, match="1 of 3 prompts are left out: they are empty or have more than 8 tokens"
-    ):
-        kept = prepare_prompts(rows, tiny_tokenizer, GRPOConfig(max_prompt_length=8), limit=1024)
+def test_long_prompts_are_left_out_or_refused(tiny_tokenizer, caplog):
+    """By name and count, as the user chose; the message names the limit that is at work."""
+    rows = [{"prompt": "a" * n} for n in (5, 20, 6, 0)]
+
+    def prepared(limit=1024, **settings):
+        return prepare_prompts(rows, tiny_tokenizer, GRPOConfig(**settings), limit=limit)
+
+    kept = prepared(max_prompt_length=8)
     assert [len(ids) for ids in kept.ids] == [5, 6] and kept.longest() == 6
-    with pytest.raises(ValueError, match="no prompt has between 1 and 3 tokens; the shortest has 5"):
-        prepare_prompts(rows, tiny_tokenizer, GRPOConfig(max_prompt_length=3), limit=1024)
+    fault = (
+        "2 of 4 prompts are empty or longer than max_prompt_length=8: row 1 (20 tokens), row 3 (0 tokens); "
+    )
+    assert fault + "they are dropped" in caplog.text
+    with pytest.raises(ValueError, match=re.escape(fault) + ".*Raise max_prompt_length.*too_long='drop'"):
+        prepared(max_prompt_length=8, too_long="raise")
+    with pytest.raises(
+        ValueError, match=r"than 14 tokens \(max_seq_length=24 less max_completion_length=10\): "
+    ):
+        prepared(limit=24, max_completion_length=10, too_long="raise")
+    with pytest.raises(
+        ValueError, match="4 of 4 prompts are empty or longer than max_prompt_length=3: row 0"
+    ):
+        prepared(max_prompt_length=3)
+    with pytest.raises(ValueError, match="too_long"):
+        GRPOConfig(too_long="cut")
     with pytest.raises(ValueError, match="leaves no room for a prompt in the 512 tokens"):
         prepare_prompts(rows, tiny_tokenizer, GRPOConfig(), limit=512)
 

@@ -149,6 +149,32 @@ def test_images_are_opened_ahead_and_by_the_workers(base, tmp_path, monkeypatch)
     trainer._images.close()
 
 
+def test_other_columns_of_images_are_opened(base, tmp_path):
+    """As `datasets` decodes them: PIL images in their own mode, in lists too."""
+    masks = [tiny_vision.picture(20 + i, 10, i).convert("L") for i in range(6)]
+    rows = [
+        {**row, "mask": mask, "views": [mask, mask], "note": None}
+        for row, mask in zip(make_rows(), masks, strict=True)
+    ]
+    kinds = {"mask": datasets.Image(), "views": datasets.List(datasets.Image())}
+    data = datasets.Dataset.from_list(rows)
+    for name, kind in kinds.items():
+        data = data.cast_column(name, kind)
+    trainer = make_trainer(base, tmp_path, data, dataloader_num_workers=1)
+    for i, row in enumerate(trainer._prompts.rows):
+        for found in (row["mask"], *row["views"]):
+            assert found.mode == "L" and found.tobytes() == masks[i].tobytes()
+        assert row["note"] is None and list(row) == data.column_names
+    trainer._images.close()
+    broken = data.cast_column("mask", datasets.Image(decode=False))
+    bad = {"bytes": broken[4]["mask"]["bytes"][:-40], "path": None}
+    broken = broken.map(lambda _, i: {"mask": bad} if i == 4 else {}, with_indices=True)
+    trainer = make_trainer(base, tmp_path, broken, dataloader_num_workers=1)
+    with pytest.raises(ValueError, match=r"row 4: .* is damaged"):
+        trainer._prompts.rows[4]
+    trainer._images.close()
+
+
 def test_each_process_opens_the_images_of_its_devices(base, tmp_path):
     """Two devices of two processes: each has the images of its rows, counted from its own first."""
     trainer = make_trainer(base, tmp_path, dataloader_num_workers=1)
@@ -231,15 +257,16 @@ def test_the_cells_of_a_vision_grpo_notebook(base, tmp_path):
     assert trainer.model.fast_generate(prompt, lora_request=request)[0].outputs[0].token_ids
 
 
+def tool(x: int) -> int:
+    """Something.
+
+    Args:
+        x: a number.
+    """
+    return x
+
+
 def test_what_does_not_go_with_images(base, tmp_path):
-    def tool(x: int) -> int:
-        """Something.
-
-        Args:
-            x: a number.
-        """
-        return x
-
     with pytest.raises(ValueError, match="tools do not go with images"):
         make_trainer(base, tmp_path, tools=[tool])
     with pytest.raises(
@@ -249,6 +276,13 @@ def test_what_does_not_go_with_images(base, tmp_path):
     rows = [row | {"images": row["images"] + [tiny_vision.picture(60, 60)]} for row in make_rows()]
     with pytest.raises(ValueError, match="row 0: 1 image placeholders in its messages and 2 images"):
         make_trainer(base, tmp_path, rows)
+    lengths = [len(ids) for ids in make_trainer(base, tmp_path)._prompts.ids]
+    short, said = (
+        min(lengths),
+        rf"5 of 6 prompts .*max_prompt_length={min(lengths)}: row 0 \({lengths[0]} tokens\)",
+    )
+    with pytest.raises(ValueError, match=said):
+        make_trainer(base, tmp_path, max_prompt_length=short, too_long="raise")
     with pytest.raises(ValueError, match="GRPO needs a column 'prompt'"):
         make_trainer(base, tmp_path, [{"text": "a", "image": tiny_vision.picture(60, 60)}])
 
@@ -258,8 +292,33 @@ def test_what_does_not_go_with_images(base, tmp_path):
     trainer = make_trainer(base, tmp_path, rollout_func=blind)
     with pytest.raises(ValueError, match="prompt_ids of completion 0: the images of this row take"):
         trainer.train()
-    with pytest.raises(ValueError, match="the data has images, and the model takes none"):
-        prepare_prompts(make_rows(), base[1].tokenizer, GRPOConfig(), limit=1024)
+
+
+def test_some_rows_have_images(base, tmp_path):
+    """Whichever: the first, where the columns of a list are looked at, has none."""
+    processor, seen = base[1], []
+    with_image, without = make_rows(3)[0], {"prompt": "say", "answer": 7}
+    render = processor.apply_chat_template
+    prompt = render(with_image["prompt"], tokenize=False, add_generation_prompt=True)
+    rows = [without, {**with_image, "prompt": prompt}]
+
+    def count(images, **_):
+        seen.append([len(one or ()) for one in images])
+        return [0.0, 1.0] * 2
+
+    settings = {"reward_funcs": count, "shuffle_dataset": False, "beta": 0.0, "max_steps": 1}
+    trainer = make_trainer(base, tmp_path, rows, **settings)
+    trainer.train()
+    assert seen == [[0, 0, 1, 1]]
+    with pytest.raises(ValueError, match="row 1 has images, and tools do not go with images"):
+        make_trainer(base, tmp_path, rows, tools=[tool])
+    text = {"tokenizer": processor.tokenizer, "args": GRPOConfig(), "limit": 1024}
+    with pytest.raises(ValueError, match=r"1 of 2 rows have images \(the first is row 1\), and the model"):
+        prepare_prompts(rows, **text)
+    parts = [{"type": "image", "image": tiny_vision.picture(60, 60)}, {"type": "text", "text": "what"}]
+    talks = [{"prompt": [{"role": "user", "content": content}]} for content in ("say", parts)]
+    with pytest.raises(ValueError, match="1 of 2 rows have images"):
+        prepare_prompts(talks, **text)
 
 
 def test_a_model_of_images_trains_on_text(base, tmp_path):

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from jaxtune.data.image_encoder import ImageEncoder
 from jaxtune.data.image_rows import Document, Messages
 from jaxtune.data.image_sources import reading_row, row_document, vision_rows
 from jaxtune.data.images import ImageError
@@ -51,6 +50,8 @@ def examples(
 
 def _example(row: Any, number: int, folder: Path | None) -> Example:
     document = row_document(row, number, folder)
+    if not document.images:
+        raise ImageError(f"row {number} has no image to read; leave the row out, or give it one")
     asked, answer = document.prompt, document.completion
     if isinstance(asked, list) and answer is None and asked[-1]["role"] == "assistant":
         asked, answer = asked[:-1], asked[-1:]
@@ -82,21 +83,22 @@ def read_images(
     resize: Any = "min",
     progress: bool = True,
 ) -> list[str]:
-    """What the model writes, greedily, to each example.
+    """What the model writes, greedily, to each example; every image is opened once before the first.
 
     Args:
         batch_size: images are processed and answered so many rows at a time.
         resize: as in training, see `data.resize.resize_policy`.
 
     Raises:
-        ImageError: an image that cannot be used; names the row.
+        ImageError: images that cannot be used; names the rows.
     """
-    encoder: ImageEncoder = VisionDataCollator(model, processor, resize=resize).encoder
+    collator = VisionDataCollator(model, processor, resize=resize)
+    collator.check([one.document for one in asked], progress=progress)
     said: list[str] = []
     order = range(0, len(asked), batch_size)
     for first in tqdm(order, desc="Reading", unit="batch", disable=None if progress else True):
         documents = [one.document for one in asked[first : first + batch_size]]
-        batch = encoder.processed(documents, padding=True, padding_side="left", return_tensors="np")
+        batch = collator.encoder.processed(documents, padding=True, padding_side="left", return_tensors="np")
         ids = np.asarray(model.generate(**batch, max_new_tokens=max_new_tokens))
         answers = ids[:, np.asarray(batch["input_ids"]).shape[1] :]
         said += [processor.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
