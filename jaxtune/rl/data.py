@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import datasets
 import numpy as np
+from PIL import Image
 
 from jaxtune.data import load_dataset
 from jaxtune.data.image_rows import rows_with_images
@@ -184,8 +185,13 @@ class Prompts:
             digest.update(self.images.digest(self.documents).encode())
         for i, row in enumerate(rows):
             ids = None if self.ids is None else self.ids[i]
-            digest.update(json.dumps([row, ids], sort_keys=True, default=repr).encode())
+            digest.update(json.dumps([row, ids], sort_keys=True, default=_said).encode())
         return digest.hexdigest()
+
+
+def _said(value: Any) -> Any:
+    """What JSON has no form for: of an image its pixels, since its repr names an address."""
+    return [value.mode, value.size, value.tobytes().hex()] if isinstance(value, Image.Image) else repr(value)
 
 
 def prepare_prompts(

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from jaxtune.rl.config import GRPOConfig
 from jaxtune.rl.data import make_plan, prepare_prompts
@@ -66,6 +67,16 @@ def test_prompts_as_tokens(tiny_tokenizer):
     chat = prepare_prompts([{"prompt": messages}], tiny_tokenizer, args, limit=64)
     assert tiny_tokenizer.decode(chat.ids[0]) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert chat.digest() != text.digest()
+
+
+def test_a_digest_is_of_pixels(tiny_tokenizer):
+    """Not of the address of an image that a column holds, which another process has elsewhere."""
+
+    def digest(colour):
+        rows = [{"prompt": "ab", "chart": Image.new("RGB", (2, 2), colour)}]
+        return prepare_prompts(rows, tiny_tokenizer, GRPOConfig(max_completion_length=10), limit=64).digest()
+
+    assert digest("red") == digest("red") != digest("blue")
 
 
 def test_long_prompts_are_left_out_or_refused(tiny_tokenizer, caplog):
