@@ -130,7 +130,7 @@ def vision_collator(
         ValueError: the job has an instruction, and the rows no images.
     """
     data, source = job.data, Path(job.data.dataset or "").expanduser()
-    if processor is None or not has_images(plain_images(rows)[0]):
+    if processor is None or not any(map(has_images, plain_images(rows))):
         if data.image_instruction is not None:
             raise ValueError(
                 f"image_instruction is the question about a row's image; this dataset has the columns "

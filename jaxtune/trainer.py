@@ -298,7 +298,7 @@ def _vision_collator(
     if model.processor is None or rows is None:
         return None
     found = vision_rows(next(iter(rows.values())) if isinstance(rows, Mapping) else rows)[0]
-    if not any(map(has_images, [found[0]] if isinstance(found, Dataset) else found)):
+    if not any(map(has_images, found)):
         return None
     return VisionDataCollator(
         model, processing_class, completion_only_loss=args.completion_only_loss is not False

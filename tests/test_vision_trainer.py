@@ -3,6 +3,7 @@
 Images go through transformers' Qwen2VLImageProcessorPil.
 """
 
+import datasets
 import jax
 import numpy as np
 import pytest
@@ -216,6 +217,20 @@ def test_a_collator_is_made_where_rows_have_images(both, tmp_path):
     assert isinstance(trainer._collator, VisionDataCollator) and trainer.processing_class is processor
     text = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 3
     assert SFTTrainer(model=model, args=args, train_dataset=text)._collator is None
+    tiny_vision.picture(40, 40, 1).save(tmp_path / "a.png")
+    shown = [{"type": "image", "image": str(tmp_path / "a.png")}, {"type": "text", "text": "what"}]
+    talks = [(shown[1:], "a"), (shown, "b")]  # the first row has none
+    later = [
+        {
+            "messages": [
+                {"role": "user", "content": asked},
+                {"role": "assistant", "content": [{"type": "text", "text": said}]},
+            ]
+        }
+        for asked, said in talks
+    ]
+    made = SFTTrainer(model=model, args=args, train_dataset=datasets.Dataset.from_list(later))
+    assert isinstance(made._collator, VisionDataCollator)
     with pytest.raises(ValueError, match="formatting_func is not for rows with images"):
         SFTTrainer(model=model, args=args, train_dataset=rows(3), formatting_func=str)
 

@@ -118,7 +118,7 @@ class DPOTrainer(Trainer[DPOConfig]):
     # -- data ------------------------------------------------------------------------------------------------
 
     def _prepared(self, data: Any, *, train: bool) -> Dataset:
-        if has_images(vision_rows(data)[0][0]):
+        if any(map(has_images, vision_rows(data)[0])):
             pairs = self._with_images(data)
         else:
             text = chat_tokenizer(self.processing_class)
