@@ -253,12 +253,8 @@ def fetch(url: str, folder: Path) -> Path:
         return part.replace(file)
     except ImageError:
         raise
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        http.client.HTTPException,
-    ) as error:  # URLErrors are OSErrors, PIL's any
+    # URLErrors and time-outs are OSErrors, PIL's any of these
+    except (OSError, SyntaxError, ValueError, http.client.HTTPException) as error:
         raise ImageError(f"{url} cannot be downloaded: {getattr(error, 'reason', error)}") from error
     finally:
         part.unlink(missing_ok=True)
