@@ -77,6 +77,11 @@ class BaseJob:
     traceback: bool = False
     """Show where an error came from."""
 
+    @property
+    def others_share(self) -> float:
+        """Of a GPU's memory, for programs that this run starts beside JAX."""
+        return 0.0
+
     @classmethod
     def parts(cls) -> dict[str, Any]:
         """The config classes by name."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune import hub, images, lora, models
+from jaxtune import gpu_memory, hub, images, lora, models
 from jaxtune.arguments import sort_out
 from jaxtune.compile_cache import enable_compile_cache
 from jaxtune.config import LORA_TARGETS
@@ -185,6 +185,7 @@ class FastLanguageModel:
           (model, tokenizer), of a vision-language model (model, processor).
         """
         sort_out("from_pretrained", kwargs, _IGNORED, _REFUSED)
+        gpu_memory.claim()
         enable_compile_cache()
         modes = {
             "load_in_4bit": load_in_4bit,

@@ -33,10 +33,12 @@ def run(arguments: Sequence[str], kind: type[BaseJob], load: Callable[[], Prepar
     # Only now: --help and a mistyped setting should not wait for jax and transformers.
     import datasets
 
+    from jaxtune import gpu_memory
     from jaxtune.cluster import connect
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+    gpu_memory.claim(job.others_share)
     try:
         connect(job.cluster)
         train = load()(job)

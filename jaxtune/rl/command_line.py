@@ -61,3 +61,8 @@ class GRPOJob(BaseJob):
 
     data: PromptArguments = dataclasses.field(default_factory=PromptArguments)
     training: GRPOConfig = dataclasses.field(default_factory=GRPOConfig)
+
+    @property
+    def others_share(self) -> float:
+        starts_vllm = self.training.use_vllm and self.training.vllm_mode == "colocate"
+        return self.training.vllm_gpu_memory_utilization if starts_vllm else 0.0

@@ -31,6 +31,8 @@ import plain
 import roofline
 import step
 
+from jaxtune import gpu_memory
+
 
 @dataclasses.dataclass
 class Result:
@@ -303,7 +305,7 @@ def main() -> None:
     if args.compile_for_h200:
         without_a_gpu(args)
         return
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
+    gpu_memory.claim()
     if args.profile:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
     here = measuring.ceilings_here()

@@ -33,6 +33,8 @@ import measuring
 import plain
 import roofline
 
+from jaxtune import gpu_memory
+
 # hidden, ffn, layers, heads, kv heads, head_dim, vocabulary, tied
 MODELS = {
     "llama-3.1-8b": (4096, 14336, 32, 32, 8, 128, 128256, False),
@@ -487,6 +489,7 @@ def main() -> None:
     if args.compile_for_h200:
         without_a_gpu(args)
     else:
+        gpu_memory.claim()
         on_this_device(args)
 
 
