@@ -18,6 +18,9 @@ from jaxtune.rl import vllm_process
 
 MOST_REQUESTS = 256  # at the same time
 LAST_LINES = 25  # of the log, in an error
+TOO_LITTLE_MEMORY = (
+    "is less than desired GPU memory utilization"  # what vLLM says then, some lines before its last
+)
 RUNTIME_LORA = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"  # an environment variable of the server
 _ANSWER_SOON = 60.0  # seconds for a request that generates nothing
 
@@ -64,6 +67,15 @@ class VLLMProcess:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self._process.wait(within)
         return None
+
+    def advice(self) -> str:
+        """What to do about why it has ended, where its log tells."""
+        if TOO_LITTLE_MEMORY not in self.log.read_text("utf-8", "replace"):
+            return ""
+        return (
+            ": too little of the GPU's memory is free. Where JAX has taken it, start Python with "
+            "XLA_CLIENT_MEM_FRACTION=0.9 less vllm_gpu_memory_utilization, or make the latter smaller"
+        )
 
     def last_lines(self) -> str:
         """The end of the log."""
@@ -115,7 +127,7 @@ class VLLMServer:
             except VLLMError as error:
                 problem = str(error)
             if self._process is not None and self._process.ended() is not None:
-                raise VLLMError(self._with_log("vLLM ended while it was starting"))
+                raise VLLMError(self._with_log("vLLM ended while it was starting" + self._process.advice()))
             if time.monotonic() > deadline:
                 raise VLLMError(
                     self._with_log(

@@ -286,6 +286,16 @@ def test_a_server_that_does_not_start(model, tmp_path, fake_python):
         rollout.sync(0)
 
 
+def test_a_server_that_finds_no_memory(model, tmp_path, fake_python):
+    python = fake_python(
+        "import sys\nprint('ValueError: Free memory on device cuda:0 (9.1/79.2 GiB) on startup is less than "
+        "desired GPU memory utilization (0.3, 23.76 GiB).')\nprint('trace\\n' * 30)\nsys.exit(1)"
+    )
+    rollout = VLLMRollout(model, config(tmp_path, vllm_python=python, vllm_server_timeout=60))
+    with pytest.raises(VLLMError, match=r"starting: too little .* start Python with XLA_CLIENT_MEM_FRACTION"):
+        rollout.sync(0)
+
+
 def test_the_server_goes_with_the_trainer(tmp_path, fake_python):
     """Whatever ends the trainer closes the pipe; the server, its own children and the folders go."""
     code = "import subprocess\np = subprocess.Popen(['sleep', '60'])\nprint(p.pid, flush=True)\np.wait()"
