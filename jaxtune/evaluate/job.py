@@ -14,7 +14,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from jaxtune import hub
+from jaxtune import gpu_memory, hub
 from jaxtune.checkpoint import leaves_checksum
 from jaxtune.data.sources import load_dataset
 from jaxtune.evaluate.results import Results
@@ -44,6 +44,7 @@ def run(settings: "Evaluate", command: str) -> Results:
     console = make_console()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+    gpu_memory.claim(settings.serving.share_beside_jax)
     hub_set = {"subset": settings.dataset_config, "token": settings.token}
     rows = load_dataset(settings.data, settings.split, **hub_set)
     count = len(rows)

@@ -64,5 +64,4 @@ class GRPOJob(BaseJob):
 
     @property
     def others_share(self) -> float:
-        starts_vllm = self.training.use_vllm and self.training.vllm_mode == "colocate"
-        return self.training.vllm_gpu_memory_utilization if starts_vllm else 0.0
+        return self.training.share_beside_jax

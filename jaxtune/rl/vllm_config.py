@@ -45,6 +45,12 @@ class VLLMConfig:
     vllm_tensor_parallel_size: int = 1
     """Devices that vLLM spreads the model over."""
 
+    @property
+    def share_beside_jax(self) -> float:
+        """Of a GPU's memory, which a server of this run takes."""
+        starts = self.use_vllm and self.vllm_mode == "colocate"
+        return self.vllm_gpu_memory_utilization if starts else 0.0
+
     def check_server(self) -> None:
         """Raises ValueError naming a setting that cannot be meant."""
         check_at_least(self, 1, ["vllm_server_port", "vllm_tensor_parallel_size", "vllm_max_model_length"])

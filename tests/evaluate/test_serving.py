@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import threading
 
 import pytest
@@ -143,7 +144,9 @@ def test_a_server_of_another_model(folder, model, adapted, data, tmp_path, capsy
     assert not (tmp_path / "2/completions.jsonl").exists()
 
 
-def test_a_server_is_started_and_ended(folder, data, tmp_path, capsys):
+def test_a_server_is_started_and_ended(folder, data, tmp_path, capsys, monkeypatch):
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.setenv(name, "")
     command = [str(folder), "--data", str(data), "--output_dir", str(tmp_path / "out"), "--instruction", ""]
     command += ["--max_new_tokens", "8", "--use_vllm", "--vllm_server_args=--enforce-eager"]
     command += ["--vllm_logprob_limit", "None", "--limit", "2", "--vllm_python"]
@@ -151,6 +154,7 @@ def test_a_server_is_started_and_ended(folder, data, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "vLLM ended while it was starting\nthe server has ended with code 1" in said
     assert "  no memory is left" in said
+    assert os.environ["XLA_CLIENT_MEM_FRACTION"] == "0.60"  # of a GPU: 0.3 are the server's
     assert main([*command, python_with_vllm(tmp_path)]) == 0
     assert "more than vllm_logprob_warning=0.1" in capsys.readouterr().err  # the stub is no such model
     assert (tmp_path / "out/vllm.log").read_text() == "listening\n"
