@@ -22,6 +22,7 @@ from jaxtune import hub, images
 from jaxtune.budget import PlannedStep
 from jaxtune.command_line import Job
 from jaxtune.data import (
+    Batches,
     VisionBatches,
     VisionDataCollator,
     pack,
@@ -32,7 +33,7 @@ from jaxtune.data import (
 )
 from jaxtune.data.responses import text_tokenizer
 from jaxtune.data.statistics import IMAGE
-from jaxtune.devices import STEP_ROWS, WHOLE, Layout, device_bytes
+from jaxtune.devices import ROWS, STEP_ROWS, WHOLE, Layout, device_bytes
 from jaxtune.fast import as_dtype, in_fp8, layout_for, side_of
 from jaxtune.job import load_rows, make_console, make_table, targets, vision_collator, with_chat_template
 from jaxtune.lora import LoraConfig, attach, chosen_targets, read_adapter, train_everything
@@ -40,21 +41,24 @@ from jaxtune.models import build
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.names import leaf_shapes, trainable_paths
 from jaxtune.optim import make_optimizer
-from jaxtune.step import make_train_step
+from jaxtune.step import make_eval_step, make_train_step
+from jaxtune.training_loop import largest_eval_batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on each device: what lies there for the whole run, and what a training step adds at its peak."""
+    """Bytes on each device: what lies there for the whole run, and what a training step and an evaluation add at
+    their peaks."""
 
     base: int
     trained: int
     optimizer: int
     step: int
+    evaluation: int = 0
 
     @property
     def total(self) -> int:
-        return self.base + self.trained + self.optimizer + self.step
+        return self.base + self.trained + self.optimizer + max(self.step, self.evaluation)
 
 
 def dry_run(job: Job, console: Console | None = None) -> None:
@@ -83,10 +87,11 @@ def dry_run(job: Job, console: Console | None = None) -> None:
     train = _prepare(rows, processing_class, collator, job)
     layout = layout_of(module, job)
     batch = _text_shapes(layout, job) if collator is None else _vision_shapes(layout, train, collator, job)
-    console.print(_size_table(checkpoint, module, job, batch))
-    parts = {"training": train} | (
-        {} if held_out is None else {"held-out": _prepare(held_out, processing_class, collator, job)}
-    )
+    parts, evaluated = {"training": train}, None
+    if held_out is not None:
+        parts["held-out"] = _prepare(held_out, processing_class, collator, job)
+        evaluated = _evaluation_shapes(layout, parts["held-out"], collator, job)
+    console.print(_size_table(checkpoint, module, job, batch, evaluated))
     console.print(_data_table(parts))
     styles = [("trained", "bold green"), ("not trained", "dim")] + [("image", IMAGE)] * (collator is not None)
     legend = Text.assemble(
@@ -151,15 +156,44 @@ def _vision_shapes(
         rows_per_step=rows,
         devices=layout.size,
     )
-    sharding = layout.sharding(STEP_ROWS)
+    return _placed(batches.step(batches.largest_step), layout.sharding(STEP_ROWS))
+
+
+def _evaluation_shapes(
+    layout: Layout, held_out: datasets.Dataset, collator: VisionDataCollator | None, job: Job
+) -> dict[str, Any]:
+    """The shapes of the largest batch of an evaluation, on all devices."""
+    args = job.training
+    packed = args.packing if args.eval_packing is None else args.eval_packing
+    if packed:
+        held_out = pack(held_out, args.max_length or job.model.max_seq_length, args.packing_strategy)
+    how: dict[str, Any] = {
+        "batch_size": args.per_device_eval_batch_size * layout.size,
+        "max_length": args.max_length,
+        "packed": packed,
+        "shuffle": False,
+    }
+    if collator is None:
+        batch = largest_eval_batch(Batches(held_out, pad_token_id=0, **how))
+    else:
+        batch = largest_eval_batch(VisionBatches(held_out, collator, devices=layout.size, **how))
+    return _placed(batch, layout.sharding(ROWS))
+
+
+def _placed(batch: dict[str, Any], sharding: Any) -> dict[str, Any]:
     return jax.tree.map(
-        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
-        batches.step(batches.largest_step),
+        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), batch
     )
 
 
-def predict_memory(module: CausalLM, job: Job, batch: dict[str, Any]) -> Memory:
-    """Compile the training step of a model of shapes and ask the compiler what it needs for a batch of shapes."""
+def predict_memory(
+    module: CausalLM, job: Job, batch: dict[str, Any], evaluated: dict[str, Any] | None = None
+) -> Memory:
+    """Compile the training step and the evaluation of a model of shapes and ask the compiler what they need.
+
+    Args:
+        batch: shapes of a step. evaluated: of a batch of the evaluation, if there is one.
+    """
     args, shapes, paths = job.training, leaf_shapes(module), trainable_paths(module)
     layout = layout_of(module, job)
     specs = layout.specs(module, shapes)
@@ -189,8 +223,12 @@ def predict_memory(module: CausalLM, job: Job, batch: dict[str, Any]) -> Memory:
         args.memory_budget_gb,
         layout=layout,
     )
-    needs = step.compile(arguments).memory_analysis()
-    return Memory(_bytes(base), _bytes(trainable), _bytes(opt_state), needs.temp_size_in_bytes)
+    programs = [step.compile(arguments)]
+    if evaluated is not None:
+        evaluation = make_eval_step(model, layout=layout)
+        programs.append(evaluation.lower(trainable, base, evaluated).compile())
+    adds = [program.memory_analysis().temp_size_in_bytes for program in programs]
+    return Memory(_bytes(base), _bytes(trainable), _bytes(opt_state), *adds)
 
 
 def layout_of(module: CausalLM, job: Job) -> Layout:
@@ -227,18 +265,24 @@ def _prepare(
     return train_on_responses_only(holder, *parts).train_dataset
 
 
-def _size_table(checkpoint: hub.Checkpoint, module: CausalLM, job: Job, batch: dict[str, Any]) -> Table:
+def _size_table(
+    checkpoint: hub.Checkpoint,
+    module: CausalLM,
+    job: Job,
+    batch: dict[str, Any],
+    evaluated: dict[str, Any] | None,
+) -> Table:
     parameters = sum(_size(checkpoint.info(name).shape) for name in checkpoint.names())
     trained = sum(leaf_shapes(module)[path].size for path in trainable_paths(module))
-    memory, args = predict_memory(module, job, batch), job.training
+    memory, args = predict_memory(module, job, batch, evaluated), job.training
     kept = "NF4" if _is_quantised(job) else str(jnp.dtype(module.dtype))
     table = make_table(f"model ({checkpoint.config.model_type})", "parameters", "memory")
     table.add_row(f"base, {kept}", f"{parameters:,}", _mib(memory.base))
     table.add_row("trained, float32", f"{trained:,}", _mib(memory.trained))
     table.add_row(f"optimizer ({args.optim})", "", _mib(memory.optimizer))
-    rows, length = batch["input_ids"].shape[1:]
-    shape = f"{rows} × {length} tokens"
-    table.add_row(f"training step ({shape})", "", _mib(memory.step))
+    table.add_row(f"training step ({_shape(batch)})", "", _mib(memory.step))
+    if evaluated is not None:
+        table.add_row(f"evaluation ({_shape(evaluated)})", "", _mib(memory.evaluation))
     layout = layout_of(module, job)
     where = "the device" if layout.size == 1 else f"each of {layout.size} devices"
     table.add_row(f"[bold]predicted peak on {where}[/bold]", "", f"[bold]{_mib(memory.total)}[/bold]")
@@ -259,6 +303,11 @@ def _data_table(parts: dict[str, datasets.Dataset]) -> Table:
             " / ".join(str(length) for length in count.percentiles.values()),
         )
     return table
+
+
+def _shape(batch: dict[str, Any]) -> str:
+    rows, length = batch["input_ids"].shape[-2:]
+    return f"{rows} × {length} tokens"
 
 
 def _size(shape: tuple[int, ...]) -> int:

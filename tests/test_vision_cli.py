@@ -43,9 +43,10 @@ def arguments(model_dir, data):
 
 
 def test_dry_run_shows_masks_and_images(arguments, tmp_path, capsys):
-    assert train.main([*arguments, "--output_dir", str(tmp_path / "out"), "--dry_run"]) == 0
+    arguments += ["--output_dir", str(tmp_path / "out"), "--eval_split", "train[:2]"]
+    assert train.main([*arguments, "--dry_run"]) == 0
     shown = capsys.readouterr().out
-    assert "image_instruction: What stands there?" in shown
+    assert "image_instruction: What stands there?" in shown and "evaluation (8 × " in shown
     assert "predicted peak on the device" in shown
     assert "<|vision_start|>" in shown and "[image: 4 tokens, " in shown
     assert "word 0<|im_end|>" in shown and not (tmp_path / "out").exists()

@@ -55,13 +55,14 @@ class EncodedPrompt:
     """A prompt to be continued.
 
     ids: int32 [T]. text: what they are the tokens of, with one placeholder for each image. pictures: its images as the
-    processor got them. row: what it gave of them, {} without images.
+    processor got them. row: what it gave of them, {} without images. digest: of their pixels.
     """
 
     ids: np.ndarray
     text: str
     pictures: list[Image.Image]
     row: Processed
+    digest: bytes
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class ImageEncoder:
             pictures = self._pictures(document)
             ids, _, _, row = self._processed(document, pictures)
             check_row(self.family, ids, row)
-            return EncodedPrompt(ids, self._texts(document)[0], pictures, row or {})
+            return EncodedPrompt(ids, self._texts(document)[0], pictures, row or {}, _digest(pictures))
 
     def processed(self, examples: Sequence[Document], **options: Any) -> Any:
         """The processor's own output for some documents; options as its call takes them.

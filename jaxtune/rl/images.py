@@ -103,11 +103,9 @@ class PromptImages:
         """
         self.begin([number])
         found = self._begun[number].result()
-        if len(found.ids) != self._collator.known(number).length:
-            raise ValueError(
-                f"row {self._collator.document(number).number}: an image has changed its size since the data was "
-                "checked"
-            )
+        if found.digest != self._collator.known(number).digest:
+            row = self._collator.document(number).number
+            raise ValueError(f"row {row}: an image has changed since the data was checked")
         return found
 
     def row(self, number: int) -> dict[str, Any]:

@@ -321,6 +321,18 @@ def test_some_rows_have_images(base, tmp_path):
         prepare_prompts(talks, **text)
 
 
+def test_an_image_that_changes_ends_the_run(base, tmp_path):
+    """Also where its size, and so the number of its tokens, stays."""
+    file = tmp_path / "a.png"
+    tiny_vision.picture(60, 60, 0).save(file)
+    parts = [{"type": "image", "image": str(file)}, {"type": "text", "text": "what"}]
+    rows = [{"prompt": [{"role": "user", "content": parts}]}] * 2
+    trainer = make_trainer(base, tmp_path / "out", rows, max_steps=1)
+    tiny_vision.picture(60, 60, 1).save(file)
+    with pytest.raises(ValueError, match=r"row \d: an image has changed since the data was checked"):
+        trainer.train()
+
+
 def test_a_model_of_images_trains_on_text(base, tmp_path):
     """Messages go through its processor's template; there is no tower in the step."""
     rows = [{"prompt": [{"role": "user", "content": "say " + "x" * i}]} for i in range(4)]
