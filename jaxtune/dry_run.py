@@ -225,7 +225,7 @@ def predict_memory(
     )
     programs = [step.compile(arguments)]
     if evaluated is not None:
-        evaluation = make_eval_step(model, layout=layout)
+        evaluation: Any = make_eval_step(model, layout=layout)
         programs.append(evaluation.lower(trainable, base, evaluated).compile())
     adds = [program.memory_analysis().temp_size_in_bytes for program in programs]
     return Memory(_bytes(base), _bytes(trainable), _bytes(opt_state), *adds)
