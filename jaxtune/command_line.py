@@ -78,7 +78,7 @@ class BaseJob:
     """Show where an error came from."""
 
     @property
-    def others_share(self) -> float:
+    def share_beside_jax(self) -> float:
         """Of a GPU's memory, for programs that this run starts beside JAX."""
         return 0.0
 

@@ -309,6 +309,11 @@ class SFTConfig(TrainingConfig):
             return steps, height, rows
         return math.ceil(self.total_batch_size / height), height, self.total_batch_size
 
+    def for_evaluation(self) -> "SFTConfig":
+        """These settings for the evaluation data: in its own order, packed as `eval_packing` says."""
+        packing = self.packing if self.eval_packing is None else self.eval_packing
+        return dataclasses.replace(self, packing=packing, shuffle_dataset=False)
+
     def _normalise(self) -> None:
         super()._normalise()
         if self.loss_type == "chunked_nll":

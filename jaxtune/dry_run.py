@@ -89,8 +89,9 @@ def dry_run(job: Job, console: Console | None = None) -> None:
     batch = _text_shapes(layout, job) if collator is None else _vision_shapes(layout, train, collator, job)
     parts, evaluated = {"training": train}, None
     if held_out is not None:
-        parts["held-out"] = _prepare(held_out, processing_class, collator, job)
-        evaluated = _evaluation_shapes(layout, parts["held-out"], collator, job)
+        evaluation = dataclasses.replace(job, training=job.training.for_evaluation())
+        parts["held-out"] = _prepare(held_out, processing_class, collator, evaluation)
+        evaluated = _evaluation_shapes(layout, parts["held-out"], collator, evaluation)
     console.print(_size_table(checkpoint, module, job, batch, evaluated))
     console.print(_data_table(parts))
     styles = [("trained", "bold green"), ("not trained", "dim")] + [("image", IMAGE)] * (collator is not None)
@@ -164,13 +165,12 @@ def _evaluation_shapes(
 ) -> dict[str, Any]:
     """The shapes of the largest batch of an evaluation, on all devices."""
     args = job.training
-    packed = args.packing if args.eval_packing is None else args.eval_packing
-    if packed:
+    if args.packing:
         held_out = pack(held_out, args.max_length or job.model.max_seq_length, args.packing_strategy)
     how: dict[str, Any] = {
         "batch_size": args.per_device_eval_batch_size * layout.size,
         "max_length": args.max_length,
-        "packed": packed,
+        "packed": args.packing,
         "shuffle": False,
     }
     if collator is None:

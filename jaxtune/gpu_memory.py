@@ -4,10 +4,7 @@ import os
 
 SHARE = 0.9  # what is left is for CUDA, its libraries and NCCL
 LEAST = 0.1
-_NAMES = (
-    "XLA_CLIENT_MEM_FRACTION",
-    "XLA_PYTHON_CLIENT_MEM_FRACTION",
-)  # the second is the old one; JAX refuses both
+NAME, OLD_NAME = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"  # JAX refuses both together
 
 
 def claim(others: float = 0.0) -> None:
@@ -18,5 +15,5 @@ def claim(others: float = 0.0) -> None:
 
     others: the share of a program that is not alone, as vLLM's.
     """
-    if not any(os.environ.get(name) for name in _NAMES):
-        os.environ[_NAMES[0]] = f"{max(SHARE - others, LEAST):.2f}"
+    if not (os.environ.get(NAME) or os.environ.get(OLD_NAME)):
+        os.environ[NAME] = f"{max(SHARE - others, LEAST):.2f}"

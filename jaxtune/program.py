@@ -38,7 +38,7 @@ def run(arguments: Sequence[str], kind: type[BaseJob], load: Callable[[], Prepar
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    gpu_memory.claim(job.others_share)
+    gpu_memory.claim(job.share_beside_jax)
     try:
         connect(job.cluster)
         train = load()(job)

@@ -126,8 +126,7 @@ class SFTTrainer(Trainer[SFTConfig]):
                 raise ValueError(f"{name}: {error}") from error
 
         train = None if train_dataset is None else prepare(train_dataset, args)
-        packing = args.packing if args.eval_packing is None else args.eval_packing
-        eval_args = dataclasses.replace(args, packing=packing, shuffle_dataset=False)
+        eval_args = args.for_evaluation()
         evaluation: Dataset | dict[str, Dataset] | None = None
         if isinstance(eval_dataset, Mapping):
             evaluation = {
@@ -175,7 +174,7 @@ class SFTTrainer(Trainer[SFTConfig]):
 
     def _batches(self, dataset: Dataset, *, train: bool) -> Batches | VisionBatches:
         args = self.args
-        packed = args.packing if train or args.eval_packing is None else args.eval_packing
+        packed = args.packing if train else args.for_evaluation().packing
         if packed:
             dataset = pack(dataset, args.max_length or self.model.max_seq_length, args.packing_strategy)
         devices = self.model.layout.size

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from jaxtune import command_line, train
 from jaxtune.command_line import SHIPPED_TASK, ConfigError, Job
+from jaxtune.dry_run import Memory
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -131,10 +132,12 @@ def test_too_little_memory_is_one_line(tmp_path, tiny_model_dir, capsys):
 def test_dry_run(tmp_path, tiny_model_dir, capsys):
     arguments = ["--model_name", str(tiny_model_dir("llama")), "--dataset", _rows(tmp_path / "rows.jsonl", 5)]
     arguments += ["--max_length", "128", "--train_on_responses_only", "--output_dir", str(tmp_path / "out")]
+    arguments += ["--packing", "--eval_packing", "False"]
     arguments += ["--eval_split", "train[:2]", "--per_device_eval_batch_size", "16"]
     assert train.main([*arguments, "--dry_run"]) == 0
     shown = capsys.readouterr().out
-    assert "max_length: 128" in shown and "evaluation (16 × " in shown
+    assert "max_length: 128" in shown and "evaluation (16 × 64 tokens)" in shown  # packed they had 128
+    assert Memory(base=1, trained=2, optimizer=3, step=4, evaluation=9).total == 15
     assert "base, NF4" in shown and "predicted peak on the device" in shown
     assert "<|im_start|>user" in shown and "What is 0 and 0?" in shown
     assert not (tmp_path / "out").exists()

@@ -40,11 +40,11 @@ def test_what_the_user_has_set_stays(monkeypatch, name):
 @pytest.mark.parametrize("share, left", [(0.3, "0.60"), (0.95, "0.10")])
 def test_a_vllm_of_the_run_gets_its_part(share, left):
     ours = dict(use_vllm=True, vllm_python="python", vllm_gpu_memory_utilization=share)
-    gpu_memory.claim(GRPOJob(training=GRPOConfig(**ours)).others_share)
+    gpu_memory.claim(GRPOJob(training=GRPOConfig(**ours)).share_beside_jax)
     assert said() == (left, "")
 
 
 def test_nothing_else_takes_a_part():
     server = GRPOConfig(use_vllm=True, vllm_mode="server", vllm_server_base_url="http://there:8000")
     for job in (Job(), GRPOJob(), GRPOJob(training=server)):
-        assert job.others_share == 0
+        assert job.share_beside_jax == 0

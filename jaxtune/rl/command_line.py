@@ -63,5 +63,5 @@ class GRPOJob(BaseJob):
     training: GRPOConfig = dataclasses.field(default_factory=GRPOConfig)
 
     @property
-    def others_share(self) -> float:
+    def share_beside_jax(self) -> float:
         return self.training.share_beside_jax

@@ -18,9 +18,7 @@ from jaxtune.rl import vllm_process
 
 MOST_REQUESTS = 256  # at the same time
 LAST_LINES = 25  # of the log, in an error
-TOO_LITTLE_MEMORY = (
-    "is less than desired GPU memory utilization"  # what vLLM says then, some lines before its last
-)
+TOO_LITTLE_MEMORY = "less than desired GPU memory utilization"  # vLLM says it some lines before its last
 RUNTIME_LORA = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"  # an environment variable of the server
 _ANSWER_SOON = 60.0  # seconds for a request that generates nothing
 
@@ -74,7 +72,7 @@ class VLLMProcess:
             return ""
         return (
             ": too little of the GPU's memory is free. Where JAX has taken it, start Python with "
-            "XLA_CLIENT_MEM_FRACTION=0.9 less vllm_gpu_memory_utilization, or make the latter smaller"
+            "XLA_CLIENT_MEM_FRACTION set to 0.9 less vllm_gpu_memory_utilization, or make the latter smaller"
         )
 
     def last_lines(self) -> str:
