@@ -425,6 +425,17 @@ def _call(x, weights, lora, config: Config, interpret) -> jax.Array:
     return kernel(x, weights, jnp.asarray(_pairs()), lora)
 
 
+def _times_a(x: jax.Array, a: jax.Array) -> jax.Array:
+    """A xᵀ, float32 [layers · R, N].
+
+    A product is two launches, 3.3 us. A multiplication and its sum are one, which reads x again for each row of A:
+    1.8 us for 8 rows of x, 5 for 64.
+    """
+    if len(x) > 32:
+        return lax.dot_general(a, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return jnp.sum(a[:, None].astype(jnp.float32) * x[None].astype(jnp.float32), -1)
+
+
 def nf4_matmul(
     x: jax.Array,
     weights: tuple[NF4, ...],
@@ -453,8 +464,7 @@ def nf4_matmul(
         words = lax.bitcast_convert_type(weight.codes.reshape(out, half // 4, 4), jnp.int32)
         given.append((words, dequantize_absmax(weight)))
     if lora is not None:
-        xa = jnp.sum(lora.a[:, None].astype(jnp.float32) * x[None].astype(jnp.float32), -1)
-        small = xa.reshape(len(weights), rank, len(x)), lora.b
+        small = _times_a(x, lora.a).reshape(len(weights), rank, len(x)), lora.b
     if config is None:
         config = config_for(m, [weight.codes.shape[0] for weight in weights], rank)
         assert config is not None, "not supported"

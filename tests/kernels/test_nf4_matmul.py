@@ -56,9 +56,10 @@ def test_it_is_the_reference(m):
     check(m, 256, (64,), (None,))
 
 
+@pytest.mark.parametrize("m", [3, 40])
 @pytest.mark.parametrize("ranks", [(8, 4), (None, 8)])
-def test_layers_that_share_x(ranks):
-    check(3, 768, (128, 256), ranks, Config(2, 2))  # three chunks through two stages, in three parts
+def test_layers_that_share_x(ranks, m):
+    check(m, 768, (128, 256), ranks, Config(2, 2))  # three chunks through two stages, in three parts
 
 
 def test_no_stage_is_read_before_it_is_full(monkeypatch):
