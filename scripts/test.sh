@@ -3,7 +3,7 @@
 #
 #     bash scripts/test.sh [arguments of pytest]
 #
-# Installation takes a few minutes the first time (PyTorch is among the judges), the checks about 30 on 2 CPU cores.
+# Installation takes a few minutes the first time (PyTorch is among the judges), the checks about 25 on 2 CPU cores.
 # Exit status 0 = all passed. Safe to run again: nothing is installed twice.
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
