@@ -111,7 +111,7 @@ def packed_layout(starts: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array]
 
 
 def _cudnn_arguments(q, k, v, starts, window, causal):
-    """(operands, parameters) of jax's cuDNN primitives; they are private, the constraints file pins the version."""
+    """(operands, parameters) of jax's cuDNN primitives; they are private, pyproject.toml bounds the version."""
     from jax._src.cudnn.fused_attention_stablehlo import AttentionLayout, MaskType
 
     none = jnp.zeros(0, q.dtype)
