@@ -300,7 +300,7 @@ def chained(product: Callable, sets: list, x: jax.Array, flops: float, moved: fl
 
 
 def decode_cases(rows: int) -> Iterator[Case]:
-    for name, (width, outs) in GROUPS.items():
+    for name, (width, outs) in {"one": (D, (F,)), **GROUPS}.items():
         x, total = random(1, rows, width), sum(outs)
         adapters = tuple(
             Adapter(random(i + 10, width, RANK), random(i + 20, RANK, out)) for i, out in enumerate(outs)
@@ -313,6 +313,8 @@ def decode_cases(rows: int) -> Iterator[Case]:
         folded = fold(*sets[0])  # once, as in generation
         folded_sets = [(*given, folded) for given in sets]
         yield chained(adapted_linear, folded_sets, x, flops, small + stored, f"decode {name}: from the codes")
+        bare = [(weights, (None,) * len(outs)) for weights, _ in sets]
+        yield chained(adapted_linear, bare, x, flops, small + stored, f"decode {name}: the codes alone")
         copies = 1 + int(ROTATING / (total * width * 2))
         sets = [(random(c, total, width),) for c in range(copies)]
         dense_bytes = small + 2.0 * total * width
