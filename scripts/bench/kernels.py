@@ -314,7 +314,7 @@ def decode_cases(rows: int) -> Iterator[Case]:
         folded_sets = [(*given, folded) for given in sets]
         yield chained(adapted_linear, folded_sets, x, flops, small + stored, f"decode {name}: from the codes")
         bare = [(weights, (None,) * len(outs)) for weights, _ in sets]
-        yield chained(adapted_linear, bare, x, flops, small + stored, f"decode {name}: the codes alone")
+        yield chained(adapted_linear, bare, x, flops, small + stored, f"decode {name}: from the codes, bare")
         copies = 1 + int(ROTATING / (total * width * 2))
         sets = [(random(c, total, width),) for c in range(copies)]
         dense_bytes = small + 2.0 * total * width
