@@ -322,6 +322,7 @@ def _load(plan: _Plan, config: Config, given, constants: _Constants, stages: _St
         @pl.when(step >= config.stages)
         def _():
             plgpu.barrier_wait(stages.free.at[slot])
+            plgpu.commit_smem()  # orders what the others have read with the copy that follows
 
         @pl.when(step < count)
         def _():
