@@ -5,9 +5,10 @@
 The limit of a line is the larger of its bytes over the copy bandwidth and its operations over the rate of products of
 its dtype, both measured first on the same machine. Shapes are Llama-3.1-8B's. `plain` is a kernel's reference in XLA,
 `shipped` what jaxtune runs on this GPU: the kernel on an H100 or H200. `decode` and `decode_attention` are the few rows
-of generation (--decode_rows; a minute and more for each). They and `matrix` are chained in one program over weights or
-caches that rotate, so that none is left in the cache and no launch from Python is timed. --profile adds the kernels
-that a line consists of and the gaps between them, without CUDA graphs, which hide the names: a line then takes longer.
+of generation (--decode_rows; a minute and more for each): `one` is [14336, 4096] alone, `bare` without adapters. They
+and `matrix` are chained in one program over weights or caches that rotate, so that none is left in the cache and no
+launch from Python is timed. --profile adds the kernels that a line consists of and the gaps between them, without CUDA
+graphs, which hide the names: a line then takes longer.
 
 Plain attention is left out where its scores do not fit into the GPU's memory, and the plain loss takes as many rows as
 do; for the rest give fewer --rows to a small GPU.
