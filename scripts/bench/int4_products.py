@@ -8,6 +8,7 @@ columns, as NF4 has. Weights rotate, so that none is left in the cache. `kernel`
 """
 
 import argparse
+import importlib.util
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +22,10 @@ INT4 = 1125899907892224  # vLLM's number of a 4-bit type whose values are stored
 REPEATS = 12
 
 
-def library() -> str:
-    import importlib.util
-
+def installed() -> Path | None:
+    """vLLM's library, without importing vLLM."""
     found = importlib.util.find_spec("vllm")
-    assert found and found.origin, "vLLM is not installed; name its library with --library"
-    return str(Path(found.origin).parent / "_C_stable_libtorch.abi3.so")
+    return Path(found.origin).parent / "_C_stable_libtorch.abi3.so" if found and found.origin else None
 
 
 def random(out: int, width: int) -> torch.Tensor:
@@ -98,9 +97,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", nargs="+", type=int, default=[8, 16, 32, 64])
-    parser.add_argument("--library", help="by default the installed vLLM's")
+    parser.add_argument("--library", type=Path, default=installed(), help="by default the installed vLLM's")
     args = parser.parse_args()
-    torch.ops.load_library(args.library or library())
+    if args.library is None or not args.library.is_file():
+        parser.error(
+            "no vLLM found: install vLLM 0.24, or name its _C_stable_libtorch.abi3.so with --library"
+        )
+    torch.ops.load_library(str(args.library))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     for name, (out, width) in MATRICES.items():
         weights = [random(out, width) for _ in range(1 + int(ROTATING / (out * width / 2)))]
