@@ -9,11 +9,13 @@ from a bound, not from their largest, which would take a pass of its own over th
 has 32 octaves, and of a row with n columns at most √n·2^(L - 32) is lost below them.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from jaxtune.kernels.fp8 import E5M2, dot8, multiply, parts8, power_of_two, product, scale_of, scaled
-from jaxtune.kernels.keep import keep
+from jaxtune.kernels.keep import is_kept, keep
 from jaxtune.kernels.linear import Adapter, adapter_gradients, apart, joined_a, joined_b, skinny
 from jaxtune.kernels.nf4_matrix import nf4_matrix
 from jaxtune.kernels.swiglu import swiglu_backward
@@ -22,26 +24,28 @@ from jaxtune.kernels.swiglu8 import swiglu8
 
 def fp8_gated_mlp(x: jax.Array, weights: tuple, adapters: tuple[Adapter | None, ...]) -> jax.Array:
     """x [..., D] -> [..., D]; NF4 weights and adapters of gate, up and down, of which down and one more have one."""
-    return _mlp(x.reshape(-1, x.shape[-1]), weights, adapters).reshape(x.shape)
+    return _mlp(is_kept("gate_up"), x.reshape(-1, x.shape[-1]), weights, adapters).reshape(x.shape)
 
 
-@jax.custom_vjp
-def _mlp(x, weights, adapters):
-    return _forward(x, weights, adapters)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mlp(keeps, x, weights, adapters):
+    """keeps: whether gate and up are kept for the backward pass."""
+    return _forward(keeps, x, weights, adapters)[0]
 
 
-def _forward(x, weights, adapters):
+def _forward(keeps, x, weights, adapters):
     raw, scale, xa = product(x, weights[:2], adapters[:2])
-    raw, scale = keep(raw, "gate_up"), keep(scale, "adapter")
+    scale = keep(scale, "adapter")
     with jax.named_scope("swiglu"):
-        act, act_scale, top = swiglu8(raw, scale[:, 0])
+        act, act_scale, top, *kept = swiglu8(raw, scale[:, 0], keeps)
+    raw = keep(kept[0], "gate_up", read=False) if kept else keep(raw, "gate_up")
     top = keep(top[:, None], "adapter")
     down = adapters[2]
     y, act_a = _through(act, act_scale[:, None], weights[2:], False, down.a, down.b)
     return y, (x, xa, raw, scale, top, keep(act_a, "adapter"), weights, adapters)
 
 
-def _backward(residuals, dy):
+def _backward(_, residuals, dy):
     x, xa, raw, scale, top, act_a, weights, adapters = residuals
     with jax.named_scope("lora"):
         d_act_a = dy @ adapters[2].b.T

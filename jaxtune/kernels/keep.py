@@ -34,18 +34,23 @@ def keeping(names: frozenset[str]) -> Iterator[None]:
         _kept.reset(token)
 
 
+def is_kept(name: str) -> bool:
+    """Whether there is a backward pass that finds the arrays of this name kept."""
+    return name in (_kept.get() or ())
+
+
 def is_made_again(name: str) -> bool:
     """Whether there is a backward pass that makes the arrays of this name again."""
     kept = _kept.get()
     return kept is not None and name not in kept
 
 
-def keep(x: Any, name: str) -> Any:
+def keep(x: Any, name: str, *, read: bool = True) -> Any:
     """Marks the arrays of a pytree as what `Remat.keep` means by `name`.
 
-    On a GPU behind a barrier: without it XLA fuses the product that makes an array with the copy into the stack of
-    kept ones, and runs it again for whoever else reads it.
+    read: whether the forward pass reads them too. On a GPU they then stand behind a barrier: without it XLA fuses the
+    product that makes an array with the copy into the stack of kept ones, and runs it again for whoever else reads it.
     """
-    if target.capability() is not None and not _nothing.get():
+    if read and target.capability() is not None and not _nothing.get():
         x = jax.lax.optimization_barrier(x)
     return jax.tree.map(lambda leaf: checkpoint_name(leaf, name), x)

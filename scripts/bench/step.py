@@ -8,10 +8,11 @@
     python scripts/bench/step.py --compile_for_h200        # no GPU needed, only jax[cuda13]: memory and the floor
 
 On a GPU, first the ceilings of that very machine (copy, products), then for each batch and each choice of `remat`:
-median and spread of the step, tokens/s, memory forecast and peak, and the floor: what each kind of kernel must cost at
-those ceilings (roofline.py). --profile adds what each kind took and the kernels furthest above their floor; the step
-then runs without CUDA graphs, which hide the names (about 1 % slower). A batch that does not fit is tried again with
-half the rows, then half the tokens; its line says so. step.json has what was measured so far.
+median and spread of the step, tokens/s, memory forecast and peak, what the GPU drew (power.py), and the floor: what
+each kind of kernel must cost at those ceilings (roofline.py). --profile adds what each kind took and the kernels
+furthest above their floor; the step then runs without CUDA graphs, which hide the names (about 1 % slower). A batch
+that does not fit is tried again with half the rows, then half the tokens; its line says so. step.json has what was
+measured so far.
 Peaks are the process's so far: give batches and choices in the order of their size. On several GPUs the batch is that
 of each; `data` is a copy of the base on each, `fsdp` one over all, 2x4 two copies, each over four. What collectives
 leave on a GPU in a step is said by kind and dtype. --plain runs each step again with parts left to XLA (plain.py).
@@ -31,6 +32,7 @@ from typing import Any
 
 import measuring
 import plain
+import power
 import roofline
 
 from jaxtune import gpu_memory
@@ -77,6 +79,7 @@ class Result:
     traffic_mb: dict[str, float] | None = None
     took_ms: dict[str, float] | None = None
     kernels: list[dict[str, Any]] | None = None
+    drew: power.Draw | None = None  # while the timed steps ran
     scaled_from: str | None = None  # the batch asked for, where it did not fit
     plain: str = ""  # what was left to XLA
 
@@ -90,9 +93,10 @@ class Result:
             return text + scaled
         low, high = self.spread_ms
         each = f" ({(self.tokens_per_second or 0) / self.devices:.0f} a GPU)" if self.devices > 1 else ""
+        drew = f"  {self.drew.said()}" if self.drew else ""
         return (
             f"{text}  took {self.median_ms:8.1f} ms ({low:.1f} to {high:.1f})  {self.tokens_per_second:8.0f} tokens/s"
-            f"{each}  peak {self.peak_gb:6.2f} GB{scaled}"
+            f"{each}  peak {self.peak_gb:6.2f} GB{drew}{scaled}"
         )
 
 
@@ -334,10 +338,12 @@ def run(bench: Bench, result: Result, compiled, batch) -> None:
     for _ in range(max(1, min(2, bench.args.steps // 2))):
         step()
     times = []
-    for _ in range(bench.args.steps):
-        began = time.perf_counter()
-        result.loss = step()
-        times.append((time.perf_counter() - began) * 1e3)
+    with power.drawn() as draw:
+        for _ in range(bench.args.steps):
+            began = time.perf_counter()
+            result.loss = step()
+            times.append((time.perf_counter() - began) * 1e3)
+    result.drew = draw[0] if draw else None
     result.median_ms = statistics.median(times)
     result.spread_ms = (min(times), max(times))
     result.tokens_per_second = batch["input_ids"].size / result.median_ms * 1e3

@@ -18,3 +18,9 @@ def test_the_barrier_is_there_only_where_something_may_be_kept():
         with keeping_nothing():
             assert barriers() == 0
         assert barriers() == 1
+
+
+def test_none_where_nobody_else_reads_it():
+    with target.tracing_for((9, 0)):
+        traced = jax.make_jaxpr(lambda x: keep(x, "qkv", read=False))(jnp.ones(2))
+    assert "optimization_barrier" not in str(traced)

@@ -78,14 +78,15 @@ def test_the_kernel_in_8_bits_is_the_reference():
         assert relative(ours, theirs) <= BF16
 
 
-@pytest.mark.parametrize("rows, ffn, blocks", [(5, 1024, 2), (3, 1536, 4)])
-def test_the_forward_kernel_is_the_reference(rows, ffn, blocks):
+@pytest.mark.parametrize("rows, ffn, blocks, keeps", [(5, 1024, 2, True), (3, 1536, 4, False)])
+def test_the_forward_kernel_is_the_reference(rows, ffn, blocks, keeps):
     gate_up, scale = arrays(rows, ffn, 1, 1)[1], powers_of_two(rows, 1)
-    got = swiglu8.kernel(gate_up, scale, blocks, interpret=plgpu.InterpretGPUParams(detect_races=True))
-    for ours, theirs in zip(got, swiglu8.reference(gate_up, scale), strict=True):
+    got = swiglu8.kernel(gate_up, scale, keeps, blocks, plgpu.InterpretGPUParams(detect_races=True))
+    for ours, theirs in zip(got, swiglu8.reference(gate_up, scale, keeps), strict=True):
         assert relative(ours, theirs) <= BF16
     gate, up = jnp.split(gate_up.astype(jnp.float32) * scale[:, None], 2, axis=1)
-    eighth, out_scale, top = got
+    eighth, out_scale, top, *kept = got
+    assert [(copy == gate_up).all() for copy in kept] == [True] * keeps
     assert relative(eighth.astype(jnp.float32) * out_scale[:, None], jax.nn.silu(gate) * up) <= FP8
     np.testing.assert_array_equal(top, jnp.maximum(jnp.abs(gate).max(1), jnp.abs(up).max(1)))
 
@@ -95,7 +96,8 @@ def test_the_forward_kernel_lowers_for_a_gpu(ffn):
     shapes = jax.ShapeDtypeStruct((8192, 2 * ffn), jnp.bfloat16), jax.ShapeDtypeStruct((8192,), jnp.float32)
     with target.tracing_for((9, 0)):
         assert swiglu8.supported(ffn, jnp.bfloat16)
-    jax.jit(swiglu8.kernel).trace(*shapes).lower(lowering_platforms=("cuda",))
+    for keeps in (False, True):
+        jax.jit(swiglu8.kernel, static_argnums=2).trace(*shapes, keeps).lower(lowering_platforms=("cuda",))
 
 
 @pytest.mark.parametrize("scaled, in_place", [(False, False), (False, True), (True, False)])
