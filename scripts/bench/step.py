@@ -311,16 +311,8 @@ def measure(bench: Bench, name: str, remat: str, compiled, seconds: float, ceili
     traffic = {" ".join(kind): round(count / 1e6, 3) for kind, count in roofline.traffic(text).items()}
     host = compiled.memory_analysis().host_temp_size_in_bytes / 1e9
     milliseconds = {kind: round(value * 1e3, 2) for kind, value in floor.items()}
-    result = Result(
-        name,
-        remat,
-        bench.layout_name,
-        devices,
-        round(seconds, 1),
-        peak_bytes(compiled) / 1e9,
-        host,
-        milliseconds,
-    )
+    needs = peak_bytes(compiled) / 1e9
+    result = Result(name, remat, bench.layout_name, devices, round(seconds, 1), needs, host, milliseconds)
     result.traffic_mb, result.plain = traffic or None, bench.plain
     return result
 
