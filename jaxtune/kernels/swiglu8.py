@@ -33,7 +33,7 @@ def reference(gate_up: jax.Array, scale: jax.Array, keeps: bool = False) -> tupl
 
     Returns:
       act = silu(gate)·up in e4m3 [N, F]; its rows' scales, powers of two, and their largest |gate| or |up|,
-      float32 [N].
+      float32 [N]; gate_up where it keeps.
     """
     gate, up = jnp.split(gate_up, 2, axis=1)
     act, top = _pointwise(gate, up, scale[:, None])

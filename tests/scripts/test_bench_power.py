@@ -12,7 +12,10 @@ def nvidia_smi(tmp_path, monkeypatch):
     def install(*lines: str) -> None:
         script = tmp_path / "nvidia-smi"
         printed = "\n".join(lines)
-        script.write_text(f"#!/bin/sh\necho \"$@\" > {tmp_path}/asked\nprintf '{printed}'\nexec sleep 60\n")
+        asked = tmp_path / "asked"
+        script.write_text(
+            f"#!/bin/sh\nprintf '{printed}'\necho \"$@\" > {asked}.part\nmv {asked}.part {asked}\nexec sleep 60\n"
+        )
         script.chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
@@ -21,21 +24,21 @@ def nvidia_smi(tmp_path, monkeypatch):
 
 
 def wait(path) -> None:
-    for _ in range(500):
+    """Until the stand-in has printed, which it does first."""
+    for _ in range(3000):
         if path.exists():
-            time.sleep(0.1)  # for what it prints next
             return
         time.sleep(0.01)
 
 
 def test_means_of_the_first_visible_gpu(bench_module, nvidia_smi, tmp_path):
     power = bench_module("power")
-    nvidia_smi("690.00, 700.00, 1400, Active", "610.00, 700.00, 1980, Not Active", "640.0, 7")
+    nvidia_smi(*3 * ["690.00, 700.00, 1400, Active"], "610.00, 700.00, 1980, Not Active", "640.0, 7")
     with power.drawn() as found:
         wait(tmp_path / "asked")
         assert not found
-    assert found == [power.Draw(650.0, 700.0, 1690.0, 0.5)]
-    assert found[0].said() == "650 of 700 W at 1690 MHz, capped 50%"
+    assert found == [power.Draw(670.0, 700.0, 1545.0, 0.75)]
+    assert found[0].said() == "670 of 700 W at 1545 MHz, capped 75%"
     assert (tmp_path / "asked").read_text().split()[-2:] == ["-i", "3"]
 
 
