@@ -221,7 +221,8 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, *, plus_one: bool) -> 
     plus_one: Gemma's, whose weights are kept less 1 and multiplied before x is rounded.
     """
     wide = x.astype(jnp.float32)
-    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
+    inverse = jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
+    normed = wide * keep(inverse, "statistic", read=False)
     if plus_one:
         return (normed * (1 + weight.astype(jnp.float32))).astype(x.dtype)
     return weight.astype(x.dtype) * normed.astype(x.dtype)

@@ -11,7 +11,7 @@ import jax
 from jaxtune.config import KEEPABLE, remat_parts
 
 _BLOCK_INPUT = "block_input"
-_ALWAYS = ["adapter"]
+_ALWAYS = ["adapter", "statistic"]
 NEVER_OFFLOADED = frozenset({"gate_up"})
 
 
@@ -20,9 +20,9 @@ class Remat:
     """A choice of what to keep beside each layer's input, and whether all that waits on the device or on the host.
 
     keep, per token and layer, elements: attention (its output, D, and softmax statistics), qkv (D + 2·K·h), residual
-    (x + attention, D), gate_up (2·F). The few elements of x A are kept always where products are joined, on the
-    device. offload: the rest waits in pinned host memory, but for gate_up: to send and fetch them would take longer
-    than to compute them again.
+    (x + attention, D), gate_up (2·F). The few elements of x A, where products are joined, and what a norm divides by
+    are kept always, on the device. offload: the rest waits in pinned host memory, but for gate_up: to send and fetch
+    them would take longer than to compute them again.
     """
 
     keep: frozenset[str] = frozenset()
