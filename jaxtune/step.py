@@ -122,7 +122,7 @@ def clip(grads: Leaves, max_norm: float | None) -> tuple[Leaves, jax.Array]:
 
 
 def compiler_options(
-    remat: Remat, fp8: bool, layout: Layout = ONE_DEVICE, turn_bytes: int = 0
+    remat: Remat, layout: Layout = ONE_DEVICE, turn_bytes: int = 0
 ) -> dict[str, bool | str | int] | None:
     """XLA's options for a step on a GPU; see docs/benchmarks.md for what each was worth.
 
@@ -130,8 +130,12 @@ def compiler_options(
     """
     if target.capability() is None:
         return None
-    # The stacks of what is kept are written whole: no need to fill them with zeros first.
-    options: dict[str, bool | str | int] = {"xla_gpu_enable_dus_accumulator_zero_init_elimination": True}
+    options: dict[str, bool | str | int] = {
+        # The stacks of what is kept are written whole: no need to fill them with zeros first.
+        "xla_gpu_enable_dus_accumulator_zero_init_elimination": True,
+        # Products are cuBLAS's alone: trying Triton's takes compilation 80 s in 8 bits.
+        "xla_gpu_enable_triton_gemm": False,
+    }
     # Transfers run beside the products, which each of these is needed for.
     if remat.offload or layout.fsdp > 1:
         options |= {
@@ -158,8 +162,6 @@ def compiler_options(
             # The head's is under way during the whole forward pass, beside those of the layers.
             "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
         }
-    if fp8:  # trying Triton's kernels for 8-bit products takes 80 s of compilation
-        options["xla_gpu_enable_triton_gemm"] = False
     return options
 
 
@@ -169,7 +171,7 @@ def jit_step(step: TrainStep, model: Trainable, remat: Remat, layout: Layout) ->
         step,
         donate_argnums=(0, 1),
         out_shardings=layout.sharding(),
-        compiler_options=compiler_options(remat, model.module.fp8, layout, layout.turn_bytes(model.module)),
+        compiler_options=compiler_options(remat, layout, layout.turn_bytes(model.module)),
     )
 
 
@@ -179,9 +181,7 @@ def jit_forward(program: Callable[..., Any], model: Trainable, layout: Layout = 
     return jax.jit(
         program,
         out_shardings=layout.sharding(),
-        compiler_options=compiler_options(
-            RECOMPUTE_ALL, model.module.fp8, layout, layout.turn_bytes(model.module)
-        ),
+        compiler_options=compiler_options(RECOMPUTE_ALL, layout, layout.turn_bytes(model.module)),
     )
 
 

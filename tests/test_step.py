@@ -131,13 +131,11 @@ def test_a_batch_without_labels_moves_nothing_but_decay(model):
 
 
 def test_options_of_the_compiler():
-    """None on a CPU; no trials of Triton in 8 bits; what makes copies to the host run beside the products."""
-    assert compiler_options(Remat.parse("all"), fp8=True) is None
+    """None on a CPU; what makes copies to the host run beside the products."""
+    assert compiler_options(Remat.parse("all")) is None
     with target.tracing_for((9, 0)):
-        plain, fp8 = (compiler_options(Remat.parse("all"), fp8=on) for on in (False, True))
-        offload = compiler_options(Remat.parse("all+offload"), fp8=False)
-    assert plain is not None and fp8 is not None and offload is not None
-    assert fp8.items() - plain.items() == {("xla_gpu_enable_triton_gemm", False)}
+        plain, offload = (compiler_options(Remat.parse(name)) for name in ("all", "all+offload"))
+    assert plain is not None and offload is not None
     assert dict(offload.items() - plain.items()) == {
         "xla_gpu_enable_latency_hiding_scheduler": True,
         "xla_gpu_pgle_profile_file_or_directory_path": str(TRANSFERS),
@@ -158,7 +156,7 @@ def test_programs_without_a_backward_pass_have_the_options_of_a_step(model, monk
         make_grpo_eval(model, GRPOLossOptions(), temperature=1.0)
         make_dpo_eval(model, DPOLossOptions())
         make_pair_log_probs(model, DPOLossOptions())
-        want = compiler_options(Remat(), model.module.fp8)
+        want = compiler_options(Remat())
     assert want is not None and seen == [want] * 6
 
 
@@ -173,7 +171,7 @@ def test_transfers_are_scheduled_from_a_file():
     weights = 128 * (128 + 2 * 64 + 128) + 3 * 128 * 256
     assert layout.turn_bytes(module) == weights // 2 + weights // 64
     with target.tracing_for((9, 0)):
-        options = compiler_options(Remat.parse("all"), False, layout, 1234)
+        options = compiler_options(Remat.parse("all"), layout, 1234)
     assert options is not None and options["xla_gpu_all_gather_combine_threshold_bytes"] == 1234
     lines = Path(str(options["xla_gpu_pgle_profile_file_or_directory_path"])).read_text().splitlines()
     for name in (
