@@ -18,6 +18,7 @@ import optax
 from flax import nnx
 
 from jaxtune.devices import ONE_DEVICE, ROWS, STEP_ROWS, WHOLE, Layout
+from jaxtune.in_place import value_and_grad
 from jaxtune.kernels import target
 from jaxtune.kernels.cross_entropy import IGNORE, Options, fused_cross_entropy
 from jaxtune.models.decoder import CausalLM
@@ -231,7 +232,7 @@ def make_train_step(
 
         def accumulate(carry, inputs):
             micro, key = inputs
-            (loss, correct), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable, micro, key)
+            (loss, correct), grads = value_and_grad(loss_fn, has_aux=True)(trainable, micro, key)
             return jax.tree.map(jnp.add, carry, (grads, loss, correct)), None
 
         start = (jax.tree.map(jnp.zeros_like, trainable), jnp.float32(0), jnp.float32(0))

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "jaxtune"
 # The order of the pipeline. A module may import from its own stage and from earlier ones.
 STAGES = [
-    {"settings", "arguments", "compile_cache", "host_memory", "gpu_memory"},
+    {"settings", "arguments", "compile_cache", "host_memory", "gpu_memory", "in_place"},
     {"config"},
     {"cluster"},
     {"hub", "formats", "processor"},

@@ -16,7 +16,6 @@ from jaxtune.generate.attention import KV, group_attention, image_attention, pro
 from jaxtune.generate.sampling import Choice, Sampling, choose, row_keys
 from jaxtune.generate.weights import Layer, Weights
 from jaxtune.kernels.cross_entropy import softcapped
-from jaxtune.kernels.keep import keeping_nothing
 from jaxtune.models.decoder import ACTIVATIONS, DecoderConfig, Deep, Segment
 from jaxtune.models.layers import rms_norm
 from jaxtune.models.rope import Rope, rotate, tables
@@ -254,31 +253,30 @@ def prefill(
     run, run_cross = _shared(_prefill_layer, spec, "window"), _shared(_prefill_cross, spec, "columns")
     blocks, cross = (None, None) if shown is None else (shown.blocks, shown.cross)
     made = []
-    with keeping_nothing():
-        for segment in weights.segments:  # stacked layers in a loop: compiling their kernels takes long
-            windows, repeats = spec.config.windows[len(made) :], len(segment[0].input_norm)
+    for segment in weights.segments:  # stacked layers in a loop: compiling their kernels takes long
+        windows, repeats = spec.config.windows[len(made) :], len(segment[0].input_norm)
 
-            deep = None
-            if shown is not None and shown.deep is not None:
-                deep = shown.deep.of(Segment(len(made), len(segment), repeats))
+        deep = None
+        if shown is not None and shown.deep is not None:
+            deep = shown.deep.of(Segment(len(made), len(segment), repeats))
 
-            columns = [k.shape[2] for k, _ in store[len(made) :]]
+        columns = [k.shape[2] for k, _ in store[len(made) :]]
 
-            def period(x, layers, windows=windows, deep=deep, columns=columns):
-                (layers, features), new = layers, []
-                for i, (layer, window) in enumerate(zip(layers, windows, strict=False)):
-                    if layer.kv is not None:
-                        x, kv = run_cross(layer, x, cross, lengths - 1, columns=columns[i])
-                    else:
-                        x, kv = run(layer, x, *ropes[window is not None], blocks, window=window)
-                    x = x if deep is None else Deep(features[i], deep.slots).add(x)
-                    new.append(kv)
-                return x, new
+        def period(x, layers, windows=windows, deep=deep, columns=columns):
+            (layers, features), new = layers, []
+            for i, (layer, window) in enumerate(zip(layers, windows, strict=False)):
+                if layer.kv is not None:
+                    x, kv = run_cross(layer, x, cross, lengths - 1, columns=columns[i])
+                else:
+                    x, kv = run(layer, x, *ropes[window is not None], blocks, window=window)
+                x = x if deep is None else Deep(features[i], deep.slots).add(x)
+                new.append(kv)
+            return x, new
 
-            layers = tuple(layer.each(lambda p: p._replace(folded=None)) for layer in segment)
-            inputs = layers, None if deep is None else deep.features
-            x, stacked = jax.lax.scan(period, x, inputs, unroll=repeats == 1)
-            made += [jax.tree.map(lambda leaf, r=r: leaf[r], kv) for r in range(repeats) for kv in stacked]
+        layers = tuple(layer.each(lambda p: p._replace(folded=None)) for layer in segment)
+        inputs = layers, None if deep is None else deep.features
+        x, stacked = jax.lax.scan(period, x, inputs, unroll=repeats == 1)
+        made += [jax.tree.map(lambda leaf, r=r: leaf[r], kv) for r in range(repeats) for kv in stacked]
     written = [_written(old, new, (at, 0, 0, 0)) for old, new in zip(store, made, strict=True)]
     return tuple(written), x[jnp.arange(batch), lengths - 1]
 
@@ -369,8 +367,7 @@ def decode(
         )
         return State(tuple(layers), choice.token, state.step + 1, seen), report
 
-    with keeping_nothing():
-        return jax.lax.fori_loop(0, steps, step, (state, report))
+    return jax.lax.fori_loop(0, steps, step, (state, report))
 
 
 @jax.jit

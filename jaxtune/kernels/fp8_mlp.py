@@ -38,7 +38,7 @@ def _forward(keeps, x, weights, adapters):
     scale = keep(scale, "adapter")
     with jax.named_scope("swiglu"):
         act, act_scale, top, *kept = swiglu8(raw, scale[:, 0], keeps)
-    raw = keep(kept[0], "gate_up", read=False) if kept else keep(raw, "gate_up")
+    raw = keep(kept[0] if kept else raw, "gate_up")
     top = keep(top[:, None], "adapter")
     down = adapters[2]
     y, act_a = _through(act, act_scale[:, None], weights[2:], False, down.a, down.b)

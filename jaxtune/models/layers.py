@@ -222,7 +222,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, *, plus_one: bool) -> 
     """
     wide = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
-    normed = wide * keep(inverse, "statistic", read=False)
+    normed = wide * keep(inverse, "statistic")
     if plus_one:
         return (normed * (1 + weight.astype(jnp.float32))).astype(x.dtype)
     return weight.astype(x.dtype) * normed.astype(x.dtype)

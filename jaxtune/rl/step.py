@@ -19,6 +19,7 @@ import optax
 from flax import nnx
 
 from jaxtune.devices import ONE_DEVICE, ROWS, STEP_ROWS, WHOLE, Layout
+from jaxtune.in_place import value_and_grad
 from jaxtune.kernels.cross_entropy import IGNORE, Options, token_log_probs
 from jaxtune.models.decoder import CausalLM
 from jaxtune.models.layers import fold
@@ -189,7 +190,7 @@ def update(
 
     def accumulate(carry, inputs):
         micro, key = inputs
-        (value, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable, micro, key)
+        (value, metrics), grads = value_and_grad(loss_fn, has_aux=True)(trainable, micro, key)
         return jax.tree.map(jnp.add, carry, (grads, value)), metrics
 
     start = (jax.tree.map(jnp.zeros_like, trainable), jnp.float32(0))
