@@ -1,7 +1,7 @@
 """A QLoRA step of a Qwen2.5-VL-7B-shaped model on images: jaxtune beside transformers + PEFT + bitsandbytes.
 
     python scripts/bench/vision_step.py jaxtune --remat auto all
-    python scripts/bench/vision_step.py peer --checkpointing off on      # torch, peft, bitsandbytes; not jaxtune
+    python scripts/bench/vision_step.py peer --checkpointing off on      # needs torch, peft, bitsandbytes too
     python scripts/bench/vision_step.py jaxtune --compile_for_h200       # no GPU needed, only jax[cuda13]: memory
 
 Random weights; 4 rows of one image of 672x672 pixels (2,304 patches, 576 tokens) and 256 tokens of text; LoRA of rank

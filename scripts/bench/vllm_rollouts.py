@@ -9,6 +9,7 @@ ids; tokens/s is new tokens over the whole call, prefill included. One H200, vLL
 import argparse
 import json
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -77,4 +78,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sys.path.pop(0)  # kernels.py is there, which transformers would take for Hugging Face's package
     main()
