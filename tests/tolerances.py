@@ -7,6 +7,7 @@ GRADIENT = 1e-5  # a kernel's gradient against autodiff of its reference, float3
 VISION_GRADIENT = (
     5e-5  # adapter gradients of a whole model, float32, against PEFT, over the largest of a leaf
 )
+REWRITTEN = 1e-6  # a float32 program in another form: the same sums in the same order, each element relative
 MERGED = 5e-5  # float32 logits of merged weights against base plus adapter: the same sums in another order
 SAMPLED_LOGPROBS = (
     1e-4  # log-probs of generated tokens, float32, against the model's own forward pass: other sums
