@@ -3,7 +3,7 @@
     python scripts/bench/unsloth_step.py --batch 2x2048 4x2048 --checkpointing off
     python scripts/bench/unsloth_step.py --batch 4x2048 1x131072 --checkpointing unsloth --steps 2
 
-Needs Unsloth and its PyTorch, not jaxtune.
+Needs Unsloth, its PyTorch and a transformers that it works with, not jaxtune.
 A checkpoint of random bfloat16 weights (16 GB) is written to --folder the first time. LoRA of rank 16 on all seven
 projections, 8-bit AdamW, loss over every token; `unsloth` is its default (checkpointing with inputs offloaded to the
 host), `off` keeps every activation.
@@ -16,9 +16,10 @@ import os
 import statistics
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
+from packaging.requirements import Requirement
 
 LLAMA_8B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -41,6 +42,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--folder", default="llama-8b-random", help="where the checkpoint is, or is made")
     return parser.parse_args()
+
+
+def check_transformers() -> None:
+    """Unsloth 2026.10.9 beside a later transformers than it names loads and trains, and checkpoints nothing."""
+    here = metadata.version("transformers")
+    for wanted in map(Requirement, metadata.requires("unsloth") or []):
+        if wanted.name == "transformers" and wanted.marker is None and here not in wanted.specifier:
+            raise SystemExit(
+                f"expected a transformers that Unsloth works with ({wanted.specifier}), found {here}: install one"
+            )
 
 
 def make_checkpoint(folder: Path) -> None:
@@ -107,6 +118,8 @@ def measure(model, optimizer, rows: int, tokens: int, steps: int) -> dict[str, f
 
 def main() -> None:
     args = arguments()
+    check_transformers()
+    os.environ |= {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not (Path(args.folder) / "config.json").exists():
         # In a process of its own: Unsloth wants to be imported before transformers.
         maker = multiprocessing.get_context("spawn").Process(
