@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import load
+import measuring
 import numpy as np
 
 from jaxtune import FastLanguageModel
@@ -77,8 +78,7 @@ def main() -> None:
         )
     seconds = parts_alone(model, args.method)
     print("alone:", ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()), flush=True)
-    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
-    print(f"device memory: model {model.memory_bytes() / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB")
+    print(f"device memory: model {model.memory_bytes() / 1e9:.2f} GB, peak {measuring.peak_gb():.2f} GB")
 
 
 if __name__ == "__main__":

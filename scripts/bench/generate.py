@@ -189,10 +189,10 @@ def measure(
             width: floor_ms(model, weights, places * size, places, args.prompt, width, ceilings)
             for width in took
         }
-        peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
         return Result(
             sequences, engine.weights, found.num_tokens / min(seconds), tuple(seconds), prefill, took, floors,
-            (model.memory_bytes() + copy + need) / 1e9, peak / 1e9, sum(compiled), waves, args.plain, *profiled,
+            (model.memory_bytes() + copy + need) / 1e9, measuring.peak_gb(), sum(compiled), waves, args.plain,
+            *profiled,
         )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import measuring
 import numpy as np
 from step import MODELS
 
@@ -325,7 +326,7 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     with sampled(host):
         model, _ = FastLanguageModel.from_pretrained(str(args.folder), load_in_4bit=True)
     host["VmHWM"] = status()["VmHWM"] / 1e9
-    device_peak = (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9
+    device_peak = measuring.peak_gb()
     lap("from_pretrained")
     model = FastLanguageModel.get_peft_model(model)
     jax.block_until_ready(model.trainable)
@@ -345,7 +346,7 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
         "host_gb": {name: round(value, 3) for name, value in host.items()},
         "device_peak_gb": {
             "load": round(device_peak, 3),
-            "all": round((device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9, 3),
+            "all": round(measuring.peak_gb(), 3),
         },
         "parts_alone_seconds": parts_alone(model.checkpoint),
         **result,

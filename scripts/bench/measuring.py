@@ -49,6 +49,14 @@ def seconds_a_call(call, *args) -> float:
     return statistics.median(call_seconds(call, *args))
 
 
+def peak_gb() -> float:
+    """Of this process so far, on the GPU that has the largest; 0 where none says."""
+    import jax
+
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return max(each.get("peak_bytes_in_use", 0) for each in stats) / 1e9
+
+
 def ceilings_here() -> roofline.Ceilings | None:
     """Of this machine's GPU, on random data; None where there is none.
 

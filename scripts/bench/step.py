@@ -13,7 +13,8 @@ each kind of kernel must cost at those ceilings (roofline.py). --profile adds wh
 furthest above their floor; the step then runs without CUDA graphs, which hide the names (about 1 % slower). A batch
 that does not fit is tried again with half the rows, then half the tokens; its line says so. step.json has what was
 measured so far.
-Peaks are the process's so far: give batches and choices in the order of their size. On several GPUs the batch is that
+Peaks are the process's so far (`before`: before that program ran, when weights were made and programs compiled): give
+batches and choices in the order of their size. On several GPUs the batch is that
 of each; `data` is a copy of the base on each, `fsdp` one over all, 2x4 two copies, each over four. What collectives
 leave on a GPU in a step is said by kind and dtype. --plain runs each step again with parts left to XLA (plain.py).
 """
@@ -74,6 +75,7 @@ class Result:
     median_ms: float | None = None
     spread_ms: tuple[float, float] | None = None
     tokens_per_second: float | None = None
+    before_gb: float | None = None  # the process's peak before the first step: weights, compilation
     peak_gb: float | None = None
     loss: float | None = None
     traffic_mb: dict[str, float] | None = None
@@ -96,7 +98,7 @@ class Result:
         drew = f"  {self.drew.said()}" if self.drew else ""
         return (
             f"{text}  took {self.median_ms:8.1f} ms ({low:.1f} to {high:.1f})  {self.tokens_per_second:8.0f} tokens/s"
-            f"{each}  peak {self.peak_gb:6.2f} GB{drew}{scaled}"
+            f"{each}  peak {self.peak_gb:6.2f} GB ({self.before_gb:.2f} before){drew}{scaled}"
         )
 
 
@@ -321,6 +323,7 @@ def run(bench: Bench, result: Result, compiled, batch) -> None:
     """Steps to warm up (two, or one where few are timed), then timed ones; fills in the result."""
     import jax
 
+    result.before_gb = measuring.peak_gb()
     key = jax.random.key(0)
 
     def step():
@@ -339,8 +342,7 @@ def run(bench: Bench, result: Result, compiled, batch) -> None:
     result.median_ms = statistics.median(times)
     result.spread_ms = (min(times), max(times))
     result.tokens_per_second = batch["input_ids"].size / result.median_ms * 1e3
-    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
-    result.peak_gb = max(peaks) / 1e9
+    result.peak_gb = measuring.peak_gb()
     if bench.args.profile:
         result.took_ms, result.kernels = measuring.profile(
             step, compiled.as_text(), bench.ceilings, loss_chunks(result.batch), bench.args.documents

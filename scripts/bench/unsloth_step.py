@@ -119,7 +119,11 @@ def measure(model, optimizer, rows: int, tokens: int, steps: int) -> dict[str, f
 def main() -> None:
     args = arguments()
     check_transformers()
-    os.environ |= {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "UNSLOTH_DISABLE_STATISTICS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     if not (Path(args.folder) / "config.json").exists():
         # In a process of its own: Unsloth wants to be imported before transformers.
         maker = multiprocessing.get_context("spawn").Process(
