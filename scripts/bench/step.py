@@ -14,9 +14,9 @@ furthest above their floor; the step then runs without CUDA graphs, which hide t
 that does not fit is tried again with half the rows, then half the tokens; its line says so. step.json has what was
 measured so far.
 Peaks are the process's so far (`before`: before that program ran, when weights were made and programs compiled): give
-batches and choices in the order of their size. On several GPUs the batch is that
-of each; `data` is a copy of the base on each, `fsdp` one over all, 2x4 two copies, each over four. What collectives
-leave on a GPU in a step is said by kind and dtype. --plain runs each step again with parts left to XLA (plain.py).
+batches and choices in the order of their size. On several GPUs the batch is that of each; `data` is a copy of the base
+on each, `fsdp` one over all, 2x4 two copies, each over four. What collectives leave on a GPU in a step is said by kind
+and dtype. --plain runs each step again with parts left to XLA (plain.py).
 """
 
 import argparse

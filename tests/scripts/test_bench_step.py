@@ -79,19 +79,21 @@ def test_plain_parts_are_traced_beside_the_shipped_ones(step):
 
 
 @pytest.mark.parametrize(("timed", "ran"), [(1, 2), (2, 3), (10, 12)])
-def test_steps_are_timed_after_one_or_two_others(step, timed, ran):
+def test_steps_are_timed_after_one_or_two_others(step, monkeypatch, timed, ran):
     class Bench:
         args = step.arguments(["--steps", str(timed)])
         trainable = state = base = None
 
-    losses = iter(range(100))
+    calls = iter(range(100))
 
     def compiled(trainable, state, base, batch, key):
-        return trainable, state, {"loss": next(losses)}
+        return trainable, state, {"loss": next(calls)}
 
+    monkeypatch.setattr(step.measuring, "peak_gb", lambda: next(calls) / 2)
     result = step.Result("1x8", "none", "data", 1, 1.0, 2.0, 0.0, {})
     step.run(Bench, result, compiled, {"input_ids": np.zeros((1, 1, 8))})
-    assert result.loss == ran - 1 and result.spread_ms[0] <= result.median_ms <= result.spread_ms[1]
+    assert (result.before_gb, result.loss, result.peak_gb) == (0, ran, (ran + 1) / 2)  # in this order
+    assert "(0.00 before)" in result.line() and result.spread_ms[0] <= result.median_ms <= result.spread_ms[1]
 
 
 def test_each_result_is_kept(step, tmp_path):
