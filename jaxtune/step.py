@@ -136,6 +136,10 @@ def compiler_options(
         "xla_gpu_enable_dus_accumulator_zero_init_elimination": True,
         # Products are cuBLAS's alone, which write into those stacks (in_place.py) and compile sooner.
         "xla_gpu_enable_triton_gemm": False,
+        # cuBLAS's own choice for each: trying them out gains nothing, and takes a head's memory again beside the model.
+        "xla_gpu_autotune_level": 0,
+        # What is computed again is `remat`'s to say: where memory is short XLA's pass repeats work and frees little.
+        "xla_disable_hlo_passes": "rematerialization",
     }
     # Transfers run beside the products, which each of these is needed for.
     if remat.offload or layout.fsdp > 1:
@@ -149,9 +153,10 @@ def compiler_options(
         options |= {
             # A layer's input is fetched while the layer above is worked on.
             "xla_gpu_enable_pipelined_host_offloading": True,
-            # By the first, copies of single numbers would queue behind the large ones, on the same few streams; by the
-            # second, what a layer keeps would leave within the next layer, which would wait for it.
-            "xla_disable_hlo_passes": "dynamic-slice-copy-fusion-async-wrapper,collective-pipeliner-forward",
+            # By the second, copies of single numbers would queue behind the large ones, on the same few streams; by the
+            # third, what a layer keeps would leave within the next layer, which would wait for it.
+            "xla_disable_hlo_passes": "rematerialization,dynamic-slice-copy-fusion-async-wrapper,"
+            "collective-pipeliner-forward",
             # A CUDA graph runs its copies and kernels one after another.
             "xla_gpu_enable_command_buffer": "",
         }

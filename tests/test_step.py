@@ -131,18 +131,21 @@ def test_a_batch_without_labels_moves_nothing_but_decay(model):
 
 
 def test_options_of_the_compiler():
-    """None on a CPU; products that can write into stacks; what makes copies to the host run beside the products."""
+    """None on a CPU; products that can write into stacks, none tried out beside the weights; nothing computed again but
+    by `remat`; what makes copies to the host run beside the products."""
     assert compiler_options(Remat.parse("all")) is None
     with target.tracing_for((9, 0)):
         plain, offload = (compiler_options(Remat.parse(name)) for name in ("all", "all+offload"))
     assert plain is not None and offload is not None
-    assert plain["xla_gpu_enable_triton_gemm"] is False
+    assert plain["xla_gpu_enable_triton_gemm"] is False and plain["xla_gpu_autotune_level"] == 0
+    assert plain["xla_disable_hlo_passes"] == "rematerialization"
     assert dict(offload.items() - plain.items()) == {
         "xla_gpu_enable_latency_hiding_scheduler": True,
         "xla_gpu_pgle_profile_file_or_directory_path": str(TRANSFERS),
         "xla_gpu_pgle_accuracy_checker": "PGLE_STRICTNESS_LEVEL_OFF",
         "xla_gpu_enable_pipelined_host_offloading": True,
-        "xla_disable_hlo_passes": "dynamic-slice-copy-fusion-async-wrapper,collective-pipeliner-forward",
+        "xla_disable_hlo_passes": "rematerialization,dynamic-slice-copy-fusion-async-wrapper,"
+        "collective-pipeliner-forward",
         "xla_gpu_enable_command_buffer": "",
     }
 

@@ -357,7 +357,6 @@ def without_a_gpu(args: argparse.Namespace) -> None:
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "JAXTUNE_COMPILE_CACHE": "0",
     }
-    os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
     import jax
     from jax.experimental import topologies
 

@@ -100,7 +100,7 @@ def jaxtune(args: argparse.Namespace) -> None:
     if args.compile_for_h200:
         os.environ |= {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu"}  # on a machine with GPUs too
         os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-        os.environ |= {"JAXTUNE_COMPILE_CACHE": "0", "XLA_FLAGS": "--xla_gpu_autotune_level=0"}
+        os.environ["JAXTUNE_COMPILE_CACHE"] = "0"
     ceilings = (measuring.ceilings_here() if args.profile else None) or roofline.H200
     import jax
 
