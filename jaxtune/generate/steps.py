@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtune.generate.attention import KV, group_attention, image_attention, prompt_attention
 from jaxtune.generate.sampling import Choice, Sampling, choose, row_keys
 from jaxtune.generate.weights import Layer, Weights
+from jaxtune.kernels.attention import plain_attention
 from jaxtune.kernels.cross_entropy import softcapped
 from jaxtune.models.decoder import ACTIVATIONS, DecoderConfig, Deep, Segment
 from jaxtune.models.layers import rms_norm
@@ -178,7 +179,7 @@ def _prefill_cross(spec: Spec, layer: Layer, x, cross, last, columns: int) -> tu
     k, v = (part.reshape(-1, kv, h) for part in jnp.split(states, 2, -1))
     k = _norm(k, layer.k_norm, spec)
     mask = cross.seen.reshape(1, 1, len(flat), -1)
-    attended = jax.nn.dot_product_attention(q[None], k[None], v[None], mask=mask, implementation="xla")
+    attended = plain_attention(q[None], k[None], v[None], mask)
     out = _after_cross(
         layer,
         flat,

@@ -2,16 +2,21 @@
 the patches of images with one another, which is not causal.
 
 On an NVIDIA GPU training goes through cuDNN, which skips what is masked and keeps one number a row for the backward
-pass. Elsewhere, with a cache, or in float32, XLA takes a mask. `supports_cudnn` says which.
+pass. Elsewhere, with a cache, or in float32, XLA takes a mask, for as many queries at a time as `SCORES_BYTES` allow.
+`supports_cudnn` says which.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxtune.kernels import target
 from jaxtune.kernels.keep import keep
+
+SCORES_BYTES = 1 << 27  # of scores [B, H, queries, S] in float32 that are there at a time
 
 
 def attention_mask(
@@ -20,14 +25,15 @@ def attention_mask(
     q_segments: jax.Array,
     kv_segments: jax.Array,
     window: int | None,
-    blocks: jax.Array | None = None,
+    q_blocks: jax.Array | None = None,
+    kv_blocks: jax.Array | None = None,
 ) -> jax.Array:
-    """bool [B, 1, T, S] from int32 positions and segment ids [B, T] (queries) and [B, S] (keys); see
+    """bool [B, 1, T, S] from int32 positions, segment ids and blocks [B, T] (queries) and [B, S] (keys); see
     `masked_attention`."""
     distance = q_positions[:, :, None] - kv_positions[:, None, :]
     allowed = distance >= 0
-    if blocks is not None:
-        allowed |= (blocks[:, :, None] == blocks[:, None, :]) & (blocks[:, :, None] > 0)
+    if q_blocks is not None and kv_blocks is not None:
+        allowed |= (q_blocks[:, :, None] == kv_blocks[:, None, :]) & (q_blocks[:, :, None] > 0)
     allowed &= q_segments[:, :, None] == kv_segments[:, None, :]
     if window is not None:
         allowed &= distance < window
@@ -60,10 +66,63 @@ def masked_attention(
     Returns:
       [B, T, H, h] in q's dtype.
     """
-    mask = attention_mask(q_positions, kv_positions, q_segments, kv_segments, window, blocks)
-    if softcap is None:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
-    return _capped_attention(q, k, v, mask, softcap)
+
+    def attend(q, k, v, of_queries):
+        positions, segments, of_blocks = of_queries
+        mask = attention_mask(positions, kv_positions, segments, kv_segments, window, of_blocks, blocks)
+        return _attend(q, k, v, mask, softcap)
+
+    return _some_at_a_time(attend, q, k, v, (q_positions, q_segments, blocks))
+
+
+def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """The same of keys that a mask names, bool [B or 1, H or 1, T or 1, S]; None: all."""
+    by_query = None
+    if mask is not None:
+        by_query = jnp.broadcast_to(mask, (len(q), mask.shape[1], q.shape[1], k.shape[1])).swapaxes(1, 2)
+
+    def attend(q, k, v, by_query):
+        return _attend(q, k, v, None if by_query is None else by_query.swapaxes(1, 2), None)
+
+    return _some_at_a_time(attend, q, k, v, by_query)
+
+
+def _some_at_a_time(attend: Callable, q: jax.Array, k: jax.Array, v: jax.Array, of_queries: Any) -> jax.Array:
+    """attend(q, k, v, of_queries), part of the queries after part where scores are larger than `SCORES_BYTES`; the
+    backward pass makes a part's scores again.
+
+    of_queries: arrays [B, T, ..], or None.
+    """
+    batch, tokens, heads, _ = q.shape
+    size = max(SCORES_BYTES // (4 * batch * heads * k.shape[1]), 1)
+    if tokens <= size:
+        return attend(q, k, v, of_queries)
+    size = size // 64 * 64 or size
+    parts = -(-tokens // size)
+
+    def split(x):  # [B, T, ..] -> [parts, B, size, ..]
+        x = jnp.pad(x, [(0, 0), (0, parts * size - tokens)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(batch, parts, size, *x.shape[2:]).swapaxes(0, 1)
+
+    wide = k.astype(jnp.float32), v.astype(jnp.float32)  # the parts' gradients add up in it
+
+    @partial(jax.checkpoint, prevent_cse=False)  # a loop's body
+    def part(x):
+        q, of_queries = x
+        return attend(q, *(y.astype(q.dtype) for y in wide), of_queries)
+
+    out = jax.lax.map(part, jax.tree.map(split, (q, of_queries)))
+    return out.swapaxes(0, 1).reshape(batch, parts * size, *q.shape[2:])[:, :tokens]
+
+
+def _attend(q, k, v, mask: jax.Array | None, softcap: float | None) -> jax.Array:
+    """Of all queries at once."""
+    if softcap is not None:
+        return _capped_attention(q, k, v, mask, softcap)
+    # It asks for products of q's dtype by name, which is an error where the device has none.
+    computed = q.dtype if target.multiplies(q.dtype) else jnp.float32
+    q_, k_, v_ = (x.astype(computed) for x in (q, k, v))
+    return jax.nn.dot_product_attention(q_, k_, v_, mask=mask, implementation="xla").astype(q.dtype)
 
 
 def _capped_attention(q, k, v, mask: jax.Array, softcap: float) -> jax.Array:
@@ -181,7 +240,7 @@ def image_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Attention of all patches of an image with one another: q, k, v [N, S, H, h] -> [N, S, H, h] in q's dtype."""
     if supports_cudnn(q, packed=False):
         return cudnn_attention(q, k, v, None, None, False)
-    return keep(jax.nn.dot_product_attention(q, k, v, implementation="xla"), "attention")
+    return keep(plain_attention(q, k, v), "attention")
 
 
 def rows(x: jax.Array, numbers: jax.Array) -> jax.Array:
@@ -208,8 +267,11 @@ def segment_attention(
     """
     if supports_cudnn(q, packed=True):
         return cudnn_attention(q, k, v, starts[None], None, False)
-    mask = (segments[:, None] == segments[None, :])[None, None]
-    return keep(jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla"), "attention")
+
+    def attend(q, k, v, of_queries):
+        return _attend(q, k, v, (of_queries[:, :, None] == segments)[:, None], None)
+
+    return keep(_some_at_a_time(attend, q, k, v, segments[None]), "attention")
 
 
 def window_attention(
@@ -227,6 +289,6 @@ def window_attention(
     """
     apart = (rows(x[0], windows) for x in (q, k, v))  # [W, S, H, h]
     mask = (windows >= 0)[:, None, None, :]
-    out = jax.nn.dot_product_attention(*apart, mask=mask, implementation="xla")
+    out = plain_attention(*apart, mask)
     flat = out.reshape(-1, *q.shape[2:])
     return keep(rows(flat, jnp.where(places < len(flat), places, -1))[None], "attention")

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import jax
+import jax.numpy as jnp
 
 Capability = tuple[int, int]  # CUDA compute capability, (9, 0) for an H100 or H200
 _assumed: ContextVar[Capability | None] = ContextVar("assumed", default=None)
@@ -21,6 +22,15 @@ def capability() -> Capability | None:
         return None
     major, minor = found.split(".")
     return int(major), int(minor)
+
+
+def multiplies(dtype) -> bool:
+    """Whether the device that a program is traced for has products of a 16-bit dtype: NVIDIA GPUs have those of
+    bfloat16 from Ampere on, CPUs none of float16."""
+    gpu = capability()
+    if gpu is None:
+        return dtype != jnp.float16
+    return gpu >= ((8, 0) if dtype == jnp.bfloat16 else (7, 0))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxtune.kernels.attention import plain_attention
 from jaxtune.kernels.keep import keep
 from jaxtune.models import llama, mllama_tower
 from jaxtune.models.decoder import (
@@ -107,7 +108,7 @@ class CrossAttention(nnx.Module):
             for proj in (self.k_proj, self.v_proj)
         )
         mask = cross.seen.reshape(1, 1, q.shape[1], -1)
-        out = jax.nn.dot_product_attention(q, self.k_norm(k), v, mask=mask, implementation="xla")
+        out = plain_attention(q, self.k_norm(k), v, mask)
         return self.o_proj(keep(out, "attention").reshape(*x.shape[:2], -1), key)
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxtune.kernels.attention import plain_attention
 from jaxtune.kernels.keep import keep
 from jaxtune.models.decoder import ACTIVATIONS, Segment, run_segment, segments
 from jaxtune.models.layers import Embedding, Frozen, LayerNorm, Linear, Shape, apply_together
@@ -120,7 +121,7 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, sight: Sight) -> jax.Array:
         projections = apply_together([self.q_proj, self.k_proj, self.v_proj], x, sight.key, "qkv")
         q, k, v = (y.reshape(*x.shape[:2], self.num_heads, -1) for y in projections)  # [N, S, H, h]
-        out = jax.nn.dot_product_attention(q, k, v, mask=sight.mask[:, None], implementation="xla")
+        out = plain_attention(q, k, v, sight.mask[:, None])
         return self.o_proj(keep(out, "attention").reshape(x.shape), sight.key)
 
 

@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn.fused_attention_stablehlo import _fix_seqlen_offsets
+from tolerances import GRADIENT
 
-from jaxtune.kernels import target
+from jaxtune.kernels import attention, target
 from jaxtune.kernels.attention import (
     image_attention,
     masked_attention,
     packed_layout,
+    plain_attention,
     rows,
     segment_attention,
     window_attention,
@@ -128,6 +130,83 @@ def test_softcaps_and_tokens_that_see_what_is_behind_them(softcap, window):
         blocks=jnp.asarray(blocks)[None],
     )
     np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def _masked(window=None, softcap=None, blocks=False):
+    places = np.arange(TOKENS) % 70 + np.zeros((2, 1), int)
+    groups = np.arange(TOKENS) // 70 + np.ones((2, 1), int)
+    places, groups, of_images = (jnp.asarray(x, jnp.int32) for x in (places, groups, places // 9 % 3))
+
+    def attend(q, k, v):
+        return masked_attention(
+            q, k, v, q_positions=places, kv_positions=places, q_segments=groups, kv_segments=groups,
+            window=window, softcap=softcap, blocks=of_images if blocks else None,
+        )  # fmt: skip
+
+    return attend
+
+
+def _segments(q, k, v):
+    q, k, v = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v))
+    segments = jnp.arange(q.shape[1]) // 37
+    starts = jnp.asarray([*range(0, q.shape[1], 37), -1])
+    return segment_attention(q, k, v, segments, starts)
+
+
+TOKENS = 150
+WAYS = {
+    "packed": _masked(),
+    "window": _masked(window=30),
+    "softcap": _masked(softcap=0.7),
+    "blocks": _masked(blocks=True),
+    "softcap, blocks": _masked(softcap=0.7, blocks=True),
+    "mask of each row": lambda q, k, v: plain_attention(q, k, v, _mask(2, 1, TOKENS)),
+    "mask of all rows and each head": lambda q, k, v: plain_attention(q, k, v, _mask(1, HEADS, TOKENS)),
+    "mask of keys": lambda q, k, v: plain_attention(q, k, v, _mask(2, 1, 1)),
+    "no mask": plain_attention,
+    "fewer keys": lambda q, k, v: plain_attention(q, k[:, :90], v[:, :90], _mask(2, 1, TOKENS)[..., :90]),
+    "segments": _segments,
+}
+
+
+def _mask(rows, heads, tokens):
+    return jnp.asarray(np.random.default_rng(2).random((rows, heads, tokens, TOKENS)) < 0.5)
+
+
+@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("at_once", [64, 50, 1])
+def test_some_queries_at_a_time_are_all_at_once(name, at_once, monkeypatch):
+    """Values and gradients; scores of all queries with all keys are never there."""
+    rng = np.random.default_rng(3)
+    q, d_out = (rng.standard_normal((2, TOKENS, HEADS, H)).astype(np.float32) for _ in range(2))
+    k, v = rng.standard_normal((2, 2, TOKENS, KV, H)).astype(np.float32)
+
+    def both_ways(q, k, v):
+        out, vjp = jax.vjp(WAYS[name], q, k, v)
+        return out, *vjp(jnp.asarray(d_out).reshape(out.shape))
+
+    want = both_ways(q, k, v)
+    keys, batch = {"fewer keys": (90, 2), "segments": (2 * TOKENS, 1)}.get(name, (TOKENS, 2))
+    monkeypatch.setattr(attention, "SCORES_BYTES", 4 * batch * HEADS * keys * at_once)
+    for got, exact in zip(both_ways(q, k, v), want, strict=True):
+        assert np.abs(got - exact).max() <= GRADIENT * np.abs(exact).max()
+    text = jax.jit(both_ways).lower(q, k, v).as_text()
+    assert f"x{TOKENS}x{keys}xf32" not in text and f"x{2 * TOKENS}x{keys}xf32" not in text
+
+
+@pytest.mark.parametrize("dtype, capability", [("bfloat16", (7, 5)), ("float16", None)])
+def test_where_a_device_has_no_products_of_16_bits_it_is_float32(dtype, capability):
+    """bfloat16 on a T4, float16 on a CPU: jax.nn asks for both by name, and gets an error."""
+    rng = np.random.default_rng(4)
+    q, (k, v) = rng.standard_normal((2, 9, HEADS, H)), rng.standard_normal((2, 2, 9, KV, H))
+    q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
+    if capability is not None:
+        with target.tracing_for(capability):
+            text = jax.jit(plain_attention).trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
+        assert "algorithm" not in text
+        return
+    want = plain_attention(*(x.astype(jnp.float32) for x in (q, k, v)))
+    np.testing.assert_array_equal(plain_attention(q, k, v), want.astype(dtype))
 
 
 def test_whole_images_are_cudnns_on_a_gpu():
