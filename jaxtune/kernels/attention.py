@@ -287,8 +287,7 @@ def window_attention(
     Returns:
       [1, P, H, h] in q's dtype, 0 for a token in no window.
     """
-    apart = (rows(x[0], windows) for x in (q, k, v))  # [W, S, H, h]
-    mask = (windows >= 0)[:, None, None, :]
-    out = plain_attention(*apart, mask)
+    q_, k_, v_ = (rows(x[0], windows) for x in (q, k, v))  # [W, S, H, h]
+    out = plain_attention(q_, k_, v_, (windows >= 0)[:, None, None, :])
     flat = out.reshape(-1, *q.shape[2:])
     return keep(rows(flat, jnp.where(places < len(flat), places, -1))[None], "attention")

@@ -4,7 +4,7 @@
     python scripts/bench/generate.py --sequences 1 8 --group 1 --weights auto lora  # batch inference
     python scripts/bench/generate.py --sequences 8 64 --plain decode_attention      # attention by XLA alone (plain.py)
     python scripts/bench/generate.py --sequences 256 --profile                      # where a decode step's time goes
-    python scripts/bench/generate.py --compile_for_h200                             # no GPU needed, only jax[cuda13]
+    python scripts/bench/generate.py --compile_for h200                             # no GPU needed, only jax[cuda13]
 
 One `Engine.generate` of all sequences in groups that share a prompt, sampled at temperature 1 with log-probs, nothing
 stops early. tokens/s is new tokens over the whole call, prefill included. A decode step is timed apart at four lengths
@@ -26,6 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cards
 import measuring
 import plain
 import roofline
@@ -83,7 +84,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--plain", choices=("decode_attention",), default="", help="left to XLA in this run")
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--compile_for_h200", action="store_true")
+    parser.add_argument(
+        "--compile_for", choices=list(cards.CARDS), help="compile, on a machine without a GPU"
+    )
     parser.add_argument("--out", default=".", help="folder for generate.json and the programs' HLO")
     return parser.parse_args()
 
@@ -230,7 +233,9 @@ def show(result: Result) -> None:
         )
 
 
-def compiled_step(bench: step.Bench, kind: str, rows: int, args: argparse.Namespace, place) -> Any:
+def compiled_step(
+    bench: step.Bench, kind: str, rows: int, args: argparse.Namespace, place, capability
+) -> Any:
     """A decode step with full caches, compiled for a device that need not be there."""
     import jax
     import jax.numpy as jnp
@@ -254,7 +259,7 @@ def compiled_step(bench: step.Bench, kind: str, rows: int, args: argparse.Namesp
         return merged(model) if kind == "merged" else stored(model, read_codes=reads_codes(model, rows))
 
     spec = steps.Spec(c, dtype, Sampling(do_sample=True, top_k=args.top_k, top_p=args.top_p))
-    with target.tracing_for((9, 0)), plain.plain(args.plain):
+    with target.tracing_for(capability), plain.plain(args.plain):
         weights = jax.eval_shape(make, bench.base, bench.trainable)
         weights = jax.tree.map(lambda x: leaf(*x.shape, dtype=x.dtype), weights)
         state = steps.State(caches(rows, plan.bucket(args.new, plan.OWN_COLUMNS)), leaf(rows), leaf(), None)
@@ -267,25 +272,17 @@ def compiled_step(bench: step.Bench, kind: str, rows: int, args: argparse.Namesp
 
 
 def without_a_gpu(args: argparse.Namespace) -> None:
-    """What the compiler says of the decode steps that an H200 would run."""
-    os.environ |= {
-        "CUDA_VISIBLE_DEVICES": "-1",
-        "JAX_PLATFORMS": "cpu",  # on a machine with GPUs too
-        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-        "JAXTUNE_COMPILE_CACHE": "0",
-    }
-    os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
+    """What the compiler says of the decode steps that a card would run."""
+    card = cards.CARDS[args.compile_for]
+    (device,) = cards.compile_only(card)
     import jax
-    from jax.experimental import topologies
 
-    device = topologies.get_topology_desc(platform="cuda", target_config=step.H200, topology="1x1x1").devices[
-        0
-    ]
+    print(f"compiled for {card.name}: memory is that card's, times below are an H200's", flush=True)
     place, bench = jax.sharding.SingleDeviceSharding(device), make_bench(args)
     for kind in args.weights:
         for rows in args.sequences:
             began = time.perf_counter()
-            compiled = compiled_step(bench, kind, rows, args, place)
+            compiled = compiled_step(bench, kind, rows, args, place, card.capability)
             text, took = compiled.as_text(), time.perf_counter() - began
             name = f"decode_{rows}_{kind}" + (f"_plain_{args.plain}" if args.plain else "")
             (Path(args.out) / f"{name}.hlo.txt").write_text(text)
@@ -302,7 +299,7 @@ def without_a_gpu(args: argparse.Namespace) -> None:
 def main() -> None:
     args = arguments()
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    if args.compile_for_h200:
+    if args.compile_for:
         without_a_gpu(args)
         return
     gpu_memory.claim()

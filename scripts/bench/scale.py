@@ -4,7 +4,7 @@
     python scripts/bench/scale.py --nvlink 200e9 --infiniband 100e9
 
 Compute: operations of a step at the rates that one H200 reached. Bytes are those of the compiled programs (step.py
---compile_for_h200 says them). What splitting costs inside a host is fitted to steps of 2 and 4 H200s (docs/scale.md),
+--compile_for h200 says them). What splitting costs inside a host is fitted to steps of 2 and 4 H200s (docs/scale.md),
 between hosts it is assumed.
 """
 

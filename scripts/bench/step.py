@@ -5,7 +5,8 @@
     python scripts/bench/step.py --batch 4x2048 --remat none --devices 4 --layout data fsdp
     python scripts/bench/step.py --model 70b --batch 1x8192 --remat auto --devices 2 --layout fsdp
     python scripts/bench/step.py --batch 4x2048 --remat none --plain linear mlp linear+mlp
-    python scripts/bench/step.py --compile_for_h200        # no GPU needed, only jax[cuda13]: memory and the floor
+    python scripts/bench/step.py --compile_for h200        # no GPU needed, only jax[cuda13]: memory and the floor
+    python scripts/bench/step.py --compile_for rtx4090 --batch 2x2048 1x4096 --remat none attention+residual+offload
 
 On a GPU, first the ceilings of that very machine (copy, products), then for each batch and each choice of `remat`:
 median and spread of the step, tokens/s, memory forecast and peak, what the GPU drew (power.py), and the floor: what
@@ -31,6 +32,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cards
 import measuring
 import plain
 import power
@@ -47,17 +49,6 @@ MODELS = {
     "smollm2-135m": (576, 1536, 30, 9, 3, 64, 49152, True),
     "tiny": (256, 512, 2, 4, 2, 64, 1024, False),  # for trying the scripts on a CPU
 }
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 62914560
-  clock_rate_ghz: 1.98 device_memory_size: 150000000000 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 12 } runtime_version { major: 13 }
-device_description_str: "NVIDIA H200"
-"""
 
 
 @dataclasses.dataclass
@@ -131,7 +122,9 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         "--plain", nargs="+", default=[], help="linear, mlp, linear+mlp: beside the shipped step"
     )
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--compile_for_h200", action="store_true")
+    parser.add_argument(
+        "--compile_for", choices=list(cards.CARDS), help="compile, on a machine without a GPU"
+    )
     parser.add_argument("--devices", type=positive, default=1)
     parser.add_argument("--layout", nargs="+", default=["data"], help="data, fsdp, or data x fsdp as 2x4")
     parser.add_argument("--out", default=".", help="folder for step.json and the programs' HLO")
@@ -154,9 +147,9 @@ def check(args: argparse.Namespace) -> None:
     for name in args.remat:
         if name != "auto":
             remat_parts(name)
-        elif args.compile_for_h200:
+        elif args.compile_for:
             raise ValueError(
-                "--remat auto asks a device what fits, and --compile_for_h200 has none; name policies: none, all, "
+                "--remat auto asks a device what fits, and --compile_for has none; name policies: none, all, "
                 "attention+offload, ..."
             )
     for name in args.layout:
@@ -167,8 +160,8 @@ def check(args: argparse.Namespace) -> None:
         plain.check(name, ("linear", "mlp"))
         if "linear" in name and args.compute_dtype == "fp8":
             raise ValueError(f"--plain {name}: linear layers in fp8 have no plain version; --plain mlp has")
-    if args.compile_for_h200 and args.profile:
-        raise ValueError("--profile runs the step, which --compile_for_h200 only compiles; leave one out")
+    if args.compile_for and args.profile:
+        raise ValueError("--profile runs the step, which --compile_for only compiles; leave one out")
 
 
 def batch_shape(name: str) -> tuple[int, int]:
@@ -350,23 +343,17 @@ def run(bench: Bench, result: Result, compiled, batch) -> None:
 
 
 def without_a_gpu(args: argparse.Namespace) -> None:
-    """The programs that an H200 would run, compiled for it on a machine without one."""
-    os.environ |= {
-        "CUDA_VISIBLE_DEVICES": "-1",
-        "JAX_PLATFORMS": "cpu",  # on a machine with GPUs too
-        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-        "JAXTUNE_COMPILE_CACHE": "0",
-    }
+    """The programs that a card would run, compiled for it on a machine without one."""
+    card = cards.CARDS[args.compile_for]
+    devices = cards.compile_only(card, args.devices)
     import jax
-    from jax.experimental import topologies
 
     from jaxtune.devices import STEP_ROWS, WHOLE
     from jaxtune.kernels import target
     from jaxtune.models.remat import Remat
     from jaxtune.step import make_train_step
 
-    topology = f"1x1x{args.devices}"
-    devices = topologies.get_topology_desc(platform="cuda", target_config=H200, topology=topology).devices
+    print(f"compiled for {card.name}: memory is that card's, floors below are an H200's", flush=True)
     bench, results = Bench(args), []
     for layout, name in itertools.product(args.layout, args.batch):
         bench.lay_out(layout, devices)
@@ -382,7 +369,7 @@ def without_a_gpu(args: argparse.Namespace) -> None:
         batch = placed(bench.batch(*batch_shape(name)), STEP_ROWS)
         for remat, bench.plain in itertools.product(args.remat, ["", *args.plain]):
             began = time.perf_counter()
-            with target.tracing_for((9, 0)), plain.plain(bench.plain):
+            with target.tracing_for(card.capability), plain.plain(bench.plain):
                 step: Any = make_train_step(
                     bench.model, bench.optimizer, remat=Remat.parse(remat), layout=bench.layout
                 )
@@ -485,7 +472,7 @@ def main() -> None:
     if args.profile:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    if args.compile_for_h200:
+    if args.compile_for:
         without_a_gpu(args)
     else:
         gpu_memory.claim()

@@ -2,7 +2,7 @@
 
     python scripts/bench/vision_step.py jaxtune --remat auto all
     python scripts/bench/vision_step.py peer --checkpointing off on      # needs torch, peft, bitsandbytes too
-    python scripts/bench/vision_step.py jaxtune --compile_for_h200       # no GPU needed, only jax[cuda13]: memory
+    python scripts/bench/vision_step.py jaxtune --compile_for h200       # no GPU needed, only jax[cuda13]: memory
 
 Random weights; 4 rows of one image of 672x672 pixels (2,304 patches, 576 tokens) and 256 tokens of text; LoRA of rank
 16 on attention and MLPs of tower and decoder, 8-bit AdamW, loss over the text, bfloat16. Tokens are those of the rows,
@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cards
 import measuring
 import numpy as np
 import roofline
@@ -97,10 +98,8 @@ def timed(step: Callable[[], Any], count: int) -> list[float]:
 
 
 def jaxtune(args: argparse.Namespace) -> None:
-    if args.compile_for_h200:
-        os.environ |= {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu"}  # on a machine with GPUs too
-        os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-        os.environ["JAXTUNE_COMPILE_CACHE"] = "0"
+    card = cards.CARDS[args.compile_for] if args.compile_for else None
+    devices = cards.compile_only(card) if card else []
     ceilings = (measuring.ceilings_here() if args.profile else None) or roofline.H200
     import jax
 
@@ -115,19 +114,14 @@ def jaxtune(args: argparse.Namespace) -> None:
     def make(remat: Remat) -> Any:
         return make_train_step(bench.model, bench.optimizer, remat=remat)
 
-    if args.compile_for_h200:
-        from jax.experimental import topologies
-
-        (device,) = topologies.get_topology_desc(
-            platform="cuda", target_config=step.H200, topology="1x1x1"
-        ).devices
-        place = jax.sharding.SingleDeviceSharding(device)
+    if card:
+        place = jax.sharding.SingleDeviceSharding(devices[0])
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
             (bench.trainable, bench.state, bench.base, batch, key),
         )
         for name in args.remat:
-            with target.tracing_for((9, 0)):
+            with target.tracing_for(card.capability):
                 compiled = make(Remat.parse(name)).trace(*shapes).lower().compile()
             print(f"{name:28s} needs {peak_bytes(compiled) / 1e9:.2f} GB", flush=True)
         return
@@ -288,7 +282,9 @@ def main() -> None:
     parser.add_argument("--checkpointing", nargs="+", choices=("on", "off"), default=["off", "on"])
     parser.add_argument("--folder", help="of the peer's checkpoint; made where it is not")
     parser.add_argument("--profile", action="store_true", help="where jaxtune's time goes, by kind of kernel")
-    parser.add_argument("--compile_for_h200", action="store_true")
+    parser.add_argument(
+        "--compile_for", choices=list(cards.CARDS), help="compile, on a machine without a GPU"
+    )
     args = parser.parse_args()
     if args.profile:  # CUDA graphs hide the names of kernels
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="

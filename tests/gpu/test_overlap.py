@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 def transfers(words: str, folder: Path) -> list[tuple[str, int, float, float, float]]:
     """(name, how often, bytes, seconds at best, seconds of kernels beside it) of the program that step.py compiles."""
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{BENCH}"}
-    command = [sys.executable, BENCH / "step.py", *f"--compile_for_h200 --out {folder} {words}".split()]
+    command = [sys.executable, BENCH / "step.py", *f"--compile_for h200 --out {folder} {words}".split()]
     subprocess.run(command, env=env, check=True, timeout=600)
     (program,) = folder.glob("*.hlo.txt")
     read = [sys.executable, "-c", READ, program]
