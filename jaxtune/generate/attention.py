@@ -29,15 +29,12 @@ def prompt_attention(
     if blocks is None and supports_cudnn(q, packed=False, softcap=softcap):
         return cudnn_attention(q, k, v, None, window)
     positions = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
-    one = jnp.zeros_like(positions)
     return masked_attention(
         q,
         k,
         v,
         q_positions=positions,
-        kv_positions=positions,
-        q_segments=one,
-        kv_segments=one,
+        q_segments=jnp.zeros_like(positions),
         window=window,
         softcap=softcap,
         blocks=blocks,

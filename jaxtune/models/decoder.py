@@ -214,7 +214,7 @@ class Attention(nnx.Module):
         if causal and supports_cudnn(q, packed, self.softcap):
             starts = ctx.starts if packed else None
             return cudnn_attention(q, k, v, starts, self.window)
-        kv_positions, kv_segments = ctx.positions, ctx.segment_ids
+        kv_positions = kv_segments = None
         if kv is not None:
             at = (0, ctx.index, 0, 0)
             k, v = (jax.lax.dynamic_update_slice(old, x.astype(old.dtype), at) for old, x in zip(kv, (k, v)))

@@ -157,11 +157,10 @@ def mlp_cases(rows: int) -> Iterator[Case]:
 
 
 def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, documents: int) -> jax.Array:
-    """Of rows of so many documents of one length, with the scores of all pairs of tokens."""
+    """Of rows of so many documents of one length, by XLA."""
     token = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
     document, position = jnp.divmod(token, q.shape[1] // documents)
-    return masked_attention(q, k, v, q_positions=position, kv_positions=position, q_segments=document,
-                            kv_segments=document, window=None)  # fmt: skip
+    return masked_attention(q, k, v, q_positions=position, q_segments=document, window=None)
 
 
 def attention_cases(rows: int) -> Iterator[Case]:
