@@ -31,6 +31,7 @@ def test_rows_are_halved_then_tokens(step):
         ("--layout 2x --devices 2", "--layout 2x: expected data, fsdp, or"),
         ("--layout data 2x4 --devices 4", "--layout 2x4 is not --devices 4"),
         ("--compile_for h200 --profile", "leave one out"),
+        ("--compile_for p100", "invalid choice: 'p100'"),
         ("--plain linear+mpl", "--plain linear+mpl: expected some of linear, mlp, joined by +"),
         ("--plain linear --compute_dtype fp8", "linear layers in fp8 have no plain version"),
         ("--plain mlp --remat none auto", "name it in place of --remat auto"),
