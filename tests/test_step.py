@@ -167,7 +167,9 @@ def test_programs_without_a_backward_pass_have_the_options_of_a_step(model, monk
 @pytest.mark.parametrize("capability", [(7, 5), (8, 6), (12, 0)])
 def test_a_step_of_packed_rows_is_lowered_for_gpus_of_any_age(capability, tiny_model_dir):
     """A T4 has no products of bfloat16: nothing may ask for them by name. None of the three has Hopper's kernels."""
-    base, _ = FastLanguageModel.from_pretrained(tiny_model_dir("llama"), dtype="bfloat16", max_seq_length=None)
+    base, _ = FastLanguageModel.from_pretrained(
+        tiny_model_dir("llama"), dtype="bfloat16", max_seq_length=None
+    )
     model = FastLanguageModel.get_peft_model(base, r=4)
     batch = batch_of([20, 30], 64) | {"starts": np.array([[[0, 20]]], np.int32)}
     optimizer = optax.sgd(1.0)
