@@ -76,12 +76,12 @@ def masked_attention(
     of_queries = q_positions, q_segments, blocks
     if kv_positions is not None:
         return _some_at_a_time(attend, q, k, v, of_queries, (kv_positions, kv_segments, blocks))
-    ahead = blocks is None and not _fits(q, k)
-    return (_in_order if ahead else _some_at_a_time)(attend, q, k, v, of_queries, of_queries)
+    through = _in_order if blocks is None else _some_at_a_time
+    return through(attend, q, k, v, of_queries, of_queries)
 
 
 def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """The same of keys that a mask names, bool [B or 1, H or 1, T or 1, S]; None: all."""
+    """`masked_attention` of the keys that mask, bool [B or 1, H or 1, T or 1, S], is true of; None: of all."""
     by_query = None
     if mask is not None:
         by_query = jnp.broadcast_to(mask, (len(q), mask.shape[1], q.shape[1], k.shape[1])).swapaxes(1, 2)
@@ -99,6 +99,8 @@ def _fits(q: jax.Array, k: jax.Array) -> bool:
 def _in_order(attend: Callable, q, k, v, of_queries: Any, of_keys: Any) -> jax.Array:
     """`_some_at_a_time` of tokens that see none behind them: each quarter of a row with the keys up to its own end,
     five eighths of the work."""
+    if _fits(q, k):
+        return attend(q, k, v, of_queries, of_keys)
     tokens = q.shape[1]
     quarter = -(-tokens // 4)
     k, v = k.astype(jnp.float32), v.astype(jnp.float32)  # what adds up the gradients of each
