@@ -85,7 +85,6 @@ def test_the_plain_loss_takes_the_rows_that_fit(small, monkeypatch):
     cases = {case.name: case for case in small.loss_cases(64)}
     case = cases["loss, plain, 16 rows"]
     assert case.arguments[0].shape == (16, 128) and case.flops == cases["loss, chunks of 512"].flops / 4
-    assert [case.name for case in small.attention_cases(128) if "plain" in case.name] == []
 
 
 @pytest.mark.parametrize(("ours", "error"), [("gated_mlp", 2e-2), ("fp8_gated_mlp", 0.2)])
