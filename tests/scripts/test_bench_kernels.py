@@ -96,6 +96,16 @@ def test_plain_layers_say_what_the_mlp_does(small, monkeypatch, ours, error):
         assert relative(found[f"mlp: {ours}{end}"], found[f"mlp: three plain layers{end}"]) < error
 
 
+def test_plain_attention_is_measured_where_its_scores_would_not_fit(small, monkeypatch):
+    """They come in parts."""
+    monkeypatch.setattr(small, "room", lambda: 1.0)
+    names = [case.name for case in small.attention_cases(128)]
+    ours = [name for name in names if "cuDNN" in name]
+    assert (
+        [name.replace("cuDNN", "plain") for name in ours] == [name for name in names if "plain" in name] != []
+    )
+
+
 def test_plain_attention_keeps_documents_apart(small):
     q, k, v = (small.random(i, 1, 64, heads, 16) for i, heads in enumerate((4, 2, 2)))
     packed = small.plain_attention(q, k, v, 4)
