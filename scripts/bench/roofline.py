@@ -9,6 +9,7 @@ not see: how near a kernel comes to its floor, launch gaps, and what runs at the
 """
 
 import collections
+import functools
 import math
 import re
 import sys
@@ -29,6 +30,18 @@ COLLECTIVES = {
     "collective-permute",
     "ragged-all-to-all",
 }
+PARTS = {"bitcast", "dynamic-slice", "gather", "slice"}  # whose results have some of their first operand's
+POINTWISE = {
+    "add",
+    "convert",
+    "divide",
+    "maximum",
+    "minimum",
+    "multiply",
+    "negate",
+    "select",
+    "subtract",
+}  # an element for each
 SKINNY = 64  # a product with a side this short is an adapter's
 
 
@@ -122,8 +135,14 @@ def called(instruction: Instruction, key: str) -> str:
     return found[1]
 
 
+def count(text: str) -> int:
+    """Elements of an array type."""
+    return math.prod(shapes(text)[0][1]) if shapes(text) else 0
+
+
 def moved_by_fusion(body: list[Instruction]) -> float:
-    """Bytes that a fusion reads and writes: of what it only takes slices of, the slices; in place, the update."""
+    """Bytes that a fusion reads and writes: of what it only takes slices of, the slices, be they of what it computes
+    from each element; in place, the update."""
     types = {i.name: i.type for i in body}
     producers = {i.name: i for i in body}
     users = collections.defaultdict(list)
@@ -137,15 +156,21 @@ def moved_by_fusion(body: list[Instruction]) -> float:
             return size(types[i.operands[1]])
         return sum(written(o) for o in i.operands) if i.op == "tuple" else size(i.type)
 
-    def read(i: Instruction) -> float:
-        uses = users[i.name]
-        if uses and all(u.op in ("dynamic-slice", "slice", "gather") for u in uses):
-            return min(size(i.type), sum(size(u.type) for u in uses))
-        if uses and all(u.op == "dynamic-update-slice" and u.operands[0] == i.name for u in uses):
-            return 0
-        return size(i.type)
+    @functools.cache
+    def used(name: str) -> float:
+        """Which part of an array's elements."""
+        whole, taken = count(types[name]), 0.0
+        for u in users[name]:
+            first = u.operands[0] == name
+            if first and u.op == "dynamic-update-slice":
+                continue
+            if not ((first and u.op in PARTS) or (u.op in POINTWISE and count(u.type) == whole)):
+                return 1
+            taken += count(u.type) * (1 if u.root else used(u.name))
+        return min(1, taken / max(whole, 1))
 
-    return sum(read(i) for i in body if i.op == "parameter") + sum(written(i.name) for i in body if i.root)
+    moved = sum(size(i.type) * used(i.name) for i in body if i.op == "parameter")
+    return moved + sum(written(i.name) for i in body if i.root)
 
 
 def product(i: Instruction, types: dict[str, str]) -> tuple[float, float, bool]:

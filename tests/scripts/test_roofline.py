@@ -79,6 +79,38 @@ def test_a_call_inside_a_fusion_with_slices_is_counted_as_itself():
     assert row.bytes == 2 * (128 * 512 + 256 * 512 + 128 * 256) + 4
 
 
+CUT = """HloModule step
+
+%inside (p0: bf16[4,128,512], p1: s32[], p2: f32[128,1]) -> bf16[128,128] {
+  %p0 = bf16[4,128,512]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %cut = bf16[1,128,512]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,128,512}
+  %flat = bf16[128,512]{1,0} bitcast(%cut)
+  %wide = f32[128,512]{1,0} convert(%flat)
+  %p2 = f32[128]{0} parameter(2)
+  %factor = f32[128,512]{1,0} broadcast(%p2), dimensions={0}
+  %scaled = f32[128,512]{1,0} multiply(%wide, %factor)
+  %first = f32[128,64]{1,0} slice(%scaled), slice={[0:128], [64:128]}
+  %second = f32[128,64]{1,0} slice(%scaled), slice={[0:128], [128:192]}
+  %both = f32[128,128]{1,0} concatenate(%first, %second), dimensions={1}
+  ROOT %narrow = bf16[128,128]{1,0} convert(%both)
+}
+
+ENTRY %main (a: bf16[4,128,512], i: s32[], s: f32[128]) -> bf16[128,128] {
+  %a = bf16[4,128,512]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %s = f32[128]{0} parameter(2)
+  ROOT %some = bf16[128,128]{1,0} fusion(%a, %i, %s), kind=kInput, calls=%inside
+}
+"""
+
+
+def test_of_what_a_fusion_computes_only_the_slices_that_it_takes_are_read():
+    (row,) = roofline.kernels(CUT)
+    assert row.bytes == 2 * 128 * 128 + 4 + 4 * 128 + 2 * 128 * 128
+
+
 def test_every_kernel_is_counted_as_often_as_it_runs():
     ceilings = roofline.Ceilings(bandwidth=1e9, bf16=1e12)
     rows = {row.name: row for row in roofline.kernels(PROGRAM, ceilings)}
