@@ -30,18 +30,9 @@ COLLECTIVES = {
     "collective-permute",
     "ragged-all-to-all",
 }
-PARTS = {"bitcast", "dynamic-slice", "gather", "slice"}  # whose results have some of their first operand's
-POINTWISE = {
-    "add",
-    "convert",
-    "divide",
-    "maximum",
-    "minimum",
-    "multiply",
-    "negate",
-    "select",
-    "subtract",
-}  # an element for each
+# What has some of its first operand's elements, and what has one for each
+PARTS = {"bitcast", "dynamic-slice", "gather", "slice"}
+POINTWISE = {"add", "convert", "divide", "maximum", "minimum", "multiply", "negate", "select", "subtract"}
 SKINNY = 64  # a product with a side this short is an adapter's
 
 
