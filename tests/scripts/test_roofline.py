@@ -81,7 +81,7 @@ def test_a_call_inside_a_fusion_with_slices_is_counted_as_itself():
 
 CUT = """HloModule step
 
-%inside (p0: bf16[4,128,512], p1: s32[], p2: f32[128,1]) -> bf16[128,128] {
+%inside (p0: bf16[4,128,512], p1: s32[], p2: f32[128]) -> bf16[128,128] {
   %p0 = bf16[4,128,512]{2,1,0} parameter(0)
   %p1 = s32[] parameter(1)
   %zero = s32[] constant(0)
