@@ -31,6 +31,8 @@ Metrics = dict[str, jax.Array]
 TrainStep = Callable[[Leaves, Any, Leaves, Batch, jax.Array], tuple[Leaves, Any, Metrics]]
 
 RECOMPUTE_ALL = Remat()
+KEEP_ALL = Remat.parse("none")
+NARROW = 2048  # hidden size up to which most kernels of a step leave a part of a GPU idle
 TRANSFERS = Path(__file__).with_name("transfers.pbtxt")
 
 
@@ -123,12 +125,9 @@ def clip(grads: Leaves, max_norm: float | None) -> tuple[Leaves, jax.Array]:
 
 
 def compiler_options(
-    remat: Remat, layout: Layout = ONE_DEVICE, turn_bytes: int = 0
+    module: CausalLM, remat: Remat, layout: Layout = ONE_DEVICE
 ) -> dict[str, bool | str | int] | None:
-    """XLA's options for a step on a GPU; see docs/benchmarks.md for what each was worth.
-
-    turn_bytes: `layout.turn_bytes` of the model.
-    """
+    """XLA's options for a step on a GPU; see docs/benchmarks.md for what each was worth."""
     if target.capability() is None:
         return None
     options: dict[str, bool | str | int] = {
@@ -141,6 +140,9 @@ def compiler_options(
         # What is computed again is `remat`'s to say: where memory is short XLA's pass repeats work and frees little.
         "xla_disable_hlo_passes": "rematerialization",
     }
+    if module.config.hidden_size <= NARROW and remat == KEEP_ALL and layout == ONE_DEVICE:
+        # Kernels that do not wait for each other run at the same time, at the cost of some memory.
+        options["xla_gpu_command_buffer_scheduling_mode"] = "CONCURRENT"
     # Transfers run beside the products, which each of these is needed for.
     if remat.offload or layout.fsdp > 1:
         options |= {
@@ -164,7 +166,7 @@ def compiler_options(
         options |= {
             # A layer's codes are gathered in one piece, while the layer before is worked on.
             "xla_gpu_pipeline_all_gather": "2",  # on; compiler options take the number
-            "xla_gpu_all_gather_combine_threshold_bytes": turn_bytes,
+            "xla_gpu_all_gather_combine_threshold_bytes": layout.turn_bytes(module),
             # The head's is under way during the whole forward pass, beside those of the layers.
             "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
         }
@@ -177,7 +179,7 @@ def jit_step(step: TrainStep, model: Trainable, remat: Remat, layout: Layout) ->
         step,
         donate_argnums=(0, 1),
         out_shardings=layout.sharding(),
-        compiler_options=compiler_options(remat, layout, layout.turn_bytes(model.module)),
+        compiler_options=compiler_options(model.module, remat, layout),
     )
 
 
@@ -187,7 +189,7 @@ def jit_forward(program: Callable[..., Any], model: Trainable, layout: Layout = 
     return jax.jit(
         program,
         out_shardings=layout.sharding(),
-        compiler_options=compiler_options(RECOMPUTE_ALL, layout, layout.turn_bytes(model.module)),
+        compiler_options=compiler_options(model.module, RECOMPUTE_ALL, layout),
     )
 
 

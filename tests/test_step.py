@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 from jaxtune import models
 from jaxtune.config import SFTConfig
-from jaxtune.devices import AXES, Layout
+from jaxtune.devices import AXES, ONE_DEVICE, Layout
 from jaxtune.fast import FastLanguageModel
 from jaxtune.kernels import target
 from jaxtune.models.remat import Remat
@@ -130,12 +130,21 @@ def test_a_batch_without_labels_moves_nothing_but_decay(model):
     assert all((after[path] == model.trainable[path]).all() for path in after)
 
 
+def _module(width: int):
+    config = LlamaConfig(
+        hidden_size=width, intermediate_size=256, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=64, vocab_size=64,
+    )  # fmt: skip
+    return models.build(config, jnp.float32, nf4=True)
+
+
 def test_options_of_the_compiler():
     """None on a CPU; products that can write into stacks, none tried out beside the weights; nothing computed again but
     by `remat`; what makes copies to the host run beside the products."""
-    assert compiler_options(Remat.parse("all")) is None
+    module = _module(128)
+    assert compiler_options(module, Remat.parse("all")) is None
     with target.tracing_for((9, 0)):
-        plain, offload = (compiler_options(Remat.parse(name)) for name in ("all", "all+offload"))
+        plain, offload = (compiler_options(module, Remat.parse(name)) for name in ("all", "all+offload"))
     assert plain is not None and offload is not None
     assert plain["xla_gpu_enable_triton_gemm"] is False and plain["xla_gpu_autotune_level"] == 0
     assert plain["xla_disable_hlo_passes"] == "rematerialization"
@@ -150,6 +159,19 @@ def test_options_of_the_compiler():
     }
 
 
+def test_kernels_of_a_narrow_model_run_beside_each_other_where_memory_is_free():
+    def option(width, remat, layout=ONE_DEVICE):
+        options = compiler_options(_module(width), Remat.parse(remat), layout)
+        assert options is not None
+        return options.get("xla_gpu_command_buffer_scheduling_mode")
+
+    two = Layout(AbstractMesh((2, 1), AXES))  # pyrefly: ignore
+    with target.tracing_for((9, 0)):
+        assert option(128, "none") == option(2048, "none") == "CONCURRENT"
+        assert option(2176, "none") is option(128, "all") is option(128, "none+offload") is None
+        assert option(128, "none", two) is None
+
+
 def test_programs_without_a_backward_pass_have_the_options_of_a_step(model, monkeypatch):
     seen = []
     monkeypatch.setattr(jax, "jit", lambda _, **how: seen.append(how["compiler_options"]))
@@ -160,7 +182,7 @@ def test_programs_without_a_backward_pass_have_the_options_of_a_step(model, monk
         make_grpo_eval(model, GRPOLossOptions(), temperature=1.0)
         make_dpo_eval(model, DPOLossOptions())
         make_pair_log_probs(model, DPOLossOptions())
-        want = compiler_options(Remat())
+        want = compiler_options(model.module, Remat())
     assert want is not None and seen == [want] * 6
 
 
@@ -186,16 +208,12 @@ def test_a_step_of_packed_rows_is_lowered_for_gpus_of_any_age(capability, tiny_m
 def test_transfers_are_scheduled_from_a_file():
     """It is there, and names instructions as XLA does; codes of a layer and their scales are gathered together."""
     layout = Layout(AbstractMesh((1, 2), AXES))  # pyrefly: ignore
-    config = LlamaConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=64, vocab_size=64,
-    )  # fmt: skip
-    module = models.build(config, jnp.float32, nf4=True)
+    module = _module(128)
     weights = 128 * (128 + 2 * 64 + 128) + 3 * 128 * 256
-    assert layout.turn_bytes(module) == weights // 2 + weights // 64
     with target.tracing_for((9, 0)):
-        options = compiler_options(Remat.parse("all"), layout, 1234)
-    assert options is not None and options["xla_gpu_all_gather_combine_threshold_bytes"] == 1234
+        options = compiler_options(module, Remat.parse("all"), layout)
+    assert options is not None
+    assert options["xla_gpu_all_gather_combine_threshold_bytes"] == weights // 2 + weights // 64
     lines = Path(str(options["xla_gpu_pgle_profile_file_or_directory_path"])).read_text().splitlines()
     for name in (
         "all-gather-start",
